@@ -1,0 +1,72 @@
+"""Parameters and gradients of one stage as views of flat buffers, so that a reduction or an update is one call."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+TOTALS = 2  # loss sum and weight stand in front of the gradients, so that one reduction carries both
+
+
+@dataclass(frozen=True)
+class Flat:
+    """`params` (n,) and `grads` (2 + n,) with the segments one after the other, and where each segment lies in `params`.
+
+    `runs` are maximal ranges [first, last) of `params` with one parameter group each: (group, first, last).
+    """
+
+    params: Tensor
+    grads: Tensor
+    bounds: tuple[tuple[int, int], ...]
+    runs: tuple[tuple[int, int, int], ...]
+    names: tuple[tuple[str, int, int], ...]
+
+    def gradients(self, bucket: int) -> Tensor:
+        """What a reduction of a bucket sends: bucket 0 carries the totals in front."""
+        first, last = self.bounds[bucket]
+        return self.grads[TOTALS + first if bucket else 0 : TOTALS + last]
+
+    @property
+    def totals(self) -> Tensor:
+        """(2,): loss sum and weight of this step so far."""
+        return self.grads[:TOTALS]
+
+
+def flatten(
+    segments: Sequence[Sequence[nn.Module]], groups: Sequence[Iterable[nn.Parameter]], names: dict[int, str]
+) -> Flat:
+    """Move the trainable parameters of the segments into flat buffers, in place; a shared one counts once.
+
+    Within a segment parameters of one group stand together, so that an update has few ranges.
+    """
+    group_of = {id(p): index for index, group in enumerate(groups) for p in group}
+    seen: set[int] = set()
+    ordered: list[list[nn.Parameter]] = []
+    for segment in segments:
+        own = [p for layer in segment for p in layer.parameters() if p.requires_grad]
+        fresh = list({id(p): p for p in own if id(p) not in seen}.values())
+        seen |= {id(p) for p in fresh}
+        ordered.append(sorted(fresh, key=lambda p: group_of.get(id(p), len(groups))))
+    every = [p for segment in ordered for p in segment]
+    like = every[0] if every else torch.zeros(0)
+    size = sum(p.numel() for p in every)
+    params = torch.empty(size, dtype=like.dtype, device=like.device)
+    grads = torch.zeros(TOTALS + size, dtype=like.dtype, device=like.device)
+    bounds, runs, places, at = [], [], [], 0
+    for segment in ordered:
+        first = at
+        for p in segment:
+            last = at + p.numel()
+            params[at:last].copy_(p.detach().reshape(-1))
+            p.data = params[at:last].view_as(p)
+            p.grad = grads[TOTALS + at : TOTALS + last].view_as(p)
+            group = group_of.get(id(p), -1)
+            if runs and runs[-1][0] == group and runs[-1][2] == at:
+                runs[-1] = (group, runs[-1][1], last)
+            else:
+                runs.append((group, at, last))
+            places.append((names[id(p)], at, last))
+            at = last
+        bounds.append((first, at))
+    return Flat(params, grads, tuple(bounds), tuple(runs), tuple(places))

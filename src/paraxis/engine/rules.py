@@ -1,0 +1,65 @@
+"""Update rules: pure functions on flat buffers that compute what torch.optim computes, one call a range.
+
+The hyperparameters come from a torch optimiser's groups, so that any torch scheduler can change them. An optimiser
+that has no rule here runs itself on the same buffers (`native`).
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Group = dict[str, Any]
+State = dict[str, Tensor]
+
+
+def plain(optimizer: torch.optim.Optimizer) -> str:
+    """The rule for an optimiser: "sgd", "adam", or "native" for one that must run itself."""
+    flags = ("maximize", "amsgrad", "differentiable", "capturable")
+    odd = any(group.get(flag) for group in optimizer.param_groups for flag in flags)
+    odd = odd or any(group.get("dampening") for group in optimizer.param_groups)
+    odd = odd or any(isinstance(group["lr"], Tensor) for group in optimizer.param_groups)
+    kind = type(optimizer)
+    if odd or kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        return "native"
+    return "sgd" if kind is torch.optim.SGD else "adam"
+
+
+def sgd(w: Tensor, g: Tensor, state: State, group: Group, scale: float) -> None:
+    """SGD with momentum, Nesterov and weight decay (as torch.optim.SGD); the gradient is `scale` times g. Alters g."""
+    lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
+    if not momentum and not decay:
+        w.add_(g, alpha=-lr * scale)
+        return
+    g.mul_(scale)
+    if decay:
+        g.add_(w, alpha=decay)
+    if momentum:
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(g)
+        buffer = state["momentum"].mul_(momentum).add_(g)
+        g = g.add_(buffer, alpha=momentum) if group["nesterov"] else buffer
+    w.add_(g, alpha=-lr)
+
+
+def adam(w: Tensor, g: Tensor, state: State, group: Group, scale: float) -> None:
+    """Adam, and AdamW where the group decouples its decay (Kingma and Ba 2015; Loshchilov and Hutter 2019). Alters g."""
+    lr, decay, eps = float(group["lr"]), group["weight_decay"], group["eps"]
+    beta1, beta2 = group["betas"]
+    if not state:
+        state |= {"first": torch.zeros_like(g), "second": torch.zeros_like(g), "step": torch.zeros(())}
+    g.mul_(scale)
+    if decay and group.get("decoupled_weight_decay"):
+        w.mul_(1 - lr * decay)
+    elif decay:
+        g.add_(w, alpha=decay)
+    state["step"] += 1
+    step = int(state["step"])
+    state["first"].lerp_(g, 1 - beta1)
+    state["second"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    root = (state["second"].sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
+    w.addcdiv_(state["first"], root, value=-lr / (1 - beta1**step))
+
+
+RULES = {"sgd": sgd, "adam": adam}

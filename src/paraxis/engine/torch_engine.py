@@ -1,0 +1,329 @@
+"""The PyTorch engine: computes segments of one rank's stage, forwards by module calls, backwards by autograd.
+
+It knows nothing of ranks, peers or schedules: an interpreter tells it what to compute and hands over what arrives.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraxis.engine.flat import Flat, flatten
+from paraxis.engine.rules import RULES, State, plain
+from paraxis.errors import TaskError
+from paraxis.program.instructions import Program
+from paraxis.task.batches import Nest, Source, leaves, map_nest, samples
+from paraxis.task.task import Task, running
+
+Key = tuple[int, int]  # (segment, microbatch)
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What crosses the front of a stage for one microbatch: the nest with its tensors' shapes, types and gradients."""
+
+    nest: Nest
+    gradients: tuple[bool, ...]
+
+
+class TorchEngine:
+    """One rank's share of the computing; `step` is the optimiser step in progress. Not safe to share by threads."""
+
+    def __init__(self, task: Task, program: Program, rank: int) -> None:
+        _, self.stage, _ = program.mesh.coordinates(rank)
+        self.task, self.draw = task, task.draw
+        self.last_stage = self.stage == len(program.stages) - 1
+        self.slice_size = task.batch // (program.mesh.dp * program.microbatches)
+        self.entry = self._boundary(program)
+        cuts = program.segments[self.stage]
+        self.segments = [task.chain[first:last] for first, last in cuts]
+        self.optimizer = task.optimizer()
+        self.scheduler = task.scheduler(self.optimizer)
+        self.flat: Flat = flatten(self.segments, [g["params"] for g in self.optimizer.param_groups], task.names)
+        self.rule = plain(self.optimizer)
+        self._keep_own_parameters(task)
+        self.states: list[State] = [{} for _ in self.flat.runs]
+        self.unit = torch.ones((), dtype=task.dtype, device=self.flat.params.device)
+        self.norm = torch.zeros(1, dtype=torch.float64)
+        self.score = torch.zeros(3, dtype=torch.float64)
+        self._own_statistics()
+        replicas = program.mesh.dp if program.epilogue else 1  # those that agree later each train on their own batch
+        self.known_weight = 0.0 if task.weight_in_data else task.batch / replicas
+        self.source: Source = task.train
+        self.step = 0
+        self.losses: list[tuple[float, float]] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all microbatches in flight."""
+        self.batches: dict[int, Nest] = {}
+        self.arrived: dict[int, Nest] = {}
+        self.between: dict[Key, Nest] = {}
+        self.stash: dict[Key, tuple[list[Tensor], list[Tensor]]] = {}
+        self.gradients: dict[Key, list[Tensor | None]] = {}
+        self.leaving: dict[int, list[Tensor]] = {}
+        self.loss_sum = self.loss_weight = 0.0
+
+    # -- computing ---------------------------------------------------------------------------------------------
+
+    def load(self, microbatch: int, part: int) -> None:
+        """Take samples of slice `part` of this step's global batch."""
+        first = part * self.slice_size
+        wanted = self.source.share(self.step, first, self.slice_size, self.stage == 0, self.last_stage)
+        self.batches[microbatch] = wanted
+
+    def forward(self, segment: int, microbatch: int, part: int) -> None:
+        """F of one segment: keeps what its backward needs, and hands the output on."""
+        self.draw.at(self.step, part * self.slice_size, self.slice_size)
+        x, entering = self._input(segment, microbatch)
+        if self.statistics and segment == 0:
+            self._from_running()
+        for layer in self.segments[segment]:
+            x = self.task.call(layer, x)
+        if self.statistics and segment == len(self.segments) - 1:
+            self._to_statistics()
+        if segment < len(self.segments) - 1:
+            self.stash[segment, microbatch] = entering, leaves(x)
+            self.between[segment + 1, microbatch] = x
+        elif self.last_stage:
+            loss, weight = self.task.recipe.loss(x, self.batches.pop(microbatch))
+            self.stash[segment, microbatch] = entering, [loss]
+            self.loss_sum += loss.item()
+            self.loss_weight += float(weight)
+            if not self.known_weight:
+                self.flat.totals[0], self.flat.totals[1] = self.loss_sum, self.loss_weight
+        else:
+            outputs = leaves(x)
+            self.stash[segment, microbatch] = entering, outputs
+            self.leaving[microbatch] = [t.detach().contiguous() for t in outputs]
+
+    def _input(self, segment: int, microbatch: int) -> tuple[Nest, list[Tensor]]:
+        """(what a segment is called with, its tensors that collect a gradient)."""
+        if segment == 0 and self.stage == 0:
+            batch = self.batches[microbatch] if self.last_stage else self.batches.pop(microbatch)
+            return self.task.recipe.inputs(batch), []
+        if segment == 0:
+            nest = self.arrived.pop(microbatch)
+        else:
+            nest = map_nest(self.between.pop((segment, microbatch)), _leaf)
+        return nest, [t for t in leaves(nest) if t.requires_grad]
+
+    def backward(self, segment: int, microbatch: int) -> None:
+        """B of one segment: adds to the flat gradients, and hands the input's gradient on."""
+        entering, outputs = self.stash.pop((segment, microbatch))
+        if segment == len(self.segments) - 1 and self.last_stage:
+            torch.autograd.backward(outputs, [self.unit])
+        else:
+            outputs = [t for t in outputs if t.requires_grad]
+            given = self.gradients.pop((segment, microbatch))
+            torch.autograd.backward(outputs, given)
+        upstream = [t.grad if t.grad is not None else torch.zeros_like(t) for t in entering]
+        if segment:
+            self.gradients[segment - 1, microbatch] = list(upstream)
+        elif self.stage:
+            self.leaving[microbatch] = [g.contiguous() for g in upstream]
+
+    def evaluate(self, segment: int, microbatch: int, part: int) -> None:
+        """Forward only, without noise; the last stage adds loss, weight and hits of the samples that are no padding."""
+        self.draw.at(self.step, part * self.slice_size, self.slice_size)
+        with torch.no_grad():
+            x, _ = self._input(segment, microbatch)
+            for layer in self.segments[segment]:
+                x = self.task.call(layer, x)
+            if segment < len(self.segments) - 1:
+                self.between[segment + 1, microbatch] = x
+            elif not self.last_stage:
+                self.leaving[microbatch] = [t.detach().contiguous() for t in leaves(x)]
+            else:
+                valid = self.source.valid(self.step, part * self.slice_size, self.slice_size)
+                self._add_score(x, self.batches.pop(microbatch), valid)
+
+    def _add_score(self, output: Nest, batch: Nest, valid: int) -> None:
+        if not valid:
+            return
+        size = samples(batch)
+        output = map_nest(output, lambda t: t[:valid] if t.ndim and t.shape[0] == size else t)
+        batch = map_nest(batch, lambda t: t[:valid] if t.ndim and t.shape[0] == size else t)
+        loss, weight = self.task.recipe.loss(output, batch)
+        target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+        hits = 0
+        if isinstance(output, Tensor) and output.ndim == 2 and isinstance(target, Tensor) and target.ndim == 1:
+            hits = int((output.argmax(1) == target).sum())
+        self.score += torch.tensor([float(loss), float(weight), hits], dtype=torch.float64)
+
+    def training(self, on: bool) -> None:
+        """Switch noise and batch statistics on or off, and drop what an interrupted phase left."""
+        modules = [m for segment in self.segments for layer in segment for m in layer.modules()]
+        if not on:
+            self._modes = [m.training for m in modules]
+            if self.statistics:
+                self._from_running()
+        for module, mode in zip(modules, self._modes, strict=True):
+            module.training = on and mode
+
+    # -- what crosses the stage's edges ------------------------------------------------------------------------
+
+    def incoming(self, gradient: bool) -> list[Tensor]:
+        """Empty buffers for an activation to come, or for the gradients of what this stage sent."""
+        edge = self.exit if gradient else self.entry
+        pairs = zip(leaves(edge.nest), edge.gradients, strict=True)
+        return [torch.empty_like(t) for t, need in pairs if need or not gradient]
+
+    def arrive(self, gradient: bool, microbatch: int, tensors: list[Tensor]) -> None:
+        """Take over what has been received."""
+        if gradient:
+            self.gradients[len(self.segments) - 1, microbatch] = list(tensors)
+            return
+        fresh = iter(zip(tensors, self.entry.gradients, strict=True))
+
+        def place(_: Tensor) -> Tensor:
+            tensor, need = next(fresh)
+            return tensor.requires_grad_() if need else tensor
+
+        self.arrived[microbatch] = map_nest(self.entry.nest, place)
+
+    def leave(self, microbatch: int) -> list[Tensor]:
+        """What this stage has made for a neighbour."""
+        return self.leaving.pop(microbatch)
+
+    def _boundary(self, program: Program) -> Boundary:
+        """Run the layers in front once, on one microbatch, to learn the shapes that will arrive; also of the exit."""
+        task = self.task
+        batch = task.train.share(0, 0, self.slice_size)
+        self.draw.at(0, 0, self.slice_size)
+        x = task.recipe.inputs(batch)
+        entry = exit_ = Boundary(x, ())
+        first, last = program.stages[self.stage]
+        if len(program.stages) > 1:
+            saved = [b.clone() for b in task.net.buffers()]
+            for index, layer in enumerate(task.chain[:last]):
+                if index == first:
+                    entry = _shapes(x)
+                x = task.call(layer, x)
+            exit_ = _shapes(x)
+            for buffer, old in zip(task.net.buffers(), saved, strict=True):
+                buffer.copy_(old)
+        self.exit = exit_
+        return entry
+
+    # -- buffers and updates -----------------------------------------------------------------------------------
+
+    def buffer(self, name: str, bucket: int) -> Tensor:
+        """A declared flat buffer, or a segment's part of the gradients."""
+        if name == "grads":
+            return self.flat.gradients(bucket)
+        return {
+            "params": self.flat.params,
+            "totals": self.flat.totals,
+            "score": self.score,
+            "norm": self.norm,
+            "statistics": self.collected,
+            "running": self.running,
+        }[name]
+
+    def zero(self) -> None:
+        """Begin a step."""
+        self.flat.grads.zero_()
+        self.loss_sum = self.loss_weight = 0.0
+
+    def scale(self) -> float:
+        """1 / the weight of the batch that the gradients sum over."""
+        return 1.0 / (self.known_weight or max(float(self.flat.totals[1]), 1e-30))
+
+    def gradient_norm(self) -> None:
+        """Square of the gradient's norm on this stage."""
+        gradients = self.flat.grads[len(self.flat.totals) :]
+        self.norm[0] = float(torch.dot(gradients, gradients)) * self.scale() ** 2
+
+    def update(self) -> None:
+        """One optimiser step on the flat buffers."""
+        scale = self.scale()
+        clip = self.task.spec.clip
+        if clip is not None:
+            scale *= min(1.0, clip / (float(self.norm[0]) ** 0.5 + 1e-6))
+        gradients = self.flat.grads[len(self.flat.totals) :]
+        if self.rule == "native":
+            gradients.mul_(scale)
+            self.optimizer.step()
+        else:
+            rule: Callable[..., None] = RULES[self.rule]
+            groups = self.optimizer.param_groups
+            for (group, first, last), state in zip(self.flat.runs, self.states, strict=True):
+                if group >= 0:
+                    rule(self.flat.params[first:last], gradients[first:last], state, groups[group], scale)
+        if self.scheduler is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it wants to see optimizer.step(), which our rule replaces
+                self.scheduler.step()
+        if self.last_stage:
+            self.losses.append((self.loss_sum, self.loss_weight))
+        self.step += 1
+
+    def _keep_own_parameters(self, task: Task) -> None:
+        """The optimiser steps what lies on this stage; the layers of other stages are let go."""
+        own = {id(p) for segment in self.segments for layer in segment for p in layer.parameters()}
+        for group in self.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) in own]
+        inside = {id(b) for segment in self.segments for layer in segment for b in layer.buffers()}
+        if self.stage == 0:  # and the buffers that lie in no layer
+            inside |= {id(b) for b in task.net.buffers()} - {id(b) for layer in task.chain for b in layer.buffers()}
+        every = task.net.state_dict(keep_vars=True).items()
+        self.named = {name: value for name, value in every if id(value) in own | inside}
+        task.chain, task.net = [], torch.nn.Identity()
+
+    # -- running statistics (law 3: they change once a step, by the mean over all groups) ----------------------
+
+    def _own_statistics(self) -> None:
+        modules = {id(m): m for segment in self.segments for layer in segment for m in layer.modules()}
+        found = [b for m in modules.values() for b in running(m)]
+        self.statistics = [b for b in found if b.is_floating_point()]
+        self.counters = [(b, int(b)) for b in found if not b.is_floating_point()]
+        flat = [b.reshape(-1) for b in self.statistics]
+        self.running = torch.cat(flat) if flat else torch.zeros(0)
+        self.collected = torch.zeros_like(self.running)
+        self.groups = 0
+
+    def _from_running(self) -> None:
+        for buffer, piece in zip(self.statistics, self.running.split([b.numel() for b in self.statistics]), strict=True):
+            buffer.copy_(piece.view_as(buffer))
+
+    def _to_statistics(self) -> None:
+        self.collected += torch.cat([b.reshape(-1) for b in self.statistics])
+        self.groups += 1
+
+    def update_statistics(self) -> None:
+        """Running statistics become the mean of what every group would have made of them."""
+        if self.statistics:
+            self.running.copy_(self.collected).div_(self.groups)
+            self.collected.zero_()
+            self.groups = 0
+            self._from_running()
+            for index, (buffer, count) in enumerate(self.counters):
+                buffer.fill_(count + 1)
+                self.counters[index] = buffer, count + 1
+
+    # -- in and out --------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """This stage's part of the network's state_dict."""
+        return {name: value.detach().clone() for name, value in self.named.items()}
+
+    def bytes_held(self) -> int:
+        """Bytes of the flat buffers and the optimiser's state."""
+        kept = [self.flat.params, self.flat.grads, *(t for state in self.states for t in state.values())]
+        return sum(t.nbytes for t in kept)
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_() if t.requires_grad else t.detach()
+
+
+def _shapes(x: Any) -> Boundary:
+    tensors = leaves(x)
+    if not tensors:
+        raise TaskError(f"a stage must pass tensors on, not {type(x).__name__}")
+    empty = map_nest(x, lambda t: torch.empty_like(t, requires_grad=False, memory_format=torch.contiguous_format))
+    return Boundary(empty, tuple(t.requires_grad for t in tensors))

@@ -1,0 +1,35 @@
+"""Errors for people: each message is one line that says what is wrong and what would work."""
+
+
+class ParaxisError(Exception):
+    """Base of all errors whose message is meant for the user; `exit_code` is the command line's."""
+
+    exit_code = 2
+
+
+class TaskError(ParaxisError, ValueError):
+    """The network, the data or a training setting cannot be used as given."""
+
+
+class PlanError(ParaxisError, ValueError):
+    """A plan cannot be met: the message says what binds and what would fit."""
+
+
+class ProgramError(ParaxisError, ValueError):
+    """A program is ill-formed; the message draws the rank x slot grid with an arrow at the fault."""
+
+
+class MissingError(ParaxisError, RuntimeError):
+    """Something this machine lacks (MPI, a GPU, a compiler); the message says how to get it."""
+
+
+class Deadlock(ParaxisError, RuntimeError):
+    """No rank can go on; the message prints every rank's next instruction."""
+
+    exit_code = 1
+
+
+class RankError(ParaxisError, RuntimeError):
+    """A rank raised, died or stopped answering; the message names it and says why."""
+
+    exit_code = 1

@@ -1,0 +1,140 @@
+"""What each layer of a task costs on this machine: measured forwards and backwards, for balancing and simulating."""
+
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from paraxis.program.lower import Layout
+from paraxis.task.batches import leaves, map_nest
+from paraxis.task.task import Task, apply
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the driver knows of a task: its layout, seconds of each layer on one batch of `samples`, and notes.
+
+    `dispatch` is the seconds that a forward and backward of a single sample takes: the framework's own cost per step.
+    """
+
+    layers: tuple[str, ...]
+    layout: Layout
+    samples: int
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    dispatch: float
+    batch: int
+    steps_per_epoch: int | None
+    network: str
+    parameters: int
+    switched_off: tuple[str, ...]
+    unkeyed: tuple[str, ...]
+    random: bool
+    notes: tuple[str, ...]
+    has_test: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """As a plain dict; `facts_of` reads it back."""
+        return asdict(self)
+
+
+def facts_of(document: dict[str, Any]) -> Facts:
+    """The inverse of `Facts.as_json`."""
+    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in document.items()}
+    layout = {key: tuple(value) if isinstance(value, list) else value for key, value in document["layout"].items()}
+    layout["tied"] = tuple(tuple(item) for item in layout["tied"])
+    return Facts(**(lists | {"layout": Layout(**layout)}))
+
+
+def measure_layers(task: Task, samples: int, seconds: float = 0.6) -> Facts:
+    """Time every layer's forward and backward on a slice of the first batch, repeatedly for about `seconds`."""
+    first = task.train.share(0, 0, samples)
+    task.draw.at(0, 0, samples)
+    layout, names = task.layout(), [type(layer).__name__ for layer in task.chain]
+    rounds: list[list[tuple[float, float]]] = []
+    end = perf_counter() + seconds
+    while len(rounds) < 3 or (perf_counter() < end and len(rounds) < 30):
+        rounds.append(_round(task, first))
+    kept = rounds[1:]  # the first one warms up
+    forward = tuple(median(r[k][0] for r in kept) for k in range(len(names)))
+    backward = tuple(median(r[k][1] for r in kept) for k in range(len(names)))
+    one = task.train.share(0, 0, 1)
+    task.draw.at(0, 0, 1)
+    single = [sum(f + b for f, b in _round(task, one)) for _ in range(6)] if samples > 1 else [0.0]
+    return Facts(
+        layers=tuple(names),
+        layout=layout,
+        samples=samples,
+        forward=forward,
+        backward=backward,
+        dispatch=median(single[1:] or single),
+        batch=task.batch,
+        steps_per_epoch=task.train.steps_per_epoch,
+        network=task.recipe.name,
+        parameters=sum(p.numel() for p in task.net.parameters()),
+        switched_off=task.keyed.switched_off,
+        unkeyed=task.keyed.unkeyed,
+        random=task.keyed.functions or any("Dropout" in type(m).__name__ for m in task.net.modules()),
+        notes=tuple(task.notes),
+        has_test=task.test is not None,
+    )
+
+
+def _round(task: Task, batch: Any) -> list[tuple[float, float]]:
+    """(forward, backward) seconds of every layer, the loss counted to the last one."""
+    x, stash, forward = task.recipe.inputs(batch), [], []
+    for index, layer in enumerate(task.chain):
+        x = map_nest(x, _cut)
+        start = perf_counter()
+        out = task.call(layer, x)
+        if index == len(task.chain) - 1:
+            out = task.recipe.loss(out, batch)[0]
+        forward.append(perf_counter() - start)
+        stash.append((x, out))
+        x = out
+    backward = []
+    gradients: list[torch.Tensor] = []
+    for index in reversed(range(len(stash))):
+        x, out = stash[index]
+        outs = [t for t in leaves(out) if t.requires_grad]
+        start = perf_counter()
+        if outs:
+            torch.autograd.backward(outs, gradients if index < len(stash) - 1 else None)
+        backward.append(perf_counter() - start)
+        inputs = [t for t in leaves(x) if t.requires_grad]
+        gradients = [t.grad if t.grad is not None else torch.zeros_like(t) for t in inputs]
+    for p in task.net.parameters():
+        p.grad = None
+    return list(zip(forward, reversed(backward), strict=True))
+
+
+def _cut(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().requires_grad_() if t.requires_grad else t.detach()
+
+
+def coupled(task: Task, samples: int = 8) -> str:
+    """Whether the loss couples samples: "" or a sentence. The network's output on a batch is cut, and the loss with it."""
+    count = min(samples, task.batch) // 2 * 2
+    if count < 2:
+        return ""
+    batch = task.train.share(0, 0, count)
+    task.net.eval()
+    with torch.no_grad():
+        output = apply(task.net, task.recipe.inputs(batch))
+        whole, weight = task.recipe.loss(output, batch)
+        halves = []
+        for first in (0, count // 2):
+            half = slice(first, first + count // 2)
+            part = map_nest(batch, lambda t, h=half: t[h] if t.ndim and t.shape[0] == count else t)
+            out = map_nest(output, lambda t, h=half: t[h] if t.ndim and t.shape[0] == count else t)
+            halves.append(task.recipe.loss(out, part))
+    task.net.train()
+    total, weights = sum(float(h[0]) for h in halves), sum(float(h[1]) for h in halves)
+    if abs(total - float(whole)) <= 1e-4 * max(abs(float(whole)), 1e-12) and abs(weights - float(weight)) <= 1e-6 * weights:
+        return ""
+    return (
+        f"the loss couples samples: over {count} samples it is {float(whole):.6g} with weight {float(weight):g}, over their "
+        f"halves {total:.6g} with {weights:g}; loss() must return sums over samples"
+    )

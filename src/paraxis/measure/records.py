@@ -1,0 +1,175 @@
+"""What is written to disk and printed by --json: one study, its plans and their raw samples.
+
+Times are seconds, sizes are bytes. A field that nothing has filled is null, never absent.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Status = Literal["ok", "refused", "failed", "not run"]
+
+
+class Record(BaseModel):
+    """Base of all records: unknown fields are an error, so that a typing mistake cannot lose a figure."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Seconds(Record):
+    """A measured time: median and 95% bootstrap interval of the samples, and the samples themselves."""
+
+    median: float
+    low: float
+    high: float
+    samples: list[float]
+
+
+class Ratio(Record):
+    """A paired ratio (above 1: this plan is faster) with its 95% bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Verified(Record):
+    """The proof of one plan against the serial run (or the serial emulation of an inexact algorithm)."""
+
+    against: str
+    max_relative_difference: float | None
+    tolerance: float
+    passed: bool
+    where: str | None = None  # the first step and tensor that differ
+    note: str | None = None  # e.g. which randomness was switched off for the proof
+
+
+class MeshRecord(Record):
+    """Ranks along each axis."""
+
+    dp: int
+    pp: int
+    tp: int
+
+
+class Split(Record):
+    """Where one step of a plan goes, in seconds, averaged over its ranks; the parts add up to the step."""
+
+    compute: float
+    optimizer: float
+    communication: float  # exposed: not hidden under computation
+    pipeline_wait: float  # the bubble: waiting for another stage
+    straggler_wait: float  # waiting for a slower replica
+    data: float
+    overhead: float  # the interpreter and all that is not covered by an instruction
+
+
+class Event(Record):
+    """One instruction as executed: seconds from the start of the step."""
+
+    rank: int
+    label: str  # e.g. F0, B3, RecvAct
+    kind: str  # compute | optimizer | communication | pipeline_wait | straggler_wait | data
+    microbatch: int  # -1 where it has none
+    start: float
+    end: float
+
+
+class Result(Record):
+    """One plan: what it is, whether it is right, what it costs."""
+
+    plan: str
+    label: str  # the shortest text, as tables print it
+    program: str | None = None
+    mesh: MeshRecord
+    schedule: str
+    engine: str
+    comm: str | None = None
+    threads: int
+    workers: int
+    status: Status
+    reason: str | None = None
+    step_seconds: Seconds | None = None
+    samples_per_second: float | None = None
+    vs_today: Ratio | None = None
+    speedup: float | None = None
+    efficiency: float | None = None
+    exact: bool
+    verified: Verified | None = None
+    exposed_comm_fraction: float | None = None
+    bubble_fraction: float | None = None
+    bytes_communicated: int | None = None  # sent by all ranks together in one step
+    peak_memory_bytes: int | None = None  # of the rank that needs most
+    oversubscribed: bool = False
+    bound_by: str | None = None
+    split: Split | None = None
+    losses: list[float] = []  # mean training loss of each step since the initial weights
+    timeline: list[Event] = []  # one measured step
+    simulated: list[Event] = []  # the same step by the simulator, with measured stage costs
+    program_text: list[str] = []  # the program drawn, a line a rank
+
+
+class Baseline(Record):
+    """The best serial run: one rank, any number of threads."""
+
+    plan: str
+    step_seconds: Seconds
+
+
+class Recommendation(Record):
+    """The plan to use and why; `command` trains with it."""
+
+    plan: str
+    label: str
+    sentence: str
+    why: str
+    command: str
+    vs_today: Ratio | None
+    not_told_apart: list[str]
+
+
+class Machine(Record):
+    """The machine the figures hold for."""
+
+    cpu: str
+    usable_cores: int
+    memory_bytes: int
+    load_before: float
+    load_after: float | None = None
+    foreign_cores: float | None = None  # median of cores kept busy by other programs while measuring
+    python: str
+    torch: str
+    mpi: str | None
+    system: str
+    gpus: list[str] = []
+
+
+class Study(Record):
+    """Everything one `explore` found; `study.json` is this record."""
+
+    task: dict[str, Any]
+    machine: Machine
+    today: Result | None
+    baseline: Baseline | None
+    results: list[Result]
+    recommendation: Recommendation | None
+    notes: list[str] = []
+    finished: bool = False
+    elapsed_seconds: float = 0.0
+    version: str
+
+
+def write(study: Study, folder: Path) -> Path:
+    """Write `study.json` whole or not at all; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "study.json"
+    draft = path.with_suffix(".json.part")
+    draft.write_text(study.model_dump_json(indent=1))
+    draft.replace(path)
+    return path
+
+
+def read(path: Path) -> Study:
+    """Read a `study.json`, or the one in a folder; raises pydantic's ValidationError if it is not one."""
+    return Study.model_validate_json((path / "study.json" if path.is_dir() else path).read_text())

@@ -1,0 +1,212 @@
+"""A plan: the mesh of ranks, the schedule, how replicas agree, and what executes it. Text in, text out."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from paraxis.errors import PlanError
+
+SCHEDULES = ("layerwise", "gpipe", "1f1b")
+ENGINES = ("torch", "plain")
+COMMS = ("mpi", "gloo", "nccl")
+SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The grid of ranks; `tp` runs fastest and `pp` slowest, so that the chattiest ranks are neighbours."""
+
+    dp: int = 1
+    pp: int = 1
+    tp: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.dp * self.pp * self.tp
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(dp, pp, tp) of a rank."""
+        return rank // self.tp % self.dp, rank // (self.tp * self.dp), rank % self.tp
+
+    def rank(self, dp: int, pp: int, tp: int = 0) -> int:
+        """The rank at a place of the grid."""
+        return (pp * self.dp + dp) * self.tp + tp
+
+    def group(self, rank: int, axis: str) -> tuple[int, ...]:
+        """The ranks that share all coordinates with `rank` but that of `axis`, in order."""
+        dp, pp, tp = self.coordinates(rank)
+        if axis == "dp":
+            return tuple(self.rank(i, pp, tp) for i in range(self.dp))
+        if axis == "pp":
+            return tuple(self.rank(dp, i, tp) for i in range(self.pp))
+        return tuple(self.rank(dp, pp, i) for i in range(self.tp))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train; equal programs have equal text, because keys without effect take their default.
+
+    `split` is the number of layers of each stage (empty: balanced by measured cost); `threads` are an
+    engine's own in one rank; `bucket_bytes` 0 reduces all gradients at once; `sync` is "gradient",
+    "average@H" (H steps) or "average@epoch". Raises PlanError for values that no network could meet.
+    """
+
+    dp: int = 1
+    pp: int = 1
+    tp: int = 1
+    schedule: str = ""
+    microbatches: int = 1
+    split: tuple[int, ...] = ()
+    sync: str = "gradient"
+    engine: str = "torch"
+    comm: str = ""
+    threads: int = 1
+    bucket_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("dp", "pp", "tp", "microbatches", "threads"):
+            if getattr(self, key) < 1:
+                raise PlanError(f"{key}={getattr(self, key)}: it takes 1 or more")
+        if self.tp > 1:
+            raise PlanError(f"tp={self.tp}: tensor parallelism is not there yet; dp and pp are")
+        self._check_words()
+        if self.split and len(self.split) != self.pp:
+            raise PlanError(f"split={_plus(self.split)} names {len(self.split)} stages, but pp={self.pp}")
+        if any(part < 1 for part in self.split):
+            raise PlanError(f"split={_plus(self.split)}: every stage needs at least one layer")
+        self._drop_what_has_no_effect()
+
+    def _check_words(self) -> None:
+        words = {"schedule": ("", *SCHEDULES), "engine": ENGINES, "comm": ("", *COMMS)}
+        for key, allowed in words.items():
+            value = getattr(self, key)
+            if value not in allowed:
+                raise PlanError(f"{key}={value}: {_suggest(value, [w for w in allowed if w])}")
+        period(self.sync, steps_per_epoch=1)
+        if self.engine == "plain" and (self.mesh.size > 1 or self.microbatches > 1):
+            raise PlanError("engine=plain is the framework's own loop in one process; parallel plans take engine=torch")
+
+    def _drop_what_has_no_effect(self) -> None:
+        quiet: dict[str, Any] = {}
+        if self.mesh.size == 1:
+            quiet["comm"] = ""
+        elif not self.comm:
+            quiet["comm"] = "mpi"
+        if self.dp == 1:
+            quiet["sync"] = "gradient"
+        if self.dp == 1 or self.sync != "gradient":
+            quiet["bucket_bytes"] = 0
+        if self.pp == 1:
+            quiet |= {"schedule": "", "split": ()}
+        elif self.microbatches == 1 or not self.schedule:
+            quiet["schedule"] = "layerwise" if self.microbatches == 1 else "1f1b"
+        for key, value in quiet.items():
+            object.__setattr__(self, key, value)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The grid of ranks."""
+        return Mesh(self.dp, self.pp, self.tp)
+
+    @property
+    def workers(self) -> int:
+        """Ranks times threads: the cores that the plan can use."""
+        return self.mesh.size * self.threads
+
+    @property
+    def exact(self) -> bool:
+        """Whether it computes the serial step up to the order of float additions."""
+        return self.sync == "gradient"
+
+    def text(self) -> str:
+        """Every key, as records keep it; `parse` gives the same plan back."""
+        return ",".join(f"{f.name}={_show(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != ())
+
+    def short(self) -> str:
+        """Only the keys that differ from their default, as one types it."""
+        differ = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        shown = [f for f in differ if not (f.name == "schedule" and self.schedule == "layerwise")]
+        return ",".join(f"{f.name}={_show(getattr(self, f.name))}" for f in shown) or "serial"
+
+    def label(self) -> str:
+        """The name in tables: `pp=2 1f1b m=4 mpi`."""
+        if self.engine == "plain":
+            return f"today: 1 process, {self.threads} thread{'s' * (self.threads > 1)}"
+        words = [f"{axis}={getattr(self, axis)}" for axis in ("dp", "pp", "tp") if getattr(self, axis) > 1]
+        words += [self.schedule] * bool(self.schedule)
+        words += [f"m={self.microbatches}"] * (self.microbatches > 1)
+        words += [self.sync] * (self.sync != "gradient")
+        words += [f"threads={self.threads}"] * (self.threads > 1)
+        words += [f"bucket={_bytes(self.bucket_bytes)}"] * (self.bucket_bytes > 0)
+        return " ".join([*words, self.comm]).strip() or "serial"
+
+
+def parse(text: str) -> Plan:
+    """The plan of `dp=2,pp=2,schedule=1f1b,microbatches=8` or of the alias `serial`; raises PlanError."""
+    if text.strip() == "serial":
+        return Plan()
+    values: dict[str, Any] = {}
+    known = {f.name: f.default for f in fields(Plan)}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals or key not in known:
+            raise PlanError(f"plan {text!r}: {key!r} is not a key; {_suggest(key, list(known))}")
+        if key in values:
+            raise PlanError(f"plan {text!r} gives {key} twice")
+        values[key] = _value(key, value, known[key])
+    if not values:
+        raise PlanError(f"plan {text!r} is empty; try serial, dp=2 or pp=2,microbatches=4")
+    return Plan(**values)
+
+
+def period(sync: str, steps_per_epoch: int) -> int:
+    """Steps between two agreements of the replicas: 1, H of `average@H`, or an epoch's steps."""
+    rule, _, every = sync.partition("@")
+    if sync == "gradient":
+        return 1
+    if rule == "average" and every == "epoch":
+        return steps_per_epoch
+    if rule == "average" and every.isdecimal() and int(every) >= 1:
+        return int(every)
+    raise PlanError(f"sync={sync}: it takes gradient, average@H with H steps, or average@epoch")
+
+
+def with_split(plan: Plan, split: Iterable[int]) -> Plan:
+    """The same plan with its stages settled."""
+    return replace(plan, split=tuple(split)) if plan.pp > 1 else plan
+
+
+def _value(key: str, value: str, default: object) -> object:
+    if isinstance(default, str):
+        return value
+    try:
+        if key == "split":
+            return tuple(int(part) for part in value.split("+"))
+        if value[-1:] in SUFFIXES and key == "bucket_bytes":
+            return int(value[:-1]) * SUFFIXES[value[-1]]
+        return int(value)
+    except ValueError:
+        wanted = "layer counts such as 3+5" if key == "split" else "a whole number"
+        raise PlanError(f"{key}={value}: it takes {wanted}") from None
+
+
+def _suggest(word: str, allowed: list[str]) -> str:
+    close = get_close_matches(word, allowed, 1)
+    return f"did you mean {close[0]}?" if close else f"it takes one of {', '.join(allowed)}"
+
+
+def _plus(parts: Iterable[int]) -> str:
+    return "+".join(map(str, parts))
+
+
+def _show(value: object) -> str:
+    return _plus(value) if isinstance(value, tuple) else str(value)
+
+
+def _bytes(count: int) -> str:
+    for suffix, unit in reversed(SUFFIXES.items()):
+        if count >= unit and count % unit == 0:
+            return f"{count // unit}{suffix}"
+    return str(count)

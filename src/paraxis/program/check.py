@@ -1,0 +1,240 @@
+"""Proves that a program cannot hang or compute on what is not there, before anything is sent.
+
+One abstract run of a period plus one step with synchronous sends: a send's wait ends only when its receiver
+has posted, a receive's when its sender has started, a collective's when all have joined.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from paraxis.errors import Deadlock, ProgramError
+from paraxis.program.grid import point_at
+from paraxis.plan.plan import Mesh
+from paraxis.program.instructions import COLLECTIVES, RECEIVES, SENDS, Instruction, Program
+
+
+Fail = Callable[[int, str], NoReturn]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a correct program was found to need: most microbatches alive at once on each rank."""
+
+    peak_live: tuple[int, ...]
+
+
+@dataclass
+class _Rank:
+    """The abstract state of one rank within one step."""
+
+    place: int = 0
+    forward: set[tuple[int, int, int]] = field(default_factory=set)  # (stage, segment, microbatch)
+    backward: set[tuple[int, int, int]] = field(default_factory=set)
+    loaded: set[int] = field(default_factory=set)
+    received: set[tuple[str, int, int]] = field(default_factory=set)
+    open: dict[int, Instruction] = field(default_factory=dict)
+    reduced: set[int] = field(default_factory=set)
+    peak: int = 0
+
+
+def check(program: Program) -> Checked:
+    """Raises ProgramError or Deadlock with the grid and an arrow at the fault; otherwise tells the peak of live work."""
+    peaks = [0] * program.mesh.size
+    for part in (*_unrolled(program), *(name for name, _ in program.epilogue), "evaluate", "score"):
+        body = program.body(part)
+        if len(body) != program.mesh.size:
+            raise ProgramError(f"body {part} has {len(body)} ranks, but the mesh has {program.mesh.size}")
+        for rank, instructions in enumerate(body):
+            peak = _check_rank(program, part, rank, instructions)
+            peaks[rank] = max(peaks[rank], peak)
+    _check_hang(program.mesh, [program.body(part) for part in _unrolled(program)])
+    for name in ("evaluate", "score", *(name for name, _ in program.epilogue)):
+        _check_hang(program.mesh, [program.body(name)])
+    return Checked(tuple(peaks))
+
+
+def _unrolled(program: Program) -> list[str]:
+    """A period plus one step; long runs of one body are as good as two of it."""
+    names = [name for name, times in program.period for _ in range(min(times, 2))]
+    return [*names, names[0]]
+
+
+def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[Instruction]) -> int:
+    """What one rank can violate alone, in one body. Returns the peak of live microbatches."""
+    state, body = _Rank(), program.body(part)
+    stage_last = len(program.stages) - 1
+
+    def fail(slot: int, why: str) -> NoReturn:
+        raise ProgramError(f"rank {rank}, slot {slot} of {part}: {why}\n{point_at(body, rank, slot)}")
+
+    for slot, i in enumerate(instructions):
+        _check_token(state, i, slot, fail)
+        if i.op in ("F", "B") and not (0 <= i.microbatch < program.microbatches and 0 <= i.stage <= stage_last):
+            fail(slot, f"{i.label()}: there are {program.microbatches} microbatches and {stage_last + 1} stages")
+        if i.op == "F":
+            _check_forward(program, state, i, slot, fail)
+        elif i.op == "B":
+            _check_backward(program, state, i, slot, fail)
+        elif i.op == "Load":
+            state.loaded.add(i.microbatch)
+        elif i.op.endswith("Start") and i.base in SENDS:
+            _check_send(program, state, i, slot, fail)
+        elif i.waits and i.base in RECEIVES:
+            state.received.add((i.base, i.stage, i.microbatch))
+        elif i.base == "AllReduce" or i.rule == "step":
+            _check_write(program, part, state, i, slot, fail)
+        state.peak = max(state.peak, len({f[2] for f in state.forward - state.backward}))
+    if state.open:
+        token, i = next(iter(state.open.items()))
+        fail(len(instructions) - 1, f"{i.op} {i.label()} (token {token}) is never awaited")
+    if any(i.op == "B" for row in body for i in row):
+        _check_complete(program, state, rank, fail, len(instructions) - 1)
+    return state.peak if any(i.op == "B" for i in instructions) else 1
+
+
+def _check_token(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    if i.starts:
+        if i.token in state.open:
+            fail(slot, f"token {i.token} is already open")
+        state.open[i.token] = i
+    elif i.waits:
+        begun = state.open.pop(i.token, None)
+        if begun is None or begun.base != i.base or begun.microbatch != i.microbatch:
+            fail(slot, f"{i.op} of token {i.token} has no start")
+
+
+def _check_forward(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    key = (i.stage, i.segment, i.microbatch)
+    if key in state.forward:
+        fail(slot, f"{i.label()} runs twice")
+    if i.segment > 0 and (i.stage, i.segment - 1, i.microbatch) not in state.forward:
+        fail(slot, f"{i.label()} before the segment in front of it")
+    if i.segment == 0 and i.stage > 0 and ("RecvAct", i.stage, i.microbatch) not in state.received:
+        fail(slot, f"{i.label()} before its activation has arrived")
+    if i.stage in (0, len(program.stages) - 1) and i.microbatch not in state.loaded:
+        fail(slot, f"{i.label()} before its samples are loaded")
+    state.forward.add(key)
+
+
+def _check_backward(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    key = (i.stage, i.segment, i.microbatch)
+    last_segment = len(program.segments[i.stage]) - 1
+    if key in state.backward:
+        fail(slot, f"{i.label()} runs twice")
+    if key not in state.forward:
+        fail(slot, f"{i.label()} before its forward")
+    if i.segment < last_segment and (i.stage, i.segment + 1, i.microbatch) not in state.backward:
+        fail(slot, f"{i.label()} before the segment behind it")
+    needs = i.segment == last_segment and i.stage < len(program.stages) - 1
+    if needs and ("RecvGrad", i.stage, i.microbatch) not in state.received:
+        fail(slot, f"{i.label()} before its gradient has arrived")
+    if i.segment in state.reduced:
+        fail(slot, f"{i.label()} adds to bucket {i.segment} after its reduction has started")
+    state.backward.add(key)
+
+
+def _check_send(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    act = i.base == "SendAct"
+    key = (i.stage, len(program.segments[i.stage]) - 1 if act else 0, i.microbatch)
+    if key not in (state.forward if act else state.backward):
+        fail(slot, f"{i.label()} before {'F' if act else 'B'}{i.microbatch} has made it")
+
+
+def _check_write(program: Program, part: str, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    """Reductions and updates: complete gradients only, and no write between F and B of a microbatch."""
+    live = state.forward - state.backward
+    if (i.rule == "step" or i.buffer == "params") and live:
+        fail(slot, f"{i.label()} writes parameters while microbatch {min(live)[2]} is between F and B")
+    if i.starts and i.buffer == "grads":
+        done = sum(1 for s, k, _ in state.backward if k == i.bucket)
+        if done < program.microbatches:
+            fail(slot, f"bucket {i.bucket} is reduced after {done} of {program.microbatches} microbatches")
+        state.reduced.add(i.bucket)
+    if i.rule == "step":
+        if any(o.buffer == "grads" for o in state.open.values()):
+            fail(slot, "the update does not wait for the reduction")
+        wanted = len(program.segments[i.stage]) if part == "step" and program.mesh.dp > 1 else 0
+        if len(state.reduced) < wanted:
+            fail(slot, f"the update comes after {len(state.reduced)} of {wanted} buckets were reduced")
+
+
+def _check_complete(program: Program, state: _Rank, rank: int, fail: Fail, slot: int) -> None:
+    """A step of a stage computes every microbatch, forwards and backwards, and keeps nothing."""
+    stage = program.mesh.coordinates(rank)[1]
+    cuts = range(len(program.segments[stage]))
+    wanted = {(stage, k, m) for k in cuts for m in range(program.microbatches)}
+    missing = sorted(wanted - state.forward, key=lambda key: key[2])
+    leaked = sorted(state.forward - state.backward, key=lambda key: key[2])
+    if missing:
+        fail(slot, f"microbatch {missing[0][2]} is never computed")
+    if leaked:
+        fail(slot, f"the activation of microbatch {leaked[0][2]} is never used: its backward is missing")
+
+
+@dataclass
+class _World:
+    """How often each rank has started and awaited each transfer, over the unrolled steps."""
+
+    mesh: Mesh
+    started: Counter[Hashable] = field(default_factory=Counter)
+    waited: Counter[Hashable] = field(default_factory=Counter)
+
+    def may_pass(self, i: Instruction, rank: int) -> bool:
+        """Whether the other side has begun what this rank waits for, as many times as this rank has."""
+        nth = self.waited[_key(i, rank)] + 1
+        if i.base in COLLECTIVES:
+            return all(self.started[_key(i, r)] >= nth for r in self.mesh.group(rank, i.axis))
+        return self.started[_key(_mirror(i, rank), i.peer)] >= nth
+
+
+def _check_hang(mesh: Mesh, steps: Sequence[Sequence[Sequence[Instruction]]]) -> None:
+    """Run all ranks together; whoever cannot go on waits, and if all wait it is a deadlock."""
+    ranks = [[i for body in steps for i in body[rank]] for rank in range(mesh.size)]
+    places = [0] * mesh.size
+    world = _World(mesh)
+    moved = True
+    while moved:
+        moved = False
+        for rank, instructions in enumerate(ranks):
+            while places[rank] < len(instructions):
+                i = instructions[places[rank]]
+                if i.waits and not world.may_pass(i, rank):
+                    break
+                (world.started if i.starts else world.waited)[_key(i, rank)] += i.token >= 0
+                places[rank] += 1
+                moved = True
+    stuck = [r for r, place in enumerate(places) if place < len(ranks[r])]
+    if stuck:
+        nexts = (f"  rank {r}: {ranks[r][p].text() if p < len(ranks[r]) else 'done'}" for r, p in enumerate(places))
+        picture = point_at(ranks, stuck[0], places[stuck[0]])
+        raise Deadlock("\n".join([f"ranks {stuck} wait for each other; the next instruction of each:", *nexts, picture]))
+    _check_pairs(world, ranks)
+
+
+def _check_pairs(world: _World, ranks: Sequence[Sequence[Instruction]]) -> None:
+    """Every send has its receive and every member of a group joins a collective equally often."""
+    for rank, instructions in enumerate(ranks):
+        for slot, i in enumerate(instructions):
+            if not i.starts:
+                continue
+            collective = i.base in COLLECTIVES
+            others = world.mesh.group(rank, i.axis) if collective else (i.peer,)
+            mirrored = i if collective else _mirror(i, rank)
+            for other in others:
+                if world.started[_key(mirrored, other)] != world.started[_key(i, rank)]:
+                    why = f"{i.label()} has no counterpart on rank {other}"
+                    raise ProgramError(f"rank {rank}, slot {slot}: {why}\n{point_at(ranks, rank, slot)}")
+
+
+def _key(i: Instruction, rank: int) -> Hashable:
+    if i.base in COLLECTIVES:
+        return i.base, i.axis, i.buffer, i.bucket, rank
+    return i.base, i.microbatch, rank, i.peer
+
+
+def _mirror(i: Instruction, rank: int) -> Instruction:
+    """The transfer that the peer must make for this one."""
+    base = i.base.replace("Send", "Recv") if i.base in SENDS else i.base.replace("Recv", "Send")
+    return Instruction(base + "Start", microbatch=i.microbatch, peer=rank)

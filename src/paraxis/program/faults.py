@@ -1,0 +1,185 @@
+"""Seeded faults: the mistakes that parallel training is known for, so that one can see the proof catch them.
+
+A fault changes a finished program on all ranks, or spoils the engine of the last rank, behind the checker's back.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from paraxis.errors import PlanError
+from paraxis.plan.plan import Plan
+from paraxis.program.instructions import Instruction, Program
+
+Rewrite = Callable[[Program, int, list[Instruction]], Iterable[Instruction]]
+
+
+def _nothing(engine: Any) -> None:
+    """Leaves an engine as it is."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One mistake: what it is, which plans can have it, and how it is made."""
+
+    what: str
+    needs: Callable[[Plan], bool]
+    wanting: str
+    rewrite: Rewrite | None = None
+    spoil: Callable[[Any], None] = _nothing
+
+    def mutated(self, plan: Plan, program: Program) -> Program:
+        """The program with the fault; raises PlanError for a plan that cannot have it."""
+        if not self.needs(plan):
+            raise PlanError(f"this fault ({self.what}) needs {self.wanting}")
+        if self.rewrite is None:
+            return program
+        bodies = []
+        for name, ranks in program.bodies:
+            training = name not in ("evaluate", "score", "settle")
+            spoiled = tuple(
+                tuple(self.rewrite(program, rank, list(body))) if training else body for rank, body in enumerate(ranks)
+            )
+            bodies.append((name, spoiled))
+        return replace(program, bodies=tuple(bodies))
+
+
+def _without(match: Callable[[Instruction], bool]) -> Rewrite:
+    return lambda program, rank, body: [i for i in body if not match(i)]
+
+
+def _with(match: Callable[[Instruction], bool], change: Callable[[Program, Instruction], Instruction]) -> Rewrite:
+    return lambda program, rank, body: [change(program, i) if match(i) else i for i in body]
+
+
+def _early(match: Callable[[Instruction], bool]) -> Rewrite:
+    """Move what matches to just before the last backward."""
+
+    def rewrite(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
+        moved = [i for i in body if match(i)]
+        rest = [i for i in body if not match(i)]
+        last = max(n for n, i in enumerate(rest) if i.op == "B")
+        return rest[:last] + moved + rest[last:]
+
+    return rewrite
+
+
+def _on_last(rewrite: Rewrite) -> Rewrite:
+    return lambda program, rank, body: rewrite(program, rank, body) if rank == program.mesh.size - 1 else body
+
+
+def _swap_samples(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
+    """The last stage takes the targets of microbatches 0 and 1 for one another."""
+    if program.mesh.coordinates(rank)[1] != program.mesh.pp - 1:
+        return body
+    swap = {0: 1, 1: 0}
+    loads = [i for i in body if i.op == "Load"]
+    slices = {i.microbatch: i.slice for i in loads}
+    new = {i: replace(i, slice=slices[swap.get(i.microbatch, i.microbatch)]) for i in loads}
+    return [new.get(i, i) for i in body]
+
+
+def _skip_backward(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
+    """The first stage forgets the backward of its last microbatch."""
+    first = program.mesh.coordinates(rank)[1] == 0
+    return [i for i in body if not (first and i.op == "B" and i.microbatch == program.microbatches - 1)]
+
+
+def _local_slice(program: Program, i: Instruction) -> Instruction:
+    return replace(i, slice=i.microbatch)
+
+
+def _heavier(engine: Any) -> None:
+    engine.known_weight = engine.known_weight / 2
+
+
+def _other_start(engine: Any) -> None:
+    engine.flat.params.mul_(1.01)
+
+
+def _late(engine: Any) -> None:
+    load, size = engine.load, engine.slice_size
+
+    def late(microbatch: int, part: int) -> None:
+        load(microbatch, part)
+        wanted = engine.source.share(engine.step + 1, part * size, size, engine.stage == 0, engine.last_stage)
+        engine.batches[microbatch] = wanted
+
+    engine.load = late
+
+
+def _other_rate(engine: Any) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] *= 1.01
+
+
+def _of(op: str, **wanted: object) -> Callable[[Instruction], bool]:
+    return lambda i: i.base == op and all(getattr(i, key) == value for key, value in wanted.items())
+
+
+GRADS, PARAMS = _of("AllReduce", buffer="grads"), _of("AllReduce", buffer="params")
+STEP = _of("Update", rule="step")
+
+
+def _replicas(p: Plan) -> bool:
+    return p.dp > 1 and p.sync == "gradient"
+
+
+def _averaging(p: Plan) -> bool:
+    return p.sync != "gradient"
+
+
+def _replicated(p: Plan) -> bool:
+    return p.dp > 1
+
+
+def _pipelined(p: Plan) -> bool:
+    return p.pp > 1 and p.microbatches > 1
+
+
+def _any(p: Plan) -> bool:
+    return True
+
+
+FAULTS: dict[str, Fault] = {
+    "dropped-reduction": Fault("gradients are not reduced", _replicas, "dp > 1", _without(GRADS)),
+    "mean-of-sums": Fault(
+        "gradients are averaged that should be summed",
+        _replicas,
+        "dp > 1",
+        _with(GRADS, lambda p, i: replace(i, reduction="mean")),
+    ),
+    "stale-bucket": Fault("a bucket is reduced before its last gradient", _replicas, "dp > 1", _early(GRADS)),
+    "all-data": Fault(
+        "every worker trains on the same share",
+        _replicated,
+        "dp > 1",
+        _with(lambda i: i.op in ("Load", "F"), _local_slice),
+    ),
+    "wrong-mask": Fault(
+        "dropout masks of the wrong samples",
+        _replicated,
+        "dp > 1 and a network with dropout",
+        _with(lambda i: i.op == "F", _local_slice),
+    ),
+    "random-start": Fault("one worker starts from other weights", _any, "", spoil=_other_start),
+    "late-batch": Fault("one worker is a batch ahead", _any, "", spoil=_late),
+    "factor": Fault("one worker divides by half the batch", _any, "", spoil=_heavier),
+    "other-rate": Fault("one worker has another learning rate", _any, "", spoil=_other_rate),
+    "lost-update": Fault("one worker skips its update", _any, "", _on_last(_without(STEP))),
+    "early-update": Fault("the update comes before the last backward", _any, "", _early(STEP)),
+    "unzeroed": Fault("gradients of the step before are kept", _any, "", _without(_of("Update", rule="zero"))),
+    "swapped-microbatch": Fault(
+        "targets of two microbatches are swapped", _pipelined, "pp > 1 and microbatches > 1", _swap_samples
+    ),
+    "lost-backward": Fault(
+        "a microbatch's backward is forgotten", _pipelined, "pp > 1 and microbatches > 1", _skip_backward
+    ),
+    "summed-weights": Fault(
+        "weights are summed that should be averaged",
+        _averaging,
+        "sync=average@H",
+        _with(PARAMS, lambda p, i: replace(i, reduction="sum")),
+    ),
+    "never-averaged": Fault("replicas never agree", _averaging, "sync=average@H", _without(PARAMS)),
+}

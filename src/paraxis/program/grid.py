@@ -1,0 +1,49 @@
+"""A program, or a fault in one, drawn as text: ranks downwards, slots to the right."""
+
+from collections.abc import Sequence
+
+from paraxis.program.instructions import Instruction, Program
+
+Ranks = Sequence[Sequence[Instruction]]
+
+
+def draw(body: Ranks, computing_only: bool = False) -> list[str]:
+    """A line a rank, cells in columns; `computing_only` leaves transfers out, as textbooks draw a pipeline."""
+    rows = [[i for i in rank if not computing_only or i.op in ("F", "B", "Update")] for rank in body]
+    labels = [[i.label() for i in row] for row in rows]
+    width = max((len(label) for row in labels for label in row), default=1)
+    name = len(f"rank {len(labels) - 1}")
+    return [f"{f'rank {r}':<{name}} | " + " ".join(f"{label:<{width}}" for label in row) for r, row in enumerate(labels)]
+
+
+def point_at(body: Ranks, rank: int, slot: int, around: int = 6) -> str:
+    """The grid near one slot of one rank, with an arrow under it."""
+    first = max(0, slot - around)
+    window = [row[first : slot + around + 1] for row in body]
+    lines = draw(window)
+    width = max((len(i.label()) for row in window for i in row), default=1)
+    name = len(f"rank {len(body) - 1}")
+    arrow = " " * (name + 3 + (slot - first) * (width + 1)) + "^"
+    shown = range(max(0, rank - 3), min(len(lines), rank + 4))
+    out = [line for r in shown for line in ([lines[r], arrow] if r == rank else [lines[r]])]
+    return "\n".join(out)
+
+
+def explain(program: Program) -> str:
+    """Which cells mean what, and how the bodies follow each other."""
+    runs = " then ".join(f"{name} x{times}" if times > 1 else name for name, times in program.period)
+    keys = "F forward, B backward of a microbatch; L load; r/s receive/send A activation, G gradient; AR all-reduce"
+    return f"period: {runs}   ({keys}; < starts, > waits)"
+
+
+def simplify(body: Ranks) -> Ranks:
+    """Adjacent start and wait as the one blocking call that they become."""
+    out = []
+    for row in body:
+        kept: list[Instruction] = []
+        for i in row:
+            if kept and i.waits and kept[-1].starts and (kept[-1].base, kept[-1].token) == (i.base, i.token):
+                continue
+            kept.append(i)
+        out.append(kept)
+    return out

@@ -1,0 +1,200 @@
+"""The instruction set: what a rank can be told to do, as frozen data that prints and parses.
+
+Names end in `Start` and `Wait` where an operation may go on meanwhile; both carry the same token.
+"""
+
+from dataclasses import dataclass, fields
+from hashlib import sha256
+
+from paraxis.errors import ProgramError
+from paraxis.plan.plan import Mesh
+
+COMPUTE = ("F", "B")
+SENDS = ("SendAct", "SendGrad")
+RECEIVES = ("RecvAct", "RecvGrad")
+COLLECTIVES = ("AllReduce",)
+OPS = (
+    *("Load", "F", "B", "Update"),
+    *(f"{op}{end}" for op in (*SENDS, *RECEIVES, *COLLECTIVES) for end in ("Start", "Wait")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One operation of one rank; fields that an operation does not use keep their default.
+
+    `slice` says which of the dp x microbatches equal slices of the global batch is meant, `peer` a rank, `axis` a direction of the mesh,
+    `buffer` a declared buffer, `bucket` a segment's part of it (-1: all), `rule` an update rule.
+    """
+
+    op: str
+    stage: int = -1
+    segment: int = -1
+    microbatch: int = -1
+    slice: int = -1
+    peer: int = -1
+    axis: str = ""
+    buffer: str = ""
+    bucket: int = -1
+    reduction: str = ""
+    rule: str = ""
+    token: int = -1
+
+    @property
+    def base(self) -> str:
+        """The operation without Start or Wait."""
+        return self.op.removesuffix("Start").removesuffix("Wait")
+
+    @property
+    def starts(self) -> bool:
+        """Whether it opens a token."""
+        return self.op.endswith("Start")
+
+    @property
+    def waits(self) -> bool:
+        """Whether it closes a token."""
+        return self.op.endswith("Wait")
+
+    def text(self) -> str:
+        """`F stage=0 segment=1 microbatch=2`; `parse_instruction` gives the same back."""
+        set_fields = (f"{f.name}={getattr(self, f.name)}" for f in fields(self)[1:] if getattr(self, f.name) != f.default)
+        return " ".join([self.op, *set_fields])
+
+    def label(self) -> str:
+        """The few letters that stand in a cell of a grid."""
+        if self.op in COMPUTE:
+            return f"{self.op}{self.microbatch}" + (f".{self.segment}" if self.segment > 0 else "")
+        if self.op == "Update":
+            return {"zero": "zero", "step": "step"}.get(self.rule, self.rule)
+        short = {"SendAct": "sA", "SendGrad": "sG", "RecvAct": "rA", "RecvGrad": "rG", "AllReduce": "AR", "Load": "L"}
+        mark = "<" if self.starts else ">" if self.waits else ""
+        number = self.microbatch if self.microbatch >= 0 else self.bucket
+        return f"{short[self.base]}{number if number >= 0 else self.buffer[:1]}{mark}"
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A named flat buffer of every rank; `shared` is one copy that several ranks see."""
+
+    name: str
+    scope: str = "private"
+
+
+Body = tuple[tuple[Instruction, ...], ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """For every rank the complete list of instructions, in named bodies: prologue, a period of steps, epilogue.
+
+    `stages` are layer ranges [first, last); `segments` cut each stage in turn. `period` and `epilogue` name
+    bodies with the number of times they run. Body `evaluate` is forward only.
+    """
+
+    mesh: Mesh
+    stages: tuple[tuple[int, int], ...]
+    segments: tuple[tuple[tuple[int, int], ...], ...]
+    microbatches: int
+    buffers: tuple[Buffer, ...]
+    bodies: tuple[tuple[str, Body], ...]
+    period: tuple[tuple[str, int], ...]
+    prologue: tuple[tuple[str, int], ...] = ()
+    epilogue: tuple[tuple[str, int], ...] = ()
+
+    def body(self, name: str) -> Body:
+        """The instructions of a named body, one tuple a rank."""
+        return dict(self.bodies)[name]
+
+    def steps_in_period(self) -> int:
+        """Optimiser steps until the program repeats."""
+        return sum(times for _, times in self.period)
+
+    def step_body(self, step: int) -> str:
+        """Which body step number `step` (from 0) runs."""
+        place = step % self.steps_in_period()
+        for name, times in self.period:
+            if place < times:
+                return name
+            place -= times
+        raise ProgramError("a period of no steps")
+
+    def text(self) -> str:
+        """The whole program as text; `parse_program` gives the same program back."""
+        lines = [f"mesh dp={self.mesh.dp} pp={self.mesh.pp} tp={self.mesh.tp}", f"microbatches {self.microbatches}"]
+        lines += [f"stage {a}-{b} segments {' '.join(f'{c}-{d}' for c, d in cuts)}" for (a, b), cuts in self._cuts()]
+        lines += [f"buffer {b.name} {b.scope}" for b in self.buffers]
+        for part in ("prologue", "period", "epilogue"):
+            lines.append(" ".join([part, *(f"{name}*{times}" for name, times in getattr(self, part))]))
+        for name, body in self.bodies:
+            for rank, instructions in enumerate(body):
+                lines += [f"body {name} rank {rank}", *(f"  {i.text()}" for i in instructions)]
+        return "\n".join(lines) + "\n"
+
+    def digest(self) -> str:
+        """16 hexadecimal digits that name this program."""
+        return sha256(self.text().encode()).hexdigest()[:16]
+
+    def _cuts(self) -> zip:  # type: ignore[type-arg]
+        return zip(self.stages, self.segments, strict=True)
+
+
+def parse_instruction(line: str) -> Instruction:
+    """The inverse of `Instruction.text`; raises ProgramError."""
+    op, *words = line.split()
+    types = {f.name: f.type for f in fields(Instruction)}
+    if op not in OPS:
+        raise ProgramError(f"{op!r} is not an instruction; there are {', '.join(OPS)}")
+    values: dict[str, object] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in types or key == "op":
+            raise ProgramError(f"{key!r} is not a field of {op}: {line.strip()!r}")
+        try:
+            values[key] = int(value) if types[key] is int else value
+        except ValueError:
+            raise ProgramError(f"{key}={value!r} is not a number: {line.strip()!r}") from None
+    return Instruction(op, **values)  # type: ignore[arg-type]
+
+
+def parse_program(text: str) -> Program:
+    """The inverse of `Program.text`; raises ProgramError naming the line that cannot be read."""
+    head: dict[str, list[list[str]]] = {}
+    bodies: dict[str, list[list[Instruction]]] = {}
+    current: list[Instruction] | None = None
+    for line in text.splitlines():
+        words = line.split()
+        if line.startswith("  ") and current is not None:
+            current.append(parse_instruction(line))
+        elif words[:1] == ["body"] and len(words) == 4:
+            current = []
+            bodies.setdefault(words[1], []).append(current)
+        elif words and words[0] in ("mesh", "microbatches", "stage", "buffer", "prologue", "period", "epilogue"):
+            head.setdefault(words[0], []).append(words[1:])
+        elif words:
+            raise ProgramError(f"this line of a program cannot be read: {line!r}")
+    try:
+        return _assemble(head, bodies)
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise ProgramError(f"the head of the program is incomplete or malformed: {error}") from None
+
+
+def _assemble(head: dict[str, list[list[str]]], bodies: dict[str, list[list[Instruction]]]) -> Program:
+    def pair(word: str) -> tuple[int, int]:
+        first, last = word.split("-")
+        return int(first), int(last)
+
+    def runs(part: str) -> tuple[tuple[str, int], ...]:
+        return tuple((w.split("*")[0], int(w.split("*")[1])) for w in head[part][0])
+
+    mesh = Mesh(**{key: int(value) for key, value in (word.split("=") for word in head["mesh"][0])})
+    return Program(
+        mesh=mesh,
+        stages=tuple(pair(words[0]) for words in head["stage"]),
+        segments=tuple(tuple(pair(w) for w in words[2:]) for words in head["stage"]),
+        microbatches=int(head["microbatches"][0][0]),
+        buffers=tuple(Buffer(*words) for words in head.get("buffer", [])),
+        bodies=tuple((name, tuple(map(tuple, ranks))) for name, ranks in bodies.items()),
+        period=runs("period"),
+        prologue=runs("prologue"),
+        epilogue=runs("epilogue"),
+    )

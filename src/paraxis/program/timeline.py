@@ -1,0 +1,123 @@
+"""Who did what, from when to when: the same type for a measured and a simulated step."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from paraxis.program.instructions import COLLECTIVES, RECEIVES, SENDS, Instruction, Program
+
+KINDS = ("compute", "optimizer", "communication", "pipeline_wait", "straggler_wait", "data")
+
+
+@dataclass(frozen=True)
+class Span:
+    """One instruction (or the part of it that is of one kind), in seconds from the start of the step."""
+
+    rank: int
+    instruction: Instruction
+    start: float
+    end: float
+    kind: str
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One step of all ranks."""
+
+    spans: tuple[Span, ...]
+    ranks: int
+
+    @property
+    def makespan(self) -> float:
+        """Seconds from the first start to the last end."""
+        return max((s.end for s in self.spans), default=0.0) - min((s.start for s in self.spans), default=0.0)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each kind, averaged over the ranks."""
+        total = dict.fromkeys(KINDS, 0.0)
+        for span in self.spans:
+            total[span.kind] += (span.end - span.start) / self.ranks
+        return total
+
+    def bubble_fraction(self) -> float:
+        """Idle while waiting for the pipeline / (ranks x makespan), a rank's head and tail of the step included."""
+        busy = sum(s.end - s.start for s in self.spans if s.kind != "pipeline_wait")
+        return 1 - busy / (self.ranks * self.makespan) if self.makespan else 0.0
+
+
+Clock = tuple[float, float]
+
+
+def classify(program: Program, body: str, clocks: list[list[Clock]]) -> Timeline:
+    """A timeline from each rank's (start, end) of each instruction, on one clock.
+
+    A receive that ends waits for its sender until that has started, then for the transfer; a collective waits for
+    the last to join. Seconds are counted from the earliest start.
+    """
+    ranks = program.body(body)
+    zero = min((clock[0][0] for clock in clocks if clock), default=0.0)
+    begun = _beginnings(ranks, clocks)
+    spans: list[Span] = []
+    for rank, instructions in enumerate(ranks):
+        for i, (start, end) in zip(instructions, clocks[rank], strict=True):
+            ready = _ready(program, begun, i, rank)
+            kind, wait = _kind(i)
+            middle = min(max(start, ready), end) if wait else start
+            if middle > start:
+                spans.append(Span(rank, i, start - zero, middle - zero, wait))
+            spans.append(Span(rank, i, middle - zero, end - zero, kind))
+    return Timeline(tuple(spans), len(ranks))
+
+
+def _kind(i: Instruction) -> tuple[str, str]:
+    """(its kind, the kind of the time in which its counterpart had not begun)."""
+    if i.base in COLLECTIVES:
+        return "communication", "pipeline_wait" if i.axis == "pp" else "straggler_wait"
+    if i.base in (*SENDS, *RECEIVES):
+        return "communication", "pipeline_wait"
+    return {"Load": "data", "Update": "optimizer"}.get(i.op, "compute"), ""
+
+
+def _beginnings(ranks: Iterable[Iterable[Instruction]], clocks: list[list[Clock]]) -> dict[tuple[object, ...], float]:
+    begun = {}
+    for rank, instructions in enumerate(ranks):
+        for i, clock in zip(instructions, clocks[rank], strict=True):
+            if i.starts:
+                begun[_name(i, rank)] = clock[0]
+    return begun
+
+
+def _name(i: Instruction, rank: int) -> tuple[object, ...]:
+    return (i.base, i.axis, i.buffer, i.bucket, rank) if i.base in COLLECTIVES else (i.base, i.microbatch, rank)
+
+
+def _ready(program: Program, begun: dict[tuple[object, ...], float], i: Instruction, rank: int) -> float:
+    """When the counterparts of an instruction had begun."""
+    if not i.waits:
+        return float("-inf")
+    if i.base in COLLECTIVES:
+        return max(begun[_name(i, r)] for r in program.mesh.group(rank, i.axis))
+    if i.base in SENDS:
+        return float("-inf")  # its receiver posted early; what a send waits for is the transfer
+    other = Instruction(i.base.replace("Recv", "Send") + "Start", microbatch=i.microbatch)
+    return begun[_name(other, i.peer)]
+
+
+def cells(timeline: Timeline, width: int) -> list[str]:
+    """The timeline as text, a line a rank: a microbatch's last digit in F (plain) and B (bracketed by shade)."""
+    scale = width / timeline.makespan if timeline.makespan else 0.0
+    zero = min((s.start for s in timeline.spans), default=0.0)
+    lines: dict[int, list[str]] = defaultdict(lambda: [" "] * width)
+    painters: dict[str, Callable[[Instruction], str]] = {
+        "compute": lambda i: str(i.microbatch % 10) if i.op == "F" else "abcdefghij"[i.microbatch % 10],
+        "pipeline_wait": lambda i: "·",
+        "straggler_wait": lambda i: "·",
+        "communication": lambda i: "=",
+        "optimizer": lambda i: "u",
+        "data": lambda i: "l",
+    }
+    for span in sorted(timeline.spans, key=lambda s: s.kind == "compute"):
+        first, last = round((span.start - zero) * scale), round((span.end - zero) * scale)
+        for column in range(first, min(last, width)):
+            lines[span.rank][column] = painters[span.kind](span.instruction)
+    return [f"rank {rank} |{''.join(lines[rank])}|" for rank in range(timeline.ranks)]

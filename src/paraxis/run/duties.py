@@ -1,0 +1,351 @@
+"""What a resident rank can be asked to do. Each duty takes (request, blob, tell) and returns its answer."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import psutil
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from paraxis.engine.torch_engine import TorchEngine
+from paraxis.errors import PlanError, RankError, TaskError
+from paraxis.measure.layers import coupled, measure_layers
+from paraxis.plan.plan import Plan, parse
+from paraxis.program.check import check
+from paraxis.program.faults import FAULTS, Fault
+from paraxis.program.lower import lower
+from paraxis.run import serial
+from paraxis.run.interpreter import Rank
+from paraxis.task.spec import TaskSpec
+from paraxis.task.task import Task, make_task
+
+Tell = Callable[[dict[str, Any]], None]
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass
+class Running:
+    """A plan that has been set up on this rank."""
+
+    plan: Plan
+    cpus: list[int]
+    rank: Rank | None = None  # a program's rank, or ...
+    plain: serial.Replica | None = None  # ... the framework's own loop
+    done: int = 0
+    losses: list[tuple[float, float]] = field(default_factory=list)  # of the framework's own loop
+
+
+class Duties:
+    """One rank's memory between requests: its world, the task, the plans it has set up."""
+
+    def __init__(self, transport: str, words: list[str]) -> None:
+        self.transport = transport
+        self.world: Any = None
+        self.rank = 0
+        if transport == "mpi":
+            from paraxis.comm import mpi
+
+            self.world = mpi.world()
+            self.rank = self.world.rank
+        elif transport in ("gloo", "nccl"):
+            from paraxis.comm import torch_dist
+
+            self.world = torch_dist.world(transport, words[2], int(words[0]), int(words[1]))
+            self.rank = self.world.rank
+        self.spec = TaskSpec()
+        self.objects: dict[str, Any] = {}
+        self.plans: dict[str, Running] = {}
+        self.default_threads = torch.get_num_threads()
+        self.every_cpu = sorted(os.sched_getaffinity(0))
+        torch.set_num_threads(1)
+
+    def hello(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """Who is here."""
+        library = ""
+        if self.transport == "mpi":
+            from paraxis.comm import mpi
+
+            library = mpi.library()
+        size = self.world.size if self.world else 1
+        return {"size": size, "threads": self.default_threads, "torch": torch.__version__, "library": library}
+
+    def take_task(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """The task to work on; live objects of a notebook come with it, over a line only our own children have."""
+        self.spec = TaskSpec.model_validate(request["spec"])
+        self.objects = cloudpickle.loads(blob) if blob else {}
+        self.plans.clear()
+        return {}
+
+    def facts(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """What the driver has to know of the task."""
+        task = self._task(torch.float32)
+        return measure_layers(task, task.batch).as_json()
+
+    def coupling(self, request: dict[str, Any], blob: bytes, tell: Tell) -> str:
+        """A sentence if the loss couples samples."""
+        return coupled(self._task(torch.float64))
+
+    def _task(self, dtype: torch.dtype, plain: bool = False) -> Task:
+        return make_task(self.spec, self.objects, dtype, plain)
+
+    # -- proof -------------------------------------------------------------------------------------------------
+
+    def oracle(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """Train serially (or emulate an inexact algorithm) and keep the weights in a file."""
+        copies = [serial.replica(self._task(DTYPES[request["dtype"]])) for _ in range(request["replicas"])]
+        before = {k: v.clone() for k, v in copies[0].task.net.state_dict().items()}
+        losses = serial.emulate(copies, 0, request["steps"], request["groups"], request["every"])
+        if request["replicas"] > 1 and request["steps"] % request["every"]:
+            serial.average([c.task.net for c in copies])
+        after = {k: v.clone().contiguous() for k, v in copies[0].task.net.state_dict().items()}
+        changes = [float((after[k] - before[k]).abs().max()) for k in after if after[k].is_floating_point()]
+        save_file(_untied(after), request["file"])
+        return {"losses": losses, "change": max(changes, default=0.0)}
+
+    def compare_files(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
+        """The largest relative difference of two weight files."""
+        a, b = load_file(request["a"]), load_file(request["b"])
+        return max(_difference(a[k], b[k], request["change"]) for k in b if b[k].is_floating_point())
+
+    def prove(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """Train the first steps of a plan and compare this rank's weights with those of the file."""
+        running = self._ready(request["key"])
+        self._steps(running, request["steps"])
+        if running.rank is not None and request["steps"] % running.rank.program.steps_in_period():
+            running.rank.settle()
+        wanted, state = load_file(request["file"]), self._state(running)
+        worst, where = 0.0, ""
+        for name, value in state.items():
+            if name in wanted and value.is_floating_point():
+                difference = _difference(value, wanted[name], request["change"])
+                if not difference <= worst:
+                    worst, where = difference, name
+        return {"difference": worst, "where": where, "losses": self._losses(running), "compared": list(state)}
+
+    # -- running plans -----------------------------------------------------------------------------------------
+
+    def setup(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """Lower, check and bind a plan on this rank; raises what makes it impossible before anything is sent."""
+        plan = parse(request["plan"])
+        dtype = DTYPES[request["dtype"]]
+        running = Running(plan, request["cpus"][self.rank] if request["cpus"] else [])
+        self.plans[request["key"]] = running
+        self._activate(running)
+        before = _reset_peak()
+        if plan.engine == "plain":
+            running.plain = serial.replica(self._task(dtype, plain=True))
+            return {"program": None, "bytes": 0, "before": before}
+        fault: Fault | None = FAULTS[request["fault"]] if request.get("fault") else None
+        task = self._task(dtype)
+        check_divides(plan, task.batch)
+        program = lower(plan, task.layout(), task.train.steps_per_epoch or 1)
+        check(program)
+        if fault:
+            program = fault.mutated(plan, program)
+        world = self.world.group(range(plan.mesh.size)) if self.world else _Alone()
+        engine = TorchEngine(task, program, self.rank)
+        if fault and self.rank == plan.mesh.size - 1:
+            fault.spoil(engine)
+        running.rank = Rank(program, self.rank, engine, world)
+        return {"program": program.digest(), "bytes": engine.bytes_held(), "before": before}
+
+    def measure(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """Seconds of `steps` steps between two barriers, with the clocks of the last `trace` ones."""
+        running = self._ready(request["key"])
+        rank, traces = running.rank, []
+        self._steps(running, request["warm"])
+        barrier = rank.world.barrier if rank is not None else lambda: None
+        barrier()
+        start = time.perf_counter()
+        traced = request["trace"] if rank is not None else 0
+        self._steps(running, request["steps"] - traced)
+        if rank is not None:
+            for _ in range(traced):
+                name = rank.program.step_body(rank.done)
+                traces.append([name, rank.run_traced(name)])
+                rank.done += 1
+        barrier()
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "traces": traces, "losses": self._losses(running)}
+
+    def traffic(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """Bytes this rank has sent for the plan so far, over how many steps, and its peak of resident memory."""
+        running = self.plans[request["key"]]
+        sent = running.rank.context.sent[0] if running.rank is not None else 0
+        return {"sent": sent, "steps": running.rank.done if running.rank else 1, "peak": _peak_bytes()}
+
+    def drop(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """Forget a plan."""
+        self.plans.pop(request["key"], None)
+        return {}
+
+    def train(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """Train some steps, telling how far it is about every second."""
+        running = self._ready(request["key"])
+        left, chunk, told = request["steps"], 1, time.perf_counter()
+        while left:
+            count = min(chunk, left)
+            begun = time.perf_counter()
+            self._steps(running, count)
+            left -= count
+            chunk = max(1, min(1000, int(count * 0.2 / max(time.perf_counter() - begun, 1e-6))))
+            if time.perf_counter() - told > 0.5:
+                told = time.perf_counter()
+                tell({"left": left})
+        return {"losses": self._losses(running)}
+
+    def evaluate(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """Score on held-out samples; replicas that disagree are averaged for it and go on as they were."""
+        running = self._ready(request["key"])
+        if running.rank is None:
+            return self._evaluate_plain(_some(running.plain), request["set"])
+        rank, engine = running.rank, running.rank.engine
+        source = engine.task.test if request["set"] == "test" else engine.task.validation
+        kept = (engine.flat.params.clone(), engine.running.clone()) if rank.program.epilogue else None
+        rank.settle()
+        loss, weight, hits = rank.evaluate(source)
+        if kept:
+            engine.flat.params.copy_(kept[0])
+            engine.running.copy_(kept[1])
+        return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
+
+    def _evaluate_plain(self, replica: serial.Replica, which: str) -> dict[str, Any]:
+        task = replica.task
+        source: Any = task.test if which == "test" else task.validation
+        task.net.eval()
+        loss = weight = hits = 0.0
+        with torch.no_grad():
+            for number in range(source.steps_per_epoch):
+                count = source.valid(number, 0, source.batch)
+                batch = source.share(number, 0, count)
+                output = task.net(batch[0])
+                total, own = task.recipe.loss(output, batch)
+                loss, weight = loss + float(total), weight + float(own)
+                hits += float((output.argmax(1) == batch[1]).sum())
+        task.net.train()
+        return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
+
+    def settle(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """The program's epilogue."""
+        running = self._ready(request["key"])
+        if running.rank is not None:
+            running.rank.settle()
+        return {}
+
+    def save(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """Write this rank's part of the state_dict to a file."""
+        state = self._state(self.plans[request["key"]])
+        save_file(_untied({k: v.contiguous() for k, v in state.items()}), request["file"])
+        return {}
+
+    # -- what they share ---------------------------------------------------------------------------------------
+
+    def _ready(self, key: str) -> Running:
+        running = self.plans[key]
+        self._activate(running)
+        return running
+
+    def _activate(self, running: Running) -> None:
+        """The plan's threads and cores: every thread of this process moves, new ones inherit."""
+        threads = running.plan.threads
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        wanted = set(running.cpus or self.every_cpu)
+        if os.sched_getaffinity(0) != wanted:
+            for thread in Path("/proc/self/task").iterdir():
+                try:
+                    os.sched_setaffinity(int(thread.name), wanted)
+                except (ProcessLookupError, PermissionError):
+                    continue
+
+    def _steps(self, running: Running, count: int) -> None:
+        if running.rank is not None:
+            running.rank.steps(count)
+            return
+        plain = _some(running.plain)
+        for _ in range(count):
+            loss = serial.plain_step(plain.task.net, plain.task, plain.optimizer, running.done)
+            if plain.scheduler is not None:
+                plain.scheduler.step()  # type: ignore[attr-defined]
+            running.losses.append((float(loss), 1.0))
+            running.done += 1
+
+    def _losses(self, running: Running) -> list[tuple[float, float]]:
+        """Loss sum and weight of every step since they were last asked for."""
+        if running.rank is None:
+            out, running.losses = running.losses, []
+            return out
+        engine = running.rank.engine
+        out, engine.losses = engine.losses, []
+        for loss, _ in out:
+            if not math.isfinite(loss):
+                step = running.rank.done - len(out)
+                raise TaskError(f"the loss is {loss} on rank {self.rank} after step {step}: lower lr, or clip the gradients")
+        return out
+
+    def _state(self, running: Running) -> dict[str, Tensor]:
+        if running.rank is not None:
+            return dict(running.rank.engine.state())
+        return {k: v.detach().clone() for k, v in _some(running.plain).task.net.state_dict().items()}
+
+
+class _Alone:
+    """The world of a single rank."""
+
+    rank, size = 0, 1
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+
+def check_divides(plan: Plan, batch: int) -> None:
+    """Raises PlanError if a batch cannot be cut into equal slices."""
+    parts = plan.dp * plan.microbatches
+    if batch % parts:
+        fit = batch // parts * parts or parts
+        raise PlanError(
+            f"batch={batch} does not divide into dp={plan.dp} x microbatches={plan.microbatches} = {parts} equal slices; "
+            f"batch={fit} would"
+        )
+
+
+def _some(value: Any) -> Any:
+    if value is None:
+        raise RankError("the plan is not set up on this rank")
+    return value
+
+
+def _difference(a: Tensor, b: Tensor, change: float) -> float:
+    """The design's equality: max|a-b| / max(max|b|, the largest weight change in the model); infinite for NaN."""
+    if not a.numel():
+        return 0.0
+    difference = float((a.double() - b.double()).abs().max()) / max(float(b.abs().max()), change, 1e-30)
+    return difference if math.isfinite(difference) else math.inf
+
+
+def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors wants every tensor to have memory of its own."""
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _reset_peak() -> int:
+    """Resident bytes now, and let the kernel's peak begin anew."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+    return int(psutil.Process().memory_info().rss)
+
+
+def _peak_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,96 @@
+"""The plain serial loop: what every plan is proved against, and what the user has today.
+
+It knows nothing of programs, flat buffers or ranks: modules, autograd and torch.optim as one writes them by hand. For
+inexact plans it emulates their algorithm with copies of the network trained one after the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from paraxis.task.batches import cut
+from paraxis.task.task import Task, apply, running
+
+
+@dataclass
+class Replica:
+    """One copy of the network with its optimiser."""
+
+    task: Task
+    optimizer: torch.optim.Optimizer
+    scheduler: object
+
+
+def replica(task: Task) -> Replica:
+    """A copy ready to train."""
+    optimizer = task.optimizer()
+    return Replica(task, optimizer, task.scheduler(optimizer))
+
+
+def step(r: Replica, number: int, first: int, count: int, groups: int) -> tuple[float, float]:
+    """One optimiser step on samples [first, first + count) of the global batch, in equal groups: (loss sum, weight)."""
+    task, size = r.task, count // groups
+    r.optimizer.zero_grad()
+    stats = [b for m in task.net.modules() for b in running(m)]
+    before = [b.clone() for b in stats]
+    after = [torch.zeros_like(b) for b in stats]
+    batch = task.train.share(number, first, count)
+    total = weight = 0.0
+    for group in range(groups):
+        for buffer, old in zip(stats, before, strict=True):
+            buffer.copy_(old)
+        part = cut(batch, count, group * size, size)
+        task.draw.at(number, first + group * size, size)
+        loss, own = task.recipe.loss(task.call(task.net, task.recipe.inputs(part)), part)
+        loss.backward()
+        total, weight = total + float(loss.detach()), weight + float(own)
+        for buffer, collected in zip(stats, after, strict=True):
+            collected += buffer
+    for buffer, old, collected in zip(stats, before, after, strict=True):
+        buffer.copy_(collected / groups if buffer.is_floating_point() else old + 1)
+    for p in task.net.parameters():
+        if p.grad is not None:
+            p.grad /= weight
+    if task.spec.clip is not None:
+        nn.utils.clip_grad_norm_(task.net.parameters(), task.spec.clip)
+    r.optimizer.step()
+    if r.scheduler is not None:
+        r.scheduler.step()  # type: ignore[attr-defined]
+    return total, weight
+
+
+def emulate(replicas: Sequence[Replica], first_step: int, steps: int, groups: int, every: int) -> list[float]:
+    """Train replicas on their shares of each batch; every `every` steps they take the mean. Mean loss of each step."""
+    share = replicas[0].task.batch // len(replicas)
+    losses = []
+    for number in range(first_step, first_step + steps):
+        pairs = [step(r, number, i * share, share, groups) for i, r in enumerate(replicas)]
+        losses.append(sum(loss for loss, _ in pairs) / sum(weight for _, weight in pairs))
+        if len(replicas) > 1 and (number + 1) % every == 0:
+            average([r.task.net for r in replicas])
+    return losses
+
+
+def average(nets: Sequence[nn.Module]) -> None:
+    """Give all networks the mean of their floating state."""
+    with torch.no_grad():
+        for same in zip(*(net.state_dict().values() for net in nets), strict=True):
+            if same[0].is_floating_point():
+                mean = torch.stack(tuple(same)).mean(0)
+                for tensor in same:
+                    tensor.copy_(mean)
+
+
+def plain_step(net: nn.Module, task: Task, optimizer: torch.optim.Optimizer, number: int) -> Tensor:
+    """What the user has now: a plain training step on the whole batch, with the framework's own dropout."""
+    batch = task.train.share(number, 0, task.batch)
+    optimizer.zero_grad()
+    loss, weight = task.recipe.loss(apply(net, task.recipe.inputs(batch)), batch)
+    mean = loss / weight
+    mean.backward()
+    if task.spec.clip is not None:
+        nn.utils.clip_grad_norm_(net.parameters(), task.spec.clip)
+    optimizer.step()
+    return mean.detach()

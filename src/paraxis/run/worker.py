@@ -1,0 +1,81 @@
+"""A resident rank: waits asleep on its line to the driver, and does what it is asked. Started by `launch`.
+
+    python -m paraxis.run.worker TRANSPORT SOCKET TOKEN [RANK SIZE ADDRESS]
+"""
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from paraxis.errors import ParaxisError
+from paraxis.run import wire
+
+Answer = dict[str, Any]
+
+
+def main(words: list[str]) -> None:
+    """Connect, say which rank this is, then serve until the driver says quit or goes away."""
+    transport, path, token = words[:3]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business; it ends us
+    line = socket.socket(socket.AF_UNIX)
+    line.connect(path)
+    from paraxis.run.duties import Duties
+
+    try:
+        duties = Duties(transport, words[3:])
+    except Exception as error:
+        wire.send(line, {"token": token, "rank": -1, "error": _describe(error)})
+        return
+    wire.send(line, {"token": token, "rank": duties.rank, "pid": os.getpid()})
+    serve(line, duties)
+
+
+def serve(line: socket.socket, duties: Any) -> None:
+    """Answer every request in turn. A thread reads the line, so that a vanished driver ends even a rank that hangs."""
+    inbox: queue.Queue[tuple[wire.Message, bytes]] = queue.Queue()
+
+    def read() -> None:
+        while True:
+            try:
+                inbox.put(wire.receive(line))
+            except EOFError:
+                os._exit(1)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        request, blob = inbox.get()
+        if request["do"] == "quit":
+            wire.send(line, {"ok": True})
+            sys.stdout.flush()
+            os._exit(0)  # MPI's own farewell could hang on a rank that has died
+        answer, out = perform(duties, request, blob, lambda news: wire.send(line, {"news": news}))
+        wire.send(line, answer, out)
+
+
+def perform(duties: Any, request: wire.Message, blob: bytes, tell: Callable[[Answer], None]) -> tuple[Answer, bytes]:
+    """One request's answer, or the error it ended in."""
+    try:
+        answer = getattr(duties, request.pop("do"))(request, blob, tell)
+        if isinstance(answer, tuple):
+            return {"answer": answer[0]}, answer[1]
+        return {"answer": answer}, b""
+    except Exception as error:
+        return {"error": _describe(error)}, b""
+
+
+def _describe(error: Exception) -> Answer:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    ours = isinstance(error, ParaxisError)
+    text = str(error) if ours else " ".join(str(error).split())[:400]
+    return {"type": type(error).__name__, "text": text if ours else f"{type(error).__name__}: {text}{where}", "ours": ours}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

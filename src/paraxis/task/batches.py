@@ -1,0 +1,158 @@
+"""One global stream of batches, cut by us: any rank can name the samples of any slice of any step."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paraxis.errors import TaskError
+from paraxis.task.data import Arrays
+from paraxis.task.randomness import splitmix64
+
+Nest = Any
+
+
+class Source(Protocol):
+    """Where samples come from. `share` gives samples [first, first + count) of a step's global batch."""
+
+    batch: int
+    steps_per_epoch: int | None
+
+    def share(self, step: int, first: int, count: int, inputs: bool = True, targets: bool = True) -> Nest: ...
+
+    def valid(self, step: int, first: int, count: int) -> int: ...
+
+
+class ArraySource:
+    """Samples in memory; each epoch is a permutation of (seed, epoch), its tail dropped."""
+
+    def __init__(self, arrays: Arrays, batch: int, seed: int, dtype: torch.dtype, shuffled: bool = True) -> None:
+        size = len(arrays.targets)
+        if shuffled and batch > size:
+            raise TaskError(f"batch={batch} is more than the {size} training samples; at most {size} fit")
+        self.inputs, self.targets = torch.from_numpy(arrays.inputs), torch.from_numpy(arrays.targets)
+        self.batch, self.size, self.seed, self.dtype, self.shuffled = batch, size, seed, dtype, shuffled
+        self.steps_per_epoch: int = size // batch if shuffled else -(-size // batch)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def indices(self, step: int, first: int, count: int) -> Tensor:
+        """Which samples of the data set: int64 (count,); beyond the end of an unshuffled set, its last one."""
+        if not self.shuffled:
+            start = step * self.batch + first
+            return torch.arange(start, start + count).clamp_(max=self.size - 1)
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            rng = np.random.default_rng(splitmix64(self.seed) ^ epoch)
+            self._epoch, self._order = epoch, torch.from_numpy(rng.permutation(self.size))
+        start = within * self.batch + first
+        return self._order[start : start + count]
+
+    def share(self, step: int, first: int, count: int, inputs: bool = True, targets: bool = True) -> Nest:
+        """(inputs, targets) as tensors, None for what is not asked for."""
+        index = self.indices(step, first, count)
+        x = self.inputs.index_select(0, index).to(self.dtype) if inputs else None
+        return x, self.targets.index_select(0, index) if targets else None
+
+    def valid(self, step: int, first: int, count: int) -> int:
+        """How many of them are no padding."""
+        return count if self.shuffled else max(0, min(count, self.size - step * self.batch - first))
+
+
+class StreamSource:
+    """Batches of the user's own iterable, read alike by every rank and cut as views; short last ones are dropped."""
+
+    def __init__(self, make: Callable[[], Iterable[Nest]], batch: int | None, seed: int, dtype: torch.dtype) -> None:
+        self.make, self.seed, self.dtype = make, seed, dtype
+        self._step, self._epoch = -1, -1
+        self._iterator: Iterator[Nest] = iter(())
+        self._current: Nest = None
+        self.steps_per_epoch: int | None = None
+        self._whole = 0
+        self._advance(0)
+        self.batch = batch or self._whole
+        if self.batch != self._whole:
+            raise TaskError(f"batches() yields {self._whole} samples; batch={batch} needs batches of that size")
+
+    def share(self, step: int, first: int, count: int, inputs: bool = True, targets: bool = True) -> Nest:
+        """The nest with every tensor that counts the batch cut to the samples asked for."""
+        if step != self._step:
+            self._advance(step)
+        return cut(self._current, self.batch, first, count)
+
+    def valid(self, step: int, first: int, count: int) -> int:
+        """All of them."""
+        return count
+
+    def _advance(self, step: int) -> None:
+        """Read on to a step; an earlier one begins again."""
+        if step < self._step:
+            self._step, self._epoch, self._iterator = -1, -1, iter(())
+        while self._step < step:
+            batch = next(self._iterator, None)
+            if batch is None:
+                self._open_epoch()
+                continue
+            batch = as_dtype(batch, self.dtype)
+            self._whole = self._whole or samples(batch)
+            if samples(batch) == self._whole:
+                self._current, self._step = batch, self._step + 1
+
+    def _open_epoch(self) -> None:
+        if self._epoch == 0:
+            self.steps_per_epoch = self._step + 1
+        self._epoch += 1
+        seed_everything(splitmix64(self.seed) ^ self._epoch)
+        self._iterator = iter(self.make())
+        first = next(self._iterator, None)
+        if first is None:
+            raise TaskError(f"batches() gave no batch in epoch {self._epoch}; it must be iterable again and again")
+        self._iterator = chain([first], self._iterator)
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, numpy's and torch's own generators, for what a user's file draws by itself."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed >> 1)
+
+
+def map_nest(nest: Nest, f: Callable[[Tensor], Any]) -> Nest:
+    """f of every tensor in a nest of dicts, lists, tuples and named tuples; other leaves stay."""
+    if isinstance(nest, Tensor):
+        return f(nest)
+    if isinstance(nest, Mapping):
+        return {key: map_nest(value, f) for key, value in nest.items()}
+    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
+        return type(nest)(*(map_nest(value, f) for value in nest))
+    if isinstance(nest, (list, tuple)):
+        return type(nest)(map_nest(value, f) for value in nest)
+    return nest
+
+
+def leaves(nest: Nest) -> list[Tensor]:
+    """All tensors of a nest, in order."""
+    found: list[Tensor] = []
+    map_nest(nest, found.append)
+    return found
+
+
+def samples(batch: Nest) -> int:
+    """How many samples a batch holds: the first dimension of its first tensor; raises TaskError without one."""
+    for tensor in leaves(batch):
+        if tensor.ndim:
+            return tensor.shape[0]
+    raise TaskError("a batch holds no tensor with a first dimension of samples")
+
+
+def cut(batch: Nest, size: int, first: int, count: int) -> Nest:
+    """Views of samples [first, first + count) of every tensor whose first dimension counts the batch's samples."""
+    return map_nest(batch, lambda t: t[first : first + count] if t.ndim and t.shape[0] == size else t)
+
+
+def as_dtype(nest: Nest, dtype: torch.dtype) -> Nest:
+    """Floating tensors in another precision."""
+    return map_nest(nest, lambda t: t.to(dtype) if t.is_floating_point() else t)
