@@ -85,14 +85,30 @@ def world() -> MpiComm:
 
 def share_line(comm: MpiComm, line: bytes | None) -> bytes:
     """Rank 0's bytes on every rank; the others sleep until they come, because a wait in MPI burns a core."""
-    request = comm.comm.Ibarrier()
-    while not request.Test():
-        time.sleep(1e-3)
+    _sleep_until_all(comm)
     size = torch.tensor([len(line or b"")])
     comm.comm.Bcast(_numbers(size), 0)
     buffer = bytearray(line) if line is not None else bytearray(int(size))
     comm.comm.Bcast([buffer, MPI.BYTE], 0)
     return bytes(buffer)
+
+
+def gather_lines(comm: MpiComm, line: bytes) -> list[bytes]:
+    """Every rank's bytes, on every rank."""
+    _sleep_until_all(comm)
+    sizes = torch.zeros(comm.size, dtype=torch.int64)
+    comm.comm.Allgather(_numbers(torch.tensor([len(line)])), _numbers(sizes))
+    counts = [int(n) for n in sizes]
+    buffer = bytearray(sum(counts))
+    comm.comm.Allgatherv([line, MPI.BYTE], [buffer, counts, MPI.BYTE])
+    ends = [sum(counts[: r + 1]) for r in range(comm.size)]
+    return [bytes(buffer[end - n : end]) for end, n in zip(ends, counts, strict=True)]
+
+
+def _sleep_until_all(comm: MpiComm) -> None:
+    request = comm.comm.Ibarrier()
+    while not request.Test():
+        time.sleep(1e-3)
 
 
 def library() -> str:

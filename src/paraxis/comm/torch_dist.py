@@ -72,3 +72,23 @@ def world(backend: str, address: str, rank: int, size: int) -> DistComm:
     known: dict[tuple[int, ...], DistComm] = {}
     known[tuple(range(size))] = DistComm(dist.group.WORLD, range(size), known)
     return known[tuple(range(size))]
+
+
+def share_line(comm: DistComm, line: bytes | None) -> bytes:
+    """Rank 0's bytes on every rank; Gloo sleeps while it waits."""
+    size = torch.tensor([len(line or b"")])
+    dist.broadcast(size, comm.ranks[0], comm.handle)
+    buffer = torch.frombuffer(bytearray(line), dtype=torch.uint8) if line else torch.zeros(int(size), dtype=torch.uint8)
+    dist.broadcast(buffer, comm.ranks[0], comm.handle)
+    return bytes(buffer.numpy())
+
+
+def gather_lines(comm: DistComm, line: bytes) -> list[bytes]:
+    """Every rank's bytes, on every rank."""
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(comm.size)]
+    dist.all_gather(sizes, torch.tensor([len(line)]), comm.handle)
+    longest = max(int(size) for size in sizes)
+    padded = torch.frombuffer(bytearray(line.ljust(longest)), dtype=torch.uint8)
+    buffers = [torch.zeros(longest, dtype=torch.uint8) for _ in range(comm.size)]
+    dist.all_gather(buffers, padded, comm.handle)
+    return [bytes(b.numpy())[: int(size)] for b, size in zip(buffers, sizes, strict=True)]

@@ -1,51 +1,14 @@
 """What each layer of a task costs on this machine: measured forwards and backwards, for balancing and simulating."""
 
-from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from paraxis.program.lower import Layout
+from paraxis.measure.facts import Facts
 from paraxis.task.batches import leaves, map_nest
 from paraxis.task.task import Task, apply
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the driver knows of a task: its layout, seconds of each layer on one batch of `samples`, and notes.
-
-    `dispatch` is the seconds that a forward and backward of a single sample takes: the framework's own cost per step.
-    """
-
-    layers: tuple[str, ...]
-    layout: Layout
-    samples: int
-    forward: tuple[float, ...]
-    backward: tuple[float, ...]
-    dispatch: float
-    batch: int
-    steps_per_epoch: int | None
-    network: str
-    parameters: int
-    switched_off: tuple[str, ...]
-    unkeyed: tuple[str, ...]
-    random: bool
-    notes: tuple[str, ...]
-    has_test: bool
-
-    def as_json(self) -> dict[str, Any]:
-        """As a plain dict; `facts_of` reads it back."""
-        return asdict(self)
-
-
-def facts_of(document: dict[str, Any]) -> Facts:
-    """The inverse of `Facts.as_json`."""
-    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in document.items()}
-    layout = {key: tuple(value) if isinstance(value, list) else value for key, value in document["layout"].items()}
-    layout["tied"] = tuple(tuple(item) for item in layout["tied"])
-    return Facts(**(lists | {"layout": Layout(**layout)}))
 
 
 def measure_layers(task: Task, samples: int, seconds: float = 0.6) -> Facts:

@@ -14,7 +14,7 @@ Status = Literal["ok", "refused", "failed", "not run"]
 class Record(BaseModel):
     """Base of all records: unknown fields are an error, so that a typing mistake cannot lose a figure."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
 class Seconds(Record):

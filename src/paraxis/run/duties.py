@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paraxis.engine.torch_engine import TorchEngine
-from paraxis.errors import PlanError, RankError, TaskError
+from paraxis.errors import RankError, TaskError
 from paraxis.measure.layers import coupled, measure_layers
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
@@ -144,7 +144,6 @@ class Duties:
             return {"program": None, "bytes": 0, "before": before}
         fault: Fault | None = FAULTS[request["fault"]] if request.get("fault") else None
         task = self._task(dtype)
-        check_divides(plan, task.batch)
         program = lower(plan, task.layout(), task.train.steps_per_epoch or 1)
         check(program)
         if fault:
@@ -303,17 +302,6 @@ class _Alone:
 
     def barrier(self) -> None:
         """Nobody to wait for."""
-
-
-def check_divides(plan: Plan, batch: int) -> None:
-    """Raises PlanError if a batch cannot be cut into equal slices."""
-    parts = plan.dp * plan.microbatches
-    if batch % parts:
-        fit = batch // parts * parts or parts
-        raise PlanError(
-            f"batch={batch} does not divide into dp={plan.dp} x microbatches={plan.microbatches} = {parts} equal slices; "
-            f"batch={fit} would"
-        )
 
 
 def _some(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ def _sources(
     """(training, test, validation) streams and what the report must say about them."""
     text = spec.data or ("mnist" if shipped else None)
     if text:
-        data = data_module.load(text)
+        data = _in_memory(text)
         arrays, held = data.train, None
         if spec.validation:
             arrays, held = data_module.hold_out(data.train, spec.validation, spec.seed)
@@ -165,6 +166,12 @@ def _sources(
         note = "trained on one example batch, repeated: times are real, the loss curve means nothing"
         return StreamSource(lambda: [recipe.own["example"]()], spec.batch, spec.seed, dtype), None, None, [note]
     raise TaskError(f"{recipe.name} has no data: define batches() or example() in it, or add --data")
+
+
+@lru_cache(maxsize=2)
+def _in_memory(text: str) -> data_module.Data:
+    """Every plan of a rank trains on the same samples, so they are read once."""
+    return data_module.load(text)
 
 
 def layers_of(net: nn.Module, recipe: Recipe) -> tuple[list[nn.Module], str]:

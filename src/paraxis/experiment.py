@@ -1,0 +1,327 @@
+"""The experiment: the space of plans -> prove -> measure in interleaved rounds -> recommend."""
+
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from paraxis import __version__
+from paraxis.errors import MissingError, ParaxisError, TaskError
+from paraxis.measure import records
+from paraxis.measure.breakdown import Trace, bound_by, events, replay, split, timelines
+from paraxis.measure.machine import ForeignLoad, describe, usable_cores
+from paraxis.measure.records import Baseline, MeshRecord, Result, Study
+from paraxis.measure.statistics import paired, seconds
+from paraxis.plan.plan import Plan
+from paraxis.plan.space import space
+from paraxis.program.grid import draw, simplify
+from paraxis.proof import mean_losses, prove, steps_for
+from paraxis.recommend import recommend
+from paraxis.run.joined import JoinedPool
+from paraxis.session import SILENCE, Session, Tell, failure, open_session
+from paraxis.task.spec import TaskSpec
+
+PROOF_STEPS = 4
+TRACED = 3  # steps whose instructions are timed, at the end of every chunk
+PROOF_SHARE = 0.55  # of the budget: what is not set up and proved by then is not reached
+SHORTEST, LONGEST = 0.05, 0.4  # seconds of a chunk
+Save = Callable[[Study], None]
+
+
+@dataclass
+class Row:
+    """A plan on its way through the experiment; `times` are step seconds by round."""
+
+    plan: Plan
+    key: str
+    result: Result
+    times: dict[int, float] = field(default_factory=dict)
+    traces: list[Trace] = field(default_factory=list)
+    steps: int = 1
+
+    @property
+    def live(self) -> bool:
+        """Whether it is set up and can be measured."""
+        return self.result.status == "ok"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The budget, in seconds since the start."""
+
+    budget: float
+    start: float = field(default_factory=time.monotonic)
+
+    def spent(self) -> float:
+        """Seconds gone."""
+        return time.monotonic() - self.start
+
+    def left(self) -> float:
+        """Seconds to go."""
+        return self.budget - self.spent()
+
+
+def explore_task(
+    spec: TaskSpec,
+    objects: dict[str, Any],
+    workers: int | None,
+    budget: float,
+    comms: tuple[str, ...],
+    tell: Tell,
+    save: Save,
+    joined: JoinedPool | None = None,
+) -> Study:
+    """Find out what each plan buys. `save` is called with every better version of the study, the last one whole.
+
+    Raises TaskError for a task that cannot be trained at all; a plan that fails is a row, not an error.
+    """
+    clock = Clock(budget)
+    count = workers or (joined.size if joined else usable_cores())
+    comms = (joined.transport,) if joined else comms
+    with open_session(spec, objects, dict.fromkeys(comms, count), joined, tell) as session:
+        missing = session.begin(("solo", *(comms if count > 1 else ())))
+        facts = session.known()
+        study = _empty(spec, session, count)
+        study.notes += facts.notes
+        rows = _rows(session, count, comms, missing)
+        today = _today(session)
+        try:
+            _set_up(session, [today, *rows], clock, lambda: _publish(study, session, today, rows, save))
+            _measure(session, [today, *rows], clock, study)
+            _traffic(session, [r for r in rows if r.live])
+            study.finished = True
+        finally:
+            study.elapsed_seconds = clock.spent()
+            _publish(study, session, today, rows, save)
+    return study
+
+
+def _empty(spec: TaskSpec, session: Session, workers: int) -> Study:
+    facts = session.known()
+    task = spec.model_dump() | {"batch": facts.batch, "parameters": facts.parameters, "workers": workers}
+    task |= {"name": facts.network, "layers": len(facts.layers), "steps_per_epoch": facts.steps_per_epoch}
+    machine = describe()
+    return Study(task=task, machine=machine, today=None, baseline=None, results=[], recommendation=None, version=__version__)
+
+
+def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[str, str]) -> list[Row]:
+    """Every plan of the space; those that the task cannot meet, or whose transport is missing, are refused at once."""
+    facts = session.known()
+    layers = 2 if facts.layout.cuttable else len(facts.layers)  # so that the refusal is listed once a kind
+    rows = []
+    for plan in space(workers, layers, comms):
+        row = Row(plan, plan.text(), _blank(plan))
+        try:
+            if plan.comm in missing and plan.mesh.size > 1:
+                raise MissingError(missing[plan.comm])
+            row.plan = session.settled(plan)
+            row.result.program = session.program(row.plan).digest()
+            row.result.plan = row.plan.text()
+        except ParaxisError as error:
+            row.result.status, row.result.reason = failure(error)
+        rows.append(row)
+    return rows
+
+
+def _blank(plan: Plan) -> Result:
+    return Result(
+        plan=plan.text(),
+        label=plan.label(),
+        mesh=MeshRecord(dp=plan.dp, pp=plan.pp, tp=plan.tp),
+        schedule=plan.schedule,
+        engine=plan.engine,
+        comm=plan.comm or None,
+        threads=plan.threads,
+        workers=plan.workers,
+        status="ok",
+        exact=plan.exact,
+        oversubscribed=plan.workers > usable_cores(),
+    )
+
+
+def _today(session: Session) -> Row:
+    """The user's own way: one process, the framework's default threads."""
+    threads = session.pool("solo").facts["threads"]
+    plan = Plan(engine="plain", threads=threads)
+    return Row(plan, "today", _blank(plan))
+
+
+def _set_up(session: Session, rows: list[Row], clock: Clock, publish: Callable[[], None]) -> None:
+    """Prove every plan and time it once; the budget may end this early."""
+    begun = clock.spent()
+    for number, row in enumerate(rows):
+        if not row.live:
+            continue
+        if number > 1 and clock.spent() > max(PROOF_SHARE * clock.budget, begun + 1):
+            row.result.status, row.result.reason = "not run", "the budget was spent before its turn; raise --budget"
+            continue
+        session.tell(f"proving {row.plan.label()}", clock.spent() / clock.budget)
+        try:
+            _prove_row(session, row)
+            _time_once(session, row)
+            _memory(session, row)
+        except ParaxisError as error:
+            row.result.status, row.result.reason = failure(error)
+            if not session.home_alive(row.plan):
+                _lost(session, rows, row)
+        publish()
+
+
+def _prove_row(session: Session, row: Row) -> None:
+    if row.plan.engine == "plain":
+        session.setup(row.key, row.plan)
+        return
+    steps = steps_for(row.plan, PROOF_STEPS, session.known().steps_per_epoch)
+    proof = prove(session, row.plan, steps, "float32", key=row.key, keep=True)
+    row.result.verified, row.result.losses = proof.verified, list(proof.losses)
+    if proof.verified and not proof.verified.passed:
+        row.result.status, row.result.reason = "failed", f"not equal to {proof.verified.against}: {proof.verified.where}"
+
+
+def _lost(session: Session, rows: list[Row], fallen: Row) -> None:
+    """Ranks have died: what was set up on them must be set up again before it can be measured."""
+    for row in rows:
+        same = row.plan.comm == fallen.plan.comm and row.plan.mesh.size > 1
+        if row is not fallen and row.live and row.steps > 1 and same:
+            session.setup(row.key, row.plan)
+
+
+def _time_once(session: Session, row: Row) -> None:
+    """A few steps to know how many make a chunk."""
+    if not row.live:
+        return
+    answers = _chunk(session, row, warm=1, steps=2, trace=0)
+    guess = answers[0]["seconds"] / 2
+    row.steps = max(1, min(2000, round(0.1 / guess)))
+
+
+def _chunk(session: Session, row: Row, warm: int, steps: int, trace: int) -> list[Any]:
+    request = {"do": "measure", "warm": warm, "steps": steps, "trace": min(trace, steps)}
+    answers = session.ask(row.key, row.plan, request, limit=SILENCE * 2)
+    row.result.losses += mean_losses([a["losses"] for a in answers])
+    return answers
+
+
+def _measure(session: Session, rows: list[Row], clock: Clock, study: Study) -> None:
+    """Rounds in random order until the budget ends; every plan that lives has one chunk in each."""
+    rng = random.Random(0)
+    foreign: list[float] = []
+    rounds = 0
+    while rounds < 3 or clock.left() > 0:
+        live = [row for row in rows if row.live]
+        if not live or rounds >= 200:
+            break
+        _choose_chunks(live, clock, rounds)
+        load = ForeignLoad([pid for pool in session.pools.values() for pid in pool.pids])
+        for row in rng.sample(live, len(live)):
+            if rounds >= 3 and clock.left() <= 0:
+                break
+            session.tell(f"measuring, round {rounds + 1}", min(1.0, clock.spent() / clock.budget))
+            try:
+                answers = _chunk(session, row, warm=1 + row.steps // 10, steps=row.steps, trace=TRACED)
+            except ParaxisError as error:
+                row.result.status, row.result.reason = failure(error)
+                if not session.home_alive(row.plan):
+                    _lost(session, rows, row)
+                continue
+            row.times[rounds] = answers[0]["seconds"] / row.steps
+            traces = zip(*(a["traces"] for a in answers), strict=True)
+            row.traces = [*row.traces[-9:], *((same[0][0], [t[1] for t in same]) for same in traces)]
+        foreign.append(load.cores())
+        rounds += 1
+    study.machine.foreign_cores = round(median(foreign), 2) if foreign else None
+    study.machine.load_after = os.getloadavg()[0]
+    if foreign and median(foreign) > 0.15:
+        study.notes.append(f"other programs kept {median(foreign):.1f} cores busy while measuring: intervals are wide for it")
+
+
+def _choose_chunks(live: list[Row], clock: Clock, rounds: int) -> None:
+    """Chunks such that about eight rounds fit into what is left."""
+    to_go = max(1.0, 8 - rounds)
+    length = min(LONGEST, max(SHORTEST, clock.left() / to_go / len(live) * 0.8))
+    for row in live:
+        known = median(row.times.values()) if row.times else 0.1 / row.steps
+        row.steps = max(1, min(5000, round(length / max(known, 1e-6))))
+
+
+def _memory(session: Session, row: Row) -> None:
+    """Peak resident bytes of the rank that needs most, as if the plan were alone in its process."""
+    if row.live:
+        answers = session.ask(row.key, row.plan, {"do": "traffic"})
+        row.result.peak_memory_bytes = max(a["peak"] for a in answers)
+
+
+def _traffic(session: Session, rows: list[Row]) -> None:
+    """Bytes that all ranks together send in a step."""
+    for row in rows:
+        try:
+            answers = session.ask(row.key, row.plan, {"do": "traffic"})
+        except ParaxisError:
+            continue
+        row.result.bytes_communicated = round(sum(a["sent"] / max(1, a["steps"]) for a in answers))
+
+
+def _publish(study: Study, session: Session, today: Row, rows: list[Row], save: Save) -> None:
+    """Fill in every figure that follows from what has been measured so far, and hand the study out."""
+    study.results = [row.result for row in rows]
+    study.today = today.result if today.times else None
+    serial = [row for row in rows if row.plan.mesh.size == 1 and row.times]
+    best = min([r for r in (*serial, today) if r.times], key=lambda r: median(r.times.values()), default=None)
+    one = next((row for row in serial if row.plan.threads == 1), None)
+    if best is not None:
+        study.baseline = Baseline(plan=best.result.plan, step_seconds=seconds(list(best.times.values())))
+    for row in (today, *rows):
+        _derive(row, session, today, best, one, study.task["batch"])
+    study.recommendation = recommend(study, {row.result.plan: row.times for row in (today, *rows)})
+    save(study)
+
+
+def _derive(row: Row, session: Session, today: Row, best: Row | None, one: Row | None, batch: int) -> None:
+    result = row.result
+    if not row.times:
+        return
+    result.step_seconds = seconds(list(row.times.values()))
+    time_of_step = result.step_seconds.median
+    result.samples_per_second = batch / time_of_step
+    result.vs_today = paired(row.times, today.times) if today.times else None
+    if best is not None:
+        result.speedup = median(best.times.values()) / time_of_step
+    if one is not None and one.times:
+        result.efficiency = median(one.times.values()) / time_of_step / result.workers
+    if row.plan.engine == "plain":
+        facts = session.known()
+        result.bound_by = "op overhead" if facts.dispatch > 0.5 * time_of_step else "compute"
+    if not row.traces:
+        return
+    program = session.program(row.plan)
+    lines = timelines(program, row.traces)
+    result.split = split(lines, time_of_step)
+    result.exposed_comm_fraction = result.split.communication / time_of_step
+    result.bubble_fraction = result.split.pipeline_wait / time_of_step
+    result.bound_by = bound_by(row.plan, result.split, session.known(), result.oversubscribed)
+    middle = sorted(lines, key=lambda line: line.makespan)[len(lines) // 2]
+    result.timeline = events(middle)
+    result.simulated = events(replay(program, lines, row.traces[-1][0]))
+    result.program_text = draw(simplify(program.body(program.period[-1][0])))
+
+
+def folder_for(out: Path | None) -> Path:
+    """Where a study goes; raises TaskError if it cannot be written."""
+    folder = out or Path("paraxis-study")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise TaskError(f"--out {folder} cannot be written: {error.strerror}") from None
+    return folder
+
+
+def save_to(folder: Path) -> Save:
+    """A `save` that writes study.json at every call."""
+    return lambda study: (records.write(study, folder), None)[1]

@@ -1,0 +1,48 @@
+"""The space of plans for a number of workers, the most promising first and every rung of workers early."""
+
+from collections.abc import Iterator
+from itertools import zip_longest
+
+from paraxis.plan.plan import Plan
+
+AVERAGE_EVERY = 8
+
+
+def rungs(workers: int) -> list[int]:
+    """1, 2, 4 ... and the number of workers itself."""
+    powers = [1 << k for k in range(workers.bit_length()) if 1 << k < workers]
+    return [*powers, workers]
+
+
+def space(workers: int, layers: int, comms: tuple[str, ...] = ("mpi", "gloo"), inexact: bool = True) -> list[Plan]:
+    """Distinct plans for 1, 2, 4 ... workers over the given transports, rungs taken in turn."""
+    columns = [list(_rung(count, layers, comms, inexact)) for count in rungs(workers)]
+    mixed = [plan for row in zip_longest(*columns) for plan in row if plan is not None]
+    return list(dict.fromkeys(mixed))
+
+
+def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> Iterator[Plan]:
+    """Plans that use exactly so many workers."""
+    if workers == 1:
+        yield Plan()
+        return
+    for kind in _kinds(workers, layers, inexact):
+        for comm in comms:
+            yield Plan(**kind, comm=comm)  # type: ignore[arg-type]
+    yield Plan(threads=workers)
+    for ranks in rungs(workers // 2)[1:]:
+        if workers % ranks == 0:
+            yield Plan(dp=ranks, threads=workers // ranks, comm=comms[0])
+
+
+def _kinds(workers: int, layers: int, inexact: bool) -> Iterator[dict[str, object]]:
+    yield {"dp": workers}
+    for pp in [p for p in rungs(workers)[1:] if p <= layers and workers % p == 0]:
+        grid = {"dp": workers // pp, "pp": pp}
+        for m in (2 * pp, 4 * pp):
+            yield grid | {"schedule": "1f1b", "microbatches": m}
+        yield grid | {"schedule": "gpipe", "microbatches": 2 * pp}
+        yield grid | {"schedule": "layerwise"}
+    if inexact:
+        yield {"dp": workers, "sync": f"average@{AVERAGE_EVERY}"}
+        yield {"dp": workers, "sync": "average@epoch"}

@@ -1,0 +1,92 @@
+"""Which plan to use, said in one sentence, and why it is not faster still."""
+
+import shlex
+from statistics import median
+from typing import Any
+
+from paraxis.measure.records import Recommendation, Result, Study
+from paraxis.measure.statistics import paired, told_apart
+
+Times = dict[str, dict[int, float]]  # full plan text -> step seconds by round
+
+
+def recommend(study: Study, times: Times) -> Recommendation | None:
+    """The fastest exact plan that was proved; None before anything was measured."""
+    rows = [r for r in study.results if r.status == "ok" and r.step_seconds and r.exact]
+    rows = [r for r in rows if r.verified is not None and r.verified.passed]
+    if not rows:
+        return None
+    best = min(rows, key=lambda r: r.step_seconds.median)  # type: ignore[union-attr]
+    others = [r for r in [*rows, *([study.today] if study.today else [])] if r is not best]
+    level = 1 - 0.05 / max(1, len(others))
+    same = [r.label for r in others if not told_apart(paired(times[best.plan], times[r.plan], level))]
+    return Recommendation(
+        plan=best.plan,
+        label=best.label,
+        sentence=_sentence(study, best, same),
+        why=_why(study, best),
+        command=command(study.task, best.plan, best.label),
+        vs_today=best.vs_today,
+        not_told_apart=same,
+    )
+
+
+def command(task: dict[str, Any], plan: str, label: str) -> str:
+    """The shell command that trains with a plan."""
+    from paraxis.plan.plan import parse
+
+    words = ["paraxis", "train", shlex.quote(str(task["network"])), "--plan", shlex.quote(parse(plan).short())]
+    if task.get("data"):
+        words += ["--data", shlex.quote(task["data"])]
+    return " ".join([*words, "--batch", str(task["batch"])])
+
+
+def _sentence(study: Study, best: Result, same: list[str]) -> str:
+    ms = best.step_seconds.median * 1e3 if best.step_seconds else 0.0
+    words = f"Use {best.label}: {ms:.3g} ms a step"
+    ratio, today = best.vs_today, study.today
+    if ratio and today and today.step_seconds:
+        words += f", {ratio.median:.2f}x [{ratio.low:.2f}-{ratio.high:.2f}] of today's {today.step_seconds.median * 1e3:.3g} ms"
+        if not told_apart(ratio):
+            words += " (not told apart from today)"
+    if best.verified and best.verified.max_relative_difference is not None:
+        words += f", equal to serial to {best.verified.max_relative_difference:.0e}"
+    named = [label for label in same if not label.startswith("today")]
+    if named:
+        listed = ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
+        words += f". Not told apart from: {listed}"
+    return words + "."
+
+
+def _why(study: Study, best: Result) -> str:
+    """What keeps the best plan from being faster."""
+    inexact = [r for r in study.results if not r.exact and r.step_seconds and r.status == "ok" and best.step_seconds]
+    faster = [r for r in inexact if r.step_seconds.median < 0.97 * best.step_seconds.median]  # type: ignore[union-attr]
+    hint = ""
+    if faster:
+        quick = min(faster, key=lambda r: r.step_seconds.median)  # type: ignore[union-attr]
+        factor = best.step_seconds.median / quick.step_seconds.median  # type: ignore[union-attr]
+        hint = f" {quick.label} is {factor:.2f}x faster a step, but another algorithm: compare its accuracy first."
+    if best.split is None or best.step_seconds is None:
+        return hint.strip()
+    total = best.step_seconds.median
+    parts = best.split
+    waits = {
+        "exposed communication": parts.communication,
+        "waiting for a slower replica": parts.straggler_wait,
+        "the pipeline's bubble": parts.pipeline_wait,
+        "the optimiser": parts.optimizer,
+        "loading samples": parts.data,
+    }
+    name, seconds = max(waits.items(), key=lambda item: item[1])
+    share = parts.compute / total
+    what = {"op overhead": "mostly the framework's cost per call, so a larger batch would use the cores better"}
+    kind = what.get(best.bound_by or "", "bound by the cores themselves")
+    text = f"It is not faster because {share:.0%} of its step is computing ({kind})"
+    if seconds > 0.02 * total:
+        text += f" and {seconds / total:.0%} is {name}"
+    one = [r for r in study.results if r.workers == 1 and r.step_seconds]
+    if one and best.workers > 1 and best.efficiency:
+        serial = median(one[0].step_seconds.samples) * 1e3  # type: ignore[union-attr]
+        text += f"; {best.workers} workers at {best.efficiency:.0%} efficiency against {serial:.3g} ms of one"
+    return text + "." + hint

@@ -1,0 +1,205 @@
+"""What explore, verify and train share: the task, its facts, and resident ranks of each transport, started once."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from paraxis.errors import MissingError, ParaxisError, PlanError, RankError, TaskError
+from paraxis.measure.facts import Facts, facts_of
+from paraxis.measure.machine import ForeignLoad, pinning, usable_cores
+from paraxis.plan.plan import Plan, period, with_split
+from paraxis.program.check import check
+from paraxis.program.instructions import Program
+from paraxis.program.lower import balanced, lower
+from paraxis.run.joined import JoinedPool
+from paraxis.run.launch import Pool, Starting, start, task_request
+from paraxis.task.spec import TaskSpec
+
+Tell = Callable[[str, float], None]  # (what is being done, fraction done or -1)
+AnyPool = Pool | JoinedPool
+SILENCE = 60.0  # seconds without a sign of life after which a rank counts as stopped
+
+
+@dataclass
+class Session:
+    """One task on this machine. `sizes` are the ranks to start of each transport; `joined` ranks were started for us."""
+
+    spec: TaskSpec
+    objects: dict[str, Any]
+    sizes: dict[str, int]
+    joined: JoinedPool | None
+    folder: Path
+    tell: Tell
+    pools: dict[str, AnyPool] = field(default_factory=dict)
+    starting: dict[str, Starting] = field(default_factory=dict)
+    facts: Facts | None = None
+    quiet: bool = True
+    oracles: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
+
+    def known(self) -> Facts:
+        """The task's facts, measured once by the rank that works alone."""
+        if self.facts is None:
+            self.tell("measuring the layers", -1)
+            self.facts = facts_of(self.pool("solo").ask({"do": "facts"}, limit=SILENCE * 5)[0])
+        return self.facts
+
+    def pool(self, transport: str) -> AnyPool:
+        """The live ranks of a transport, started (again) if need be, with the task in hand."""
+        pool = self.pools.get(transport)
+        if pool is None or not pool.alive():
+            if transport in self.starting:
+                made: AnyPool = self.starting.pop(transport).join()
+            elif self.joined and transport != "solo":
+                if transport != self.joined.transport:
+                    raise PlanError(f"comm={transport}: these ranks were started with {self.joined.transport}; use comm={self.joined.transport}")
+                made = self.joined
+            else:
+                made = self._start(transport).join()
+            blob = cloudpickle.dumps(self.objects) if self.objects else b""
+            made.ask(task_request(self.spec), range(made.size), blob=blob, limit=SILENCE)
+            self.pools[transport] = pool = made
+        return pool
+
+    def _start(self, transport: str) -> Starting:
+        size = self.sizes.get(transport, 1)
+        starting = start(transport, size, oversubscribed=size > usable_cores(), nowait=True)
+        if not isinstance(starting, Starting):
+            raise RankError("ranks started without waiting")
+        return starting
+
+    def begin(self, transports: Iterable[str]) -> dict[str, str]:
+        """Start several transports at once; returns why some cannot be had."""
+        missing = {}
+        for transport in transports:
+            if transport not in self.pools and transport not in self.starting and not (self.joined and transport != "solo"):
+                try:
+                    self.starting[transport] = self._start(transport)
+                except MissingError as error:
+                    missing[transport] = str(error)
+        return missing
+
+    def home(self, plan: Plan) -> AnyPool:
+        """The pool on which a plan runs."""
+        if plan.mesh.size == 1:
+            return self.pool("solo")
+        pool = self.pool(plan.comm)
+        if plan.mesh.size > pool.size:
+            raise PlanError(f"{plan.short()} needs {plan.mesh.size} ranks, but there are {pool.size}")
+        return pool
+
+    def home_alive(self, plan: Plan) -> bool:
+        """Whether the ranks of a plan still live."""
+        pool = self.pools.get("solo" if plan.mesh.size == 1 else plan.comm)
+        return pool is not None and pool.alive()
+
+    def settled(self, plan: Plan) -> Plan:
+        """The plan with its stages balanced by measured cost, unless it says where to cut."""
+        facts = self.known()
+        if plan.pp == 1 or plan.split or facts.layout.cuttable or plan.pp > len(facts.layers):
+            return plan
+        costs = [f + b for f, b in zip(facts.forward, facts.backward, strict=True)]
+        return with_split(plan, balanced(costs, plan.pp))
+
+    def program(self, plan: Plan) -> Program:
+        """The checked program of a plan for this task; raises PlanError for one that the task cannot meet."""
+        facts = self.known()
+        check_divides(plan, facts.batch)
+        program = lower(plan, facts.layout, facts.steps_per_epoch or 1)
+        check(program)
+        return program
+
+    def setup(self, key: str, plan: Plan, dtype: str = "float32", fault: str | None = None) -> list[Any]:
+        """Set a plan up on all its ranks under a key."""
+        cpus = pinning(plan.mesh.size, plan.threads, self.quiet)
+        request = {"do": "setup", "key": key, "plan": plan.text(), "dtype": dtype, "cpus": cpus, "fault": fault}
+        return self.home(plan).ask(request, range(plan.mesh.size), limit=SILENCE * 2)
+
+    def ask(self, key: str, plan: Plan, request: dict[str, Any], limit: float = SILENCE) -> list[Any]:
+        """Ask all ranks of a plan that has been set up."""
+        return self.home(plan).ask(request | {"key": key}, range(plan.mesh.size), limit=limit)
+
+    def oracle(self, plan: Plan, steps: int, dtype: str, groups: int = 0) -> dict[str, Any]:
+        """The serial run (or the emulation) a plan is proved against, made once: losses, weights file, largest change."""
+        facts = self.known()
+        replicas = 1 if plan.exact else plan.dp
+        every = 1 if plan.exact else _every(plan, facts.steps_per_epoch)
+        groups = groups or (plan.dp // replicas * plan.microbatches if facts.layout.statistics else 1)
+        key = (steps, dtype, groups, replicas, every)
+        if key not in self.oracles:
+            path = str(self.folder / f"oracle-{'-'.join(map(str, key))}.safetensors")
+            words = {"steps": steps, "dtype": dtype, "groups": groups, "replicas": replicas, "every": every}
+            answer = self.pool("solo").ask({"do": "oracle", "file": path} | words, limit=SILENCE * 10)[0]
+            self.oracles[key] = answer | {"file": path}
+        return self.oracles[key]
+
+    def close(self) -> None:
+        """Let all ranks go."""
+        for pool in self.pools.values():
+            pool.close()
+        for starting in self.starting.values():
+            starting.kill()
+        self.pools, self.starting = {}, {}
+
+    def kill(self) -> None:
+        """End all ranks now."""
+        for pool in self.pools.values():
+            pool.kill()
+        for starting in self.starting.values():
+            starting.kill()
+        self.pools, self.starting = {}, {}
+
+
+@contextmanager
+def open_session(
+    spec: TaskSpec, objects: dict[str, Any], sizes: dict[str, int], joined: JoinedPool | None, tell: Tell
+) -> Iterator[Session]:
+    """A session whose ranks end with it, however it ends."""
+    check_early(spec)
+    with tempfile.TemporaryDirectory(prefix="paraxis-run-") as folder:
+        session = Session(spec, objects, sizes, joined, Path(folder), tell)
+        session.quiet = ForeignLoad([]).settle() < 0.2
+        try:
+            yield session
+        except BaseException:
+            session.kill()
+            raise
+        session.close()
+
+
+def check_early(spec: TaskSpec) -> None:
+    """What can be refused before any rank is started, without the framework."""
+    if spec.live or spec.own_file:
+        if spec.own_file and not Path(spec.network.partition(":")[0]).is_file():
+            raise TaskError(f"network file {spec.network.partition(':')[0]} does not exist")
+        return
+    family = spec.network.partition(":")[0]
+    if family not in SHIPPED:
+        raise TaskError(f"network {spec.network!r} is not known; there are {', '.join(SHIPPED)}, or a file such as mine.py")
+
+
+SHIPPED = ("mlp", "cnn")
+
+
+def check_divides(plan: Plan, batch: int) -> None:
+    """Raises PlanError if a batch cannot be cut into equal slices."""
+    parts = plan.dp * plan.microbatches
+    if batch % parts:
+        fit = batch // parts * parts or parts
+        raise PlanError(
+            f"batch={batch} does not divide into dp={plan.dp} x microbatches={plan.microbatches} = {parts} equal slices; "
+            f"batch={fit} would"
+        )
+
+
+def _every(plan: Plan, steps_per_epoch: int | None) -> int:
+    return period(plan.sync, steps_per_epoch or 1)
+
+
+def failure(error: ParaxisError) -> tuple[str, str]:
+    """(status, reason) of a plan that ended in an error."""
+    return ("refused" if error.exit_code == 2 else "failed"), str(error).splitlines()[0]
