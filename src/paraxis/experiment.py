@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from paraxis import __version__
-from paraxis.errors import MissingError, ParaxisError, TaskError
+from paraxis.errors import MissingError, ParaxisError
 from paraxis.measure import records
 from paraxis.measure.breakdown import Trace, bound_by, events, replay, split, timelines
 from paraxis.measure.machine import ForeignLoad, describe, usable_cores
@@ -307,19 +307,6 @@ def _derive(row: Row, session: Session, today: Row, best: Row | None, one: Row |
     result.timeline = events(middle)
     result.simulated = events(replay(program, lines, row.traces[-1][0]))
     result.program_text = draw(simplify(program.body(program.period[-1][0])))
-
-
-def folder_for(out: Path | None) -> Path:
-    """Where a study goes; raises TaskError if it cannot be written."""
-    folder = out or Path("paraxis-study")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise TaskError(f"--out {folder} cannot be written: {error.strerror}") from None
-    return folder
 
 
 def save_to(folder: Path) -> Save:

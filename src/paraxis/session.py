@@ -67,13 +67,10 @@ class Session:
 
     def _start(self, transport: str) -> Starting:
         size = self.sizes.get(transport, 1)
-        starting = start(transport, size, oversubscribed=size > usable_cores(), nowait=True)
-        if not isinstance(starting, Starting):
-            raise RankError("ranks started without waiting")
-        return starting
+        return start(transport, size, oversubscribed=size > usable_cores())
 
     def begin(self, transports: Iterable[str]) -> dict[str, str]:
-        """Start several transports at once; returns why some cannot be had."""
+        """Start several transports at once and wait for all, so that nothing is timed meanwhile; why some are missing."""
         missing = {}
         for transport in transports:
             if transport not in self.pools and transport not in self.starting and not (self.joined and transport != "solo"):
@@ -81,6 +78,9 @@ class Session:
                     self.starting[transport] = self._start(transport)
                 except MissingError as error:
                     missing[transport] = str(error)
+        for transport in list(self.starting):
+            self.tell(f"starting ranks over {transport}" if transport != "solo" else "loading the framework", -1)
+            self.pool(transport)
         return missing
 
     def home(self, plan: Plan) -> AnyPool:
@@ -91,6 +91,13 @@ class Session:
         if plan.mesh.size > pool.size:
             raise PlanError(f"{plan.short()} needs {plan.mesh.size} ranks, but there are {pool.size}")
         return pool
+
+    def respec(self, spec: TaskSpec) -> None:
+        """Go on with a changed task; what was set up is forgotten."""
+        self.spec = spec
+        blob = cloudpickle.dumps(self.objects) if self.objects else b""
+        for pool in self.pools.values():
+            pool.ask(task_request(spec), range(pool.size), blob=blob, limit=SILENCE)
 
     def home_alive(self, plan: Plan) -> bool:
         """Whether the ranks of a plan still live."""
@@ -109,6 +116,8 @@ class Session:
         """The checked program of a plan for this task; raises PlanError for one that the task cannot meet."""
         facts = self.known()
         check_divides(plan, facts.batch)
+        if plan.sync == "average@epoch" and facts.steps_per_epoch is None:
+            raise PlanError("sync=average@epoch: batches() does not tell how long an epoch is; use average@H with H steps")
         program = lower(plan, facts.layout, facts.steps_per_epoch or 1)
         check(program)
         return program
@@ -169,6 +178,18 @@ def open_session(
             session.kill()
             raise
         session.close()
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be; raises TaskError if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise TaskError(f"--out {folder} cannot be written: {error.strerror}") from None
+    return folder
 
 
 def check_early(spec: TaskSpec) -> None:

@@ -74,11 +74,11 @@ def test_mnist_shapes_and_types(mnist: Data) -> None:
     assert mnist.test is not None
     for arrays, count in ((mnist.train, 60000), (mnist.test, 10000)):
         assert arrays.inputs.shape == (count, 1, 28, 28)
-        assert arrays.inputs.dtype == np.float32
+        assert arrays.inputs.dtype == np.uint8
         assert arrays.targets.shape == (count,)
         assert arrays.targets.dtype == np.int64
         assert arrays.classes == 10
-        assert (arrays.inputs.min(), arrays.inputs.max()) == (0, 1)
+        assert (arrays.inputs.min(), arrays.inputs.max()) == (0, 255)
         # torch.from_numpy warns about arrays that cannot be written to.
         assert arrays.inputs.flags.writeable and arrays.inputs.flags.c_contiguous
         assert arrays.targets.flags.writeable
@@ -92,9 +92,9 @@ def test_mnist_known_values(mnist: Data) -> None:
     assert np.bincount(mnist.test.targets).tolist() == test
     assert mnist.train.targets[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     assert mnist.test.targets[:5].tolist() == [7, 2, 1, 0, 4]
-    pixels = mnist.train.inputs[0, 0] * 255
+    pixels = mnist.train.inputs[0, 0].astype(np.float64)
     assert round(float(pixels.sum(dtype=np.float64))) == 27525
-    assert mnist.train.inputs[0, 0, 5, 12] == np.float32(3) / np.float32(255)
+    assert mnist.train.inputs[0, 0, 5, 12] == 3
 
 
 @pytest.mark.parametrize(
@@ -161,10 +161,10 @@ def test_idx_round_trip(draw: st.DataObject) -> None:
             path = Path(folder, f"train-{name.format(joint)}{'.gz' if packed else ''}")
             path.write_bytes(gzip.compress(idx(array), 1) if packed else idx(array))
         loaded = load(f"idx:{folder}")
-    expected = images.astype(np.float32) / np.float32(255) if kind == "u1" else images.astype(np.float32)
+    expected = images if kind == "u1" else images.astype(np.float32)
     sample = (1, *shape[1:]) if len(shape) == 3 else shape[1:]
     assert loaded.test is None
-    assert loaded.train.inputs.dtype == np.float32
+    assert loaded.train.inputs.dtype == (np.uint8 if kind == "u1" else np.float32)
     assert loaded.train.inputs.shape == (shape[0], *sample)
     np.testing.assert_array_equal(loaded.train.inputs.ravel(), expected.ravel())
     np.testing.assert_array_equal(loaded.train.targets, labels)
@@ -338,7 +338,7 @@ def test_npz_names(tmp_path: Path, names: tuple[str, str]) -> None:
     assert loaded.test is None
     assert loaded.train.inputs.shape == (6, 4, 3)
     assert loaded.train.classes == 3
-    np.testing.assert_array_equal(loaded.train.inputs, PIXELS.astype(np.float32) / np.float32(255))
+    np.testing.assert_array_equal(loaded.train.inputs, PIXELS)
 
 
 def test_npz_with_test_set(tmp_path: Path) -> None:

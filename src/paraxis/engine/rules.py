@@ -5,6 +5,9 @@ that has no rule here runs itself on the same buffers (`native`).
 """
 
 import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +15,45 @@ from torch import Tensor
 
 Group = dict[str, Any]
 State = dict[str, Tensor]
+
+
+@dataclass
+class Hyper:
+    """The hyperparameters of every parameter group (as a torch optimiser's `param_groups`), and how they change.
+
+    `rule` computes the update; "native" lets `optimizer` do it. The rate follows `scheduler`, or `factor(step)` times
+    its first value. A torch optimiser is only made for a user who brings one: its first use costs 2 s of imports.
+    """
+
+    rule: str
+    groups: list[Group]
+    optimizer: torch.optim.Optimizer | None = None
+    scheduler: Any = None
+    factor: Callable[[int], float] | None = None
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.rates = [group["lr"] for group in self.groups]
+        self._follow()
+
+    def advance(self) -> None:
+        """The learning rate of the next step."""
+        self.steps += 1
+        if self.scheduler is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it wants to see optimizer.step(), which our rule replaces
+                self.scheduler.step()
+        self._follow()
+
+    def _follow(self) -> None:
+        if self.factor is not None:
+            for group, rate in zip(self.groups, self.rates, strict=True):
+                group["lr"] = rate * self.factor(self.steps)
+
+
+def of_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any) -> Hyper:
+    """The user's own optimiser and scheduler."""
+    return Hyper(plain(optimizer), optimizer.param_groups, optimizer, scheduler)
 
 
 def plain(optimizer: torch.optim.Optimizer) -> str:

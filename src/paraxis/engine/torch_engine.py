@@ -3,7 +3,6 @@
 It knows nothing of ranks, peers or schedules: an interpreter tells it what to compute and hands over what arrives.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from paraxis.engine.flat import Flat, flatten
-from paraxis.engine.rules import RULES, State, plain
+from paraxis.engine.rules import RULES, State
 from paraxis.errors import TaskError
 from paraxis.program.instructions import Program
 from paraxis.task.batches import Nest, Source, leaves, map_nest, samples
@@ -40,10 +39,8 @@ class TorchEngine:
         self.entry = self._boundary(program)
         cuts = program.segments[self.stage]
         self.segments = [task.chain[first:last] for first, last in cuts]
-        self.optimizer = task.optimizer()
-        self.scheduler = task.scheduler(self.optimizer)
-        self.flat: Flat = flatten(self.segments, [g["params"] for g in self.optimizer.param_groups], task.names)
-        self.rule = plain(self.optimizer)
+        self.hyper = task.hyper()
+        self.flat: Flat = flatten(self.segments, [g["params"] for g in self.hyper.groups], task.names)
         self._keep_own_parameters(task)
         self.states: list[State] = [{} for _ in self.flat.runs]
         self.unit = torch.ones((), dtype=task.dtype, device=self.flat.params.device)
@@ -245,19 +242,16 @@ class TorchEngine:
         if clip is not None:
             scale *= min(1.0, clip / (float(self.norm[0]) ** 0.5 + 1e-6))
         gradients = self.flat.grads[len(self.flat.totals) :]
-        if self.rule == "native":
+        if self.hyper.rule == "native" and self.hyper.optimizer is not None:
             gradients.mul_(scale)
-            self.optimizer.step()
+            self.hyper.optimizer.step()
         else:
-            rule: Callable[..., None] = RULES[self.rule]
-            groups = self.optimizer.param_groups
+            rule: Callable[..., None] = RULES[self.hyper.rule]
+            groups = self.hyper.groups
             for (group, first, last), state in zip(self.flat.runs, self.states, strict=True):
                 if group >= 0:
                     rule(self.flat.params[first:last], gradients[first:last], state, groups[group], scale)
-        if self.scheduler is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it wants to see optimizer.step(), which our rule replaces
-                self.scheduler.step()
+        self.hyper.advance()
         if self.last_stage:
             self.losses.append((self.loss_sum, self.loss_weight))
         self.step += 1
@@ -265,7 +259,7 @@ class TorchEngine:
     def _keep_own_parameters(self, task: Task) -> None:
         """The optimiser steps what lies on this stage; the layers of other stages are let go."""
         own = {id(p) for segment in self.segments for layer in segment for p in layer.parameters()}
-        for group in self.optimizer.param_groups:
+        for group in self.hyper.groups:
             group["params"] = [p for p in group["params"] if id(p) in own]
         inside = {id(b) for segment in self.segments for layer in segment for b in layer.buffers()}
         if self.stage == 0:  # and the buffers that lie in no layer

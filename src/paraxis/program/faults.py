@@ -109,7 +109,7 @@ def _late(engine: Any) -> None:
 
 
 def _other_rate(engine: Any) -> None:
-    for group in engine.optimizer.param_groups:
+    for group in engine.hyper.groups:
         group["lr"] *= 1.01
 
 

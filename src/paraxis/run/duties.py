@@ -3,7 +3,8 @@
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,16 @@ class Running:
     rank: Rank | None = None  # a program's rank, or ...
     plain: serial.Replica | None = None  # ... the framework's own loop
     done: int = 0
+    counted_from: int = 0  # the step since which sent bytes are counted
     losses: list[tuple[float, float]] = field(default_factory=list)  # of the framework's own loop
 
 
 class Duties:
     """One rank's memory between requests: its world, the task, the plans it has set up."""
 
-    def __init__(self, transport: str, words: list[str]) -> None:
-        self.transport = transport
+    def __init__(self, transport: str, rank: int = 0, size: int = 1, address: str = "") -> None:
+        self.transport, self.rank = transport, rank
         self.world: Any = None
-        self.rank = 0
         if transport == "mpi":
             from paraxis.comm import mpi
 
@@ -57,8 +58,7 @@ class Duties:
         elif transport in ("gloo", "nccl"):
             from paraxis.comm import torch_dist
 
-            self.world = torch_dist.world(transport, words[2], int(words[0]), int(words[1]))
-            self.rank = self.world.rank
+            self.world = torch_dist.world(transport, address, rank, size)
         self.spec = TaskSpec()
         self.objects: dict[str, Any] = {}
         self.plans: dict[str, Running] = {}
@@ -121,6 +121,8 @@ class Duties:
         if running.rank is not None and request["steps"] % running.rank.program.steps_in_period():
             running.rank.settle()
         wanted, state = load_file(request["file"]), self._state(running)
+        if running.rank is not None:  # what the proof has sent does not count as the plan's traffic
+            running.rank.context.sent[0], running.counted_from = 0, running.rank.done
         worst, where = 0.0, ""
         for name, value in state.items():
             if name in wanted and value.is_floating_point():
@@ -178,7 +180,8 @@ class Duties:
         """Bytes this rank has sent for the plan so far, over how many steps, and its peak of resident memory."""
         running = self.plans[request["key"]]
         sent = running.rank.context.sent[0] if running.rank is not None else 0
-        return {"sent": sent, "steps": running.rank.done if running.rank else 1, "peak": _peak_bytes()}
+        steps = running.rank.done - running.counted_from if running.rank is not None else 0
+        return {"sent": sent, "steps": steps, "peak": _peak_bytes()}
 
     def drop(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Forget a plan."""
@@ -205,14 +208,10 @@ class Duties:
         running = self._ready(request["key"])
         if running.rank is None:
             return self._evaluate_plain(_some(running.plain), request["set"])
-        rank, engine = running.rank, running.rank.engine
-        source = engine.task.test if request["set"] == "test" else engine.task.validation
-        kept = (engine.flat.params.clone(), engine.running.clone()) if rank.program.epilogue else None
-        rank.settle()
-        loss, weight, hits = rank.evaluate(source)
-        if kept:
-            engine.flat.params.copy_(kept[0])
-            engine.running.copy_(kept[1])
+        rank = running.rank
+        source = rank.engine.task.test if request["set"] == "test" else rank.engine.task.validation
+        with _agreed(rank):
+            loss, weight, hits = rank.evaluate(source)
         return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
 
     def _evaluate_plain(self, replica: serial.Replica, which: str) -> dict[str, Any]:
@@ -240,8 +239,10 @@ class Duties:
 
     def save(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Write this rank's part of the state_dict to a file."""
-        state = self._state(self.plans[request["key"]])
-        save_file(_untied({k: v.contiguous() for k, v in state.items()}), request["file"])
+        running = self._ready(request["key"])
+        with _agreed(running.rank) if running.rank is not None else nullcontext():
+            state = self._state(running)
+        save_file(_untied({k: v.contiguous() for k, v in state.items()}), request["files"][self.rank])
         return {}
 
     # -- what they share ---------------------------------------------------------------------------------------
@@ -302,6 +303,18 @@ class _Alone:
 
     def barrier(self) -> None:
         """Nobody to wait for."""
+
+
+@contextmanager
+def _agreed(rank: Rank) -> Iterator[None]:
+    """Replicas that disagree take their mean for a while, and go on as they were."""
+    engine = rank.engine
+    kept = (engine.flat.params.clone(), engine.running.clone()) if rank.program.epilogue else None
+    rank.settle()
+    yield
+    if kept:
+        engine.flat.params.copy_(kept[0])
+        engine.running.copy_(kept[1])
 
 
 def _some(value: Any) -> Any:

@@ -95,8 +95,8 @@ def join(transport: str, launcher: str, size: int) -> JoinedPool | None:
     from paraxis.run.duties import Duties
 
     env = os.environ
-    words = [env["RANK"], env["WORLD_SIZE"], "env://"] if transport == "gloo" else []
-    duties = Duties(transport, words)
+    rank = int(env["RANK"]) if transport == "gloo" else 0
+    duties = Duties(transport, rank, size, "env://")
     if duties.world.size != size:
         raise MissingError(
             f"{launcher} started {size} processes, but each is alone in its MPI world: mpiexec and mpi4py belong to "

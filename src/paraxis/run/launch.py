@@ -6,6 +6,7 @@ when the driver ends, and the driver notices when it dies, raises or falls silen
 
 import json
 import os
+import re
 import secrets
 import selectors
 import shutil
@@ -127,17 +128,18 @@ class Pool:
 
     def _cause(self, rank: int) -> str:
         process = next((p for p in self.processes if p.pid == self.pids[rank]), None)
-        if process is not None:
-            try:
-                code = process.wait(1.0)
-            except subprocess.TimeoutExpired:
-                code = 0
-            if code < 0:
-                return f"was killed by {signal.Signals(-code).name}"
-            return f"ended with exit code {code}"
-        text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        named = next((word for word in ("SIGKILL", "signal 9", "SIGSEGV", "signal 11") if word in text), "")
-        return f"was killed ({named})" if named else "died (killed, or out of memory)"
+        code = 0
+        try:
+            code = process.wait(1.0) if process else 0
+        except subprocess.TimeoutExpired:
+            pass
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        time.sleep(0 if process else 0.3)  # the launcher's own word on it comes a moment later
+        text = self.log.read_text(errors="replace")
+        found = re.search(r"SIG(?:KILL|SEGV|TERM|BUS|ABRT|ILL)|signal (\d+)", text)
+        name = signal.Signals(int(found[1])).name if found and found[1] else found[0] if found else ""
+        return f"was killed by {name}" if name else "died without a word (out of memory?)"
 
     def _silent(self, rank: int, limit: float) -> None:
         try:
@@ -199,26 +201,26 @@ def _kill(process: psutil.Process) -> None:
         return
 
 
-def start(transport: str, size: int, oversubscribed: bool = False, nowait: bool = False) -> "Pool | Starting":
-    """Start `size` ranks over mpi, gloo or nccl, or one rank alone (`solo`); raises MissingError or RankError.
-
-    With `nowait` it returns at once; `Starting.join` gives the pool.
-    """
+def start(transport: str, size: int, oversubscribed: bool = False) -> "Starting":
+    """Begin to start `size` ranks over mpi, gloo or nccl, or one rank alone (`solo`); raises MissingError."""
+    commands = _commands(transport, size)
     folder = tempfile.TemporaryDirectory(prefix="paraxis-")
     server = socket.socket(socket.AF_UNIX)
     server.bind(f"{folder.name}/line")
     server.listen(size)
     token, log = secrets.token_hex(16), Path(folder.name) / "log"
-    commands = _commands(transport, size, f"{folder.name}/line", token)
+    words = [transport, f"{folder.name}/line", token, *commands[1]]
     env = os.environ | _environment(transport, oversubscribed)
-    processes = []
     with log.open("wb") as out:
-        for command in commands:
-            processes.append(
-                subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
-            )
-    starting = Starting(transport, size, processes, server, token, log, folder)
-    return starting if nowait else starting.join()
+        process = subprocess.Popen(
+            [*commands[0], "-m", "paraxis.run.worker", *words],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    return Starting(transport, size, [process], server, token, log, folder)
 
 
 @dataclass
@@ -277,15 +279,14 @@ class Starting:
             raise RankError(f"ranks over {self.transport} {why}: {text or 'they printed nothing'}")
 
 
-def _commands(transport: str, size: int, path: str, token: str) -> list[list[str]]:
-    worker = ["-m", "paraxis.run.worker", transport, path, token]
+def _commands(transport: str, size: int) -> tuple[list[str], list[str]]:
+    """(how Python is started, the words behind the worker's own)."""
     if transport == "mpi":
-        return [[*mpiexec(), "-n", str(size), *_mpi_options(), sys.executable, "-m", "mpi4py", *worker]]
+        return [*mpiexec(), "-n", str(size), *_mpi_options(), sys.executable, "-m", "mpi4py"], []
     if transport == "solo":
-        return [[sys.executable, *worker]]
+        return [sys.executable], []
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    return [[sys.executable, *worker, str(rank), str(size), address] for rank in range(size)]
+        return [sys.executable], [str(size), f"tcp://127.0.0.1:{probe.getsockname()[1]}"]
 
 
 def _environment(transport: str, oversubscribed: bool) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """A resident rank: waits asleep on its line to the driver, and does what it is asked. Started by `launch`.
 
-    python -m paraxis.run.worker TRANSPORT SOCKET TOKEN [RANK SIZE ADDRESS]
+    python -m paraxis.run.worker TRANSPORT SOCKET TOKEN [SIZE ADDRESS]
+
+With a size it forks that many ranks after the framework is loaded: loading it takes seconds of a core, once is enough.
 """
 
 import os
@@ -20,15 +22,41 @@ Answer = dict[str, Any]
 
 
 def main(words: list[str]) -> None:
-    """Connect, say which rank this is, then serve until the driver says quit or goes away."""
-    transport, path, token = words[:3]
+    """Load the framework, become one rank or fork several, then serve until the driver says quit or goes away."""
+    transport, path, token, *rest = words
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business; it ends us
-    line = socket.socket(socket.AF_UNIX)
-    line.connect(path)
     from paraxis.run.duties import Duties
 
+    if rest:
+        size, address = int(rest[0]), rest[1]
+        rank = fork(size)
+        become(transport, path, token, lambda: Duties(transport, rank, size, address))
+    else:
+        become(transport, path, token, lambda: Duties(transport))
+
+
+def fork(size: int) -> int:
+    """The rank in each child; the parent waits for all of them, says how they ended, and ends."""
+    children = {}
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            return rank
+        children[child] = rank
+    while children:
+        child, status = os.wait()
+        rank = children.pop(child)
+        if os.WIFSIGNALED(status):
+            print(f"rank {rank} was killed by {signal.Signals(os.WTERMSIG(status)).name}", flush=True)
+    os._exit(0)
+
+
+def become(transport: str, path: str, token: str, make: Callable[[], Any]) -> None:
+    """Call the driver as one rank, and serve it."""
+    line = socket.socket(socket.AF_UNIX)
+    line.connect(path)
     try:
-        duties = Duties(transport, words[3:])
+        duties = make()
     except Exception as error:
         wire.send(line, {"token": token, "rank": -1, "error": _describe(error)})
         return

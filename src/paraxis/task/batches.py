@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from paraxis.errors import TaskError
 from paraxis.task.data import Arrays
@@ -54,7 +55,9 @@ class ArraySource:
     def share(self, step: int, first: int, count: int, inputs: bool = True, targets: bool = True) -> Nest:
         """(inputs, targets) as tensors, None for what is not asked for."""
         index = self.indices(step, first, count)
-        x = self.inputs.index_select(0, index).to(self.dtype) if inputs else None
+        x = self.inputs.index_select(0, index) if inputs else None
+        if x is not None:
+            x = x.to(self.dtype).div_(255) if x.dtype == torch.uint8 else x.to(self.dtype)
         return x, self.targets.index_select(0, index) if targets else None
 
     def valid(self, step: int, first: int, count: int) -> int:
@@ -70,9 +73,9 @@ class StreamSource:
         self._step, self._epoch = -1, -1
         self._iterator: Iterator[Nest] = iter(())
         self._current: Nest = None
-        self.steps_per_epoch: int | None = None
         self._whole = 0
         self._advance(0)
+        self.steps_per_epoch: int | None = _whole_batches(make(), self._whole)
         self.batch = batch or self._whole
         if self.batch != self._whole:
             raise TaskError(f"batches() yields {self._whole} samples; batch={batch} needs batches of that size")
@@ -102,8 +105,6 @@ class StreamSource:
                 self._current, self._step = batch, self._step + 1
 
     def _open_epoch(self) -> None:
-        if self._epoch == 0:
-            self.steps_per_epoch = self._step + 1
         self._epoch += 1
         seed_everything(splitmix64(self.seed) ^ self._epoch)
         self._iterator = iter(self.make())
@@ -111,6 +112,14 @@ class StreamSource:
         if first is None:
             raise TaskError(f"batches() gave no batch in epoch {self._epoch}; it must be iterable again and again")
         self._iterator = chain([first], self._iterator)
+
+
+def _whole_batches(batches: Iterable[Nest], size: int) -> int | None:
+    """How many full batches an epoch has, where that can be told without reading it."""
+    if isinstance(batches, (list, tuple)):
+        return sum(samples(batch) == size for batch in batches)
+    dataset = getattr(batches, "dataset", None)
+    return len(dataset) // size if isinstance(batches, DataLoader) and hasattr(dataset, "__len__") else None
 
 
 def seed_everything(seed: int) -> None:

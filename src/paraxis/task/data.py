@@ -27,7 +27,10 @@ _NPZ_TEST = (("x_test", "y_test"),)
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """Samples and labels: `inputs` float32 (n, ...), `targets` int64 (n,), each in 0 .. `classes` - 1."""
+    """Samples and labels: `inputs` (n, ...), `targets` int64 (n,), each in 0 .. `classes` - 1.
+
+    `inputs` are float32, or uint8 that stand for [0, 1] in steps of 1/255: a quarter of the memory of every rank.
+    """
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -49,7 +52,7 @@ _Split = tuple[np.ndarray, np.ndarray]
 def load(text: str) -> Data:
     """Load `mnist`, `idx:DIR`, `npz:FILE` or `synthetic:N,SHAPE,CLASSES[,seed=S]`.
 
-    Unsigned bytes are scaled to [0, 1], all other inputs keep their values; IDX images without
+    Unsigned bytes stand for [0, 1], all other inputs keep their values; IDX images without
     channels, (n, h, w), become (n, 1, h, w). `classes` is the largest label of train and test, plus 1
     (for synthetic data: CLASSES).
 
@@ -150,7 +153,7 @@ def _inputs(where: object, raw: np.ndarray) -> np.ndarray:
     if raw.ndim < 2 or not raw.size:
         raise _error(where, f"inputs have shape {raw.shape}", "store one or more samples as (samples, features...)")
     if raw.dtype == np.uint8:
-        return np.divide(np.ascontiguousarray(raw), np.float32(255), dtype=np.float32)
+        return np.array(raw)  # a copy of its own, because torch warns about memory that cannot be written to
     with np.errstate(over="ignore"):
         inputs = np.ascontiguousarray(raw, dtype=np.float32)
     # The extremes show any NaN or infinity without an array of flags as long as the data.

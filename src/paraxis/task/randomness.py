@@ -5,6 +5,7 @@ The mask is a counter hash in uint32 with wrap-around, so that any rank computes
 """
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle as Handle
 
 MASK64 = (1 << 64) - 1
 ATTENTION = F.scaled_dot_product_attention
@@ -164,17 +165,10 @@ class KeyedFunctions(TorchFunctionMode):
         return self.draw.dropout(scores.softmax(-1), dropout_p, self.draw.place[-1]) @ value
 
 
-class _Named(TorchDispatchMode):
-    """Notes in which module a random operation runs that the task's hash does not key."""
-
-    def __init__(self, draw: Draw) -> None:
-        super().__init__()
-        self.draw, self.found = draw, set[str]()
-
-    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:  # type: ignore[type-arg]
-        if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
-            self.found.add(self.draw.place[-1])
-        return func(*args, **(kwargs or {}))
+def _generators() -> tuple[bytes, object, object]:
+    """Where the generators stand that a network's code may draw from (torch, numpy, random)."""
+    numpy_state = np.random.get_state(legacy=True)
+    return bytes(torch.random.get_rng_state().numpy()), (bytes(numpy_state[1]), numpy_state[2:]), random.getstate()
 
 
 @dataclass(frozen=True)
@@ -192,29 +186,50 @@ def key_randomness(net: nn.Module, draw: Draw, run: Callable[[], object], switch
         for child, layer in module.named_children():
             if type(layer) is nn.Dropout:
                 setattr(module, child, KeyedDropout(layer.p, f"{name}.{child}".strip("."), draw).train(layer.training))
-    hooks = [hook for name, module in net.named_modules() for hook in track(module, name, draw)]
     functions = KeyedFunctions(draw)
-    found = _random_places(draw, functions, run)
+    found = _random_places(net, draw, functions, run)
     modules = dict(net.named_modules())
     off = sorted(found) if switch_off else []
     for name in off:
         modules[name].eval()
-    unkeyed = _random_places(draw, functions, run) if off else found
-    if not functions.used:
-        for hook in hooks:
-            hook.remove()
+    unkeyed = _random_places(net, draw, functions, run) if off else found
+    if functions.used:
+        for name, module in modules.items():
+            track(module, name, draw)
     named = tuple(f"{name or 'the network'} ({type(modules[name]).__name__})" for name in off)
     return Keyed(functions.used, named, tuple(sorted(unkeyed)))
 
 
-def track(module: nn.Module, name: str, draw: Draw) -> list[torch.utils.hooks.RemovableHandle]:
-    """Hooks by which the draw knows in which module a functional call stands."""
-    enter = module.register_forward_pre_hook(lambda *_: draw.place.append(name))
-    leave = module.register_forward_hook(lambda *_: (draw.place.pop(), None)[1], always_call=True)
-    return [enter, leave]
+def track(module: nn.Module, name: str, draw: Draw, look: Callable[[], None] = lambda: None) -> list[Handle]:
+    """Hooks by which the draw knows in which module a functional call stands; `look` is called at every border."""
+
+    def enter(*_: object) -> None:
+        look()
+        draw.place.append(name)
+
+    def leave(*_: object) -> None:
+        look()
+        draw.place.pop()
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
 
-def _random_places(draw: Draw, functions: KeyedFunctions, run: Callable[[], object]) -> set[str]:
-    with torch.no_grad(), _Named(draw) as named, functions:
+def _random_places(net: nn.Module, draw: Draw, functions: KeyedFunctions, run: Callable[[], object]) -> set[str]:
+    """The innermost modules in whose forward a generator has moved."""
+    found: set[str] = set()
+    last = _generators()
+
+    def look() -> None:
+        nonlocal last
+        now = _generators()
+        if now != last:
+            found.add(draw.place[-1])
+            last = now
+
+    handles = [handle for name, module in net.named_modules() for handle in track(module, name, draw, look)]
+    with torch.no_grad(), functions:
         run()
-    return named.found
+    look()
+    for handle in handles:
+        handle.remove()
+    return found

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paraxis.engine.rules import Hyper, of_optimizer
 from paraxis.errors import TaskError
 from paraxis.program.lower import Layout
 from paraxis.task import data as data_module
@@ -71,6 +72,11 @@ class Task:
         """A learning-rate scheduler, stepped once per optimiser step, or None for a constant rate."""
         if "scheduler" in self.recipe.own:
             return self.recipe.own["scheduler"](optimizer)
+        factor = self.rate_factor()
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor) if factor else None
+
+    def rate_factor(self) -> Callable[[int], float] | None:
+        """The chosen schedule: step -> factor of the learning rate; None for a constant rate."""
         s = self.spec
         if s.lr_schedule == "constant":
             return None
@@ -83,7 +89,20 @@ class Task:
                 return 1.0
             return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - s.warmup) / (horizon - s.warmup))))
 
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return factor
+
+    def hyper(self) -> Hyper:
+        """What the flat update rules need: the user's optimiser taken apart, or the chosen one's numbers."""
+        if self.recipe.own.keys() & {"optimizer", "scheduler"}:
+            optimizer = self.optimizer()
+            return of_optimizer(optimizer, self.scheduler(optimizer))
+        s = self.spec
+        numbers: dict[str, Any] = {"lr": s.lr, "weight_decay": s.weight_decay}
+        numbers |= {"momentum": s.momentum, "nesterov": s.nesterov} if s.optimizer == "sgd" else {}
+        adamw = s.optimizer == "adamw"
+        numbers |= {"betas": (0.9, 0.999), "eps": 1e-8, "decoupled_weight_decay": adamw} if s.optimizer != "sgd" else {}
+        groups = [{"params": [p for p in self.net.parameters() if p.requires_grad]} | numbers]
+        return Hyper("sgd" if s.optimizer == "sgd" else "adam", groups, factor=self.rate_factor())
 
     def layout(self) -> Layout:
         """What lowering has to know."""

@@ -1,0 +1,144 @@
+"""The train job: to the end with one plan, evaluated every epoch, weights kept after every epoch."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file, save_file
+
+from paraxis.errors import PlanError, TaskError
+from paraxis.plan.plan import Plan
+from paraxis.proof import mean_losses
+from paraxis.run.joined import JoinedPool
+from paraxis.session import SILENCE, Session, Tell, open_session, writable
+from paraxis.task.spec import TaskSpec
+
+Epoch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Length:
+    """When to stop: after epochs, after steps, or when a target accuracy (0 to 1) is reached, whichever comes first."""
+
+    epochs: int | None = None
+    steps: int | None = None
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "steps"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise TaskError(f"{key}={value}: it takes 1 or more")
+        if self.target is not None and not 0 < self.target <= 1:
+            raise TaskError(f"target={self.target:g}: it takes an accuracy above 0 and at most 1, such as 0.98")
+
+    def total(self, steps_per_epoch: int | None) -> int:
+        """Steps at most; raises TaskError where an epoch's length is not known."""
+        if self.steps is not None and self.epochs is None:
+            return self.steps
+        if steps_per_epoch is None:
+            raise TaskError("batches() does not tell how long an epoch is: give --steps instead of --epochs")
+        epochs = self.epochs or (100 if self.target else 1)
+        return min(epochs * steps_per_epoch, self.steps or epochs * steps_per_epoch)
+
+
+def train_task(
+    spec: TaskSpec,
+    objects: dict[str, Any],
+    plan: Plan,
+    length: Length,
+    out: Path,
+    tell: Tell,
+    each_epoch: Callable[[Epoch], None],
+    joined: JoinedPool | None = None,
+) -> dict[str, Any]:
+    """Train and return {plan, epochs, losses, test, weights, seconds}; raises PlanError, TaskError, RankError."""
+    if joined and joined.size != plan.mesh.size:
+        raise PlanError(f"{plan.short()} fills {plan.mesh.size} of the {joined.size} ranks that were started")
+    sizes = {plan.comm: plan.mesh.size} if plan.comm else {}
+    writable(out)
+    with open_session(spec, objects, sizes, joined, tell) as session:
+        missing = session.begin(("solo", *sizes))
+        if plan.comm in missing:
+            raise PlanError(missing[plan.comm])
+        facts = session.known()
+        total = length.total(facts.steps_per_epoch)
+        if spec.lr_schedule == "cosine" and not spec.horizon:
+            session.respec(spec.model_copy(update={"horizon": total}))
+        plan = session.settled(plan)
+        if plan.engine != "plain":
+            session.program(plan)
+        session.setup("train", plan)
+        begun = time.monotonic()
+        epochs, losses = _epochs(session, plan, total, length.target, out, each_epoch)
+        weights = _save(session, plan, out)
+        test = _score(session, plan, "test") if facts.has_test else None
+    seconds = time.monotonic() - begun
+    document = {"plan": plan.text(), "label": plan.label(), "epochs": epochs, "losses": losses, "seconds": seconds}
+    return document | {"test": test, "weights": str(weights), "notes": list(facts.notes)}
+
+
+def _epochs(
+    session: Session, plan: Plan, total: int, target: float | None, out: Path, each_epoch: Callable[[Epoch], None]
+) -> tuple[list[Epoch], list[float]]:
+    facts = session.known()
+    every = facts.steps_per_epoch or total
+    watched = "validation" if session.spec.validation else "test" if facts.has_test else ""
+    epochs: list[Epoch] = []
+    losses: list[float] = []
+    while len(losses) < total:
+        count = min(every, total - len(losses))
+        begun = time.monotonic()
+        fresh = _steps(session, plan, count, len(losses), total)
+        losses += fresh
+        seconds = time.monotonic() - begun
+        score = _score(session, plan, watched) if watched else None
+        mean = sum(fresh) / len(fresh)
+        epoch = {"epoch": len(epochs) + 1, "steps": len(losses), "loss": mean, "seconds": seconds, watched or "test": score}
+        epochs.append(epoch)
+        _save(session, plan, out)
+        each_epoch(epoch)
+        if target is not None and score is not None and score["accuracy"] >= target:
+            break
+    if plan.engine != "plain":
+        session.ask("train", plan, {"do": "settle"})
+    return epochs, losses
+
+
+def _steps(session: Session, plan: Plan, count: int, done: int, total: int) -> list[float]:
+    pool = session.home(plan)
+
+    def news(message: dict[str, Any]) -> None:
+        session.tell("training", (done + count - message["left"]) / total)
+
+    request = {"do": "train", "key": "train", "steps": count}
+    answers = pool.ask(request, range(plan.mesh.size), limit=SILENCE, news=news)
+    return mean_losses([a["losses"] for a in answers])
+
+
+def _score(session: Session, plan: Plan, which: str) -> dict[str, float]:
+    """Loss, accuracy and samples of a held-out set."""
+    answers = session.ask("train", plan, {"do": "evaluate", "set": which}, limit=SILENCE * 5)
+    best = max(answers, key=lambda a: a["weight"])  # only the last stage's ranks have seen outputs
+    weight = max(best["weight"], 1e-30)
+    return {"loss": best["loss"] / weight, "accuracy": best["hits"] / best["samples"], "samples": best["samples"]}
+
+
+def _save(session: Session, plan: Plan, out: Path) -> Path:
+    """One plain state_dict from the parts of all stages; written whole or not at all."""
+    if plan.dp > 1 and not plan.exact:
+        ranks = list(range(plan.mesh.size))  # replicas agree before they are saved, which takes all of them
+    else:
+        ranks = [plan.mesh.rank(0, stage) for stage in range(plan.pp)]
+    state = {}
+    parts = [str(session.folder / f"part-{rank}.safetensors") for rank in range(plan.mesh.size)]
+    session.home(plan).ask({"do": "save", "key": "train", "files": parts}, ranks, limit=SILENCE)
+    for rank in ranks:
+        state |= load_file(parts[rank])
+    path = out / "weights.safetensors"
+    draft = path.with_suffix(".part")
+    save_file(state, draft, {"plan": plan.text(), "network": session.spec.network, "format": "pt"})
+    draft.replace(path)
+    return path

@@ -1,0 +1,104 @@
+"""The verify job: plans of one task, each proved on its own ranks."""
+
+from typing import Any
+
+from paraxis.errors import PlanError, TaskError
+from paraxis.measure.machine import usable_cores
+from paraxis.plan.plan import Plan, parse
+from paraxis.plan.space import space
+from paraxis.proof import Proof, prove, prove_or_tell
+from paraxis.run.joined import JoinedPool
+from paraxis.session import SILENCE, Session, Tell, open_session
+from paraxis.task.spec import TaskSpec
+
+DTYPES = ("float64", "float32")
+
+
+def verify_task(
+    spec: TaskSpec,
+    objects: dict[str, Any],
+    plan: str | Plan,
+    workers: int | None,
+    steps: int,
+    dtype: str,
+    tell: Tell,
+    joined: JoinedPool | None = None,
+    fault: str | None = None,
+) -> dict[str, Any]:
+    """Prove one plan, or all of the space. The document has `passed`, `results` and `notes`.
+
+    Raises PlanError for a single plan that cannot be met; in `all` such plans are listed as refused.
+    """
+    _check_words(steps, dtype, fault)
+    single = None if plan == "all" else parse(plan) if isinstance(plan, str) else plan
+    count = single.mesh.size if single else workers or (joined.size if joined else usable_cores())
+    if joined and single and joined.size != count:
+        raise PlanError(f"{single.short()} fills {count} of the {joined.size} ranks that were started; start {count}")
+    comms = _comms(single, joined)
+    with open_session(spec, objects, dict.fromkeys(comms, count), joined, tell) as session:
+        missing = session.begin(("solo", *(comms if count > 1 else ())))
+        notes = list(session.known().notes)
+        coupling = session.pool("solo").ask({"do": "coupling"}, limit=SILENCE)[0]
+        if single:
+            proofs = [prove(session, session.settled(single), steps, dtype, fault)]
+        else:
+            proofs = list(_all(session, count, comms, missing, steps, dtype, fault, tell))
+    results = [_record(proof) for proof in proofs]
+    failed = [r for r in results if r["status"] == "failed" or (r["verified"] and not r["verified"]["passed"])]
+    if coupling:
+        notes.append(coupling)
+    unmeasured = not any(r["verified"] for r in results)
+    return {"passed": not failed and not coupling and not unmeasured, "results": results, "notes": notes}
+
+
+def _check_words(steps: int, dtype: str, fault: str | None) -> None:
+    from paraxis.program.faults import FAULTS
+
+    if steps < 1:
+        raise TaskError(f"steps={steps}: a proof takes at least one step")
+    if dtype not in DTYPES:
+        raise TaskError(f"dtype={dtype}: it takes {' or '.join(DTYPES)}")
+    if fault is not None and fault not in FAULTS:
+        raise TaskError(f"fault {fault!r} is not known; there are {', '.join(FAULTS)}")
+
+
+def _comms(single: Plan | None, joined: JoinedPool | None) -> tuple[str, ...]:
+    if joined:
+        return (joined.transport,)
+    if single:
+        return (single.comm,) if single.comm else ()
+    return ("mpi", "gloo")
+
+
+def _all(
+    session: Session,
+    count: int,
+    comms: tuple[str, ...],
+    missing: dict[str, str],
+    steps: int,
+    dtype: str,
+    fault: str | None,
+    tell: Tell,
+) -> list[Proof]:
+    facts = session.known()
+    plans = space(count, 2 if facts.layout.cuttable else len(facts.layers), comms)
+    proofs = []
+    for number, plan in enumerate(plans):
+        if plan.mesh.size > 1 and plan.comm in missing:
+            proofs.append(Proof(plan, None, None, [], "refused", missing[plan.comm]))
+            continue
+        tell(f"proving {plan.label()}", number / len(plans))
+        proofs.append(prove_or_tell(session, session.settled(plan), steps, dtype, fault))
+    return proofs
+
+
+def _record(proof: Proof) -> dict[str, Any]:
+    return {
+        "plan": proof.plan.text(),
+        "label": proof.plan.label(),
+        "program": proof.program,
+        "exact": proof.plan.exact,
+        "status": proof.status,
+        "reason": proof.reason,
+        "verified": proof.verified.model_dump() if proof.verified else None,
+    }
