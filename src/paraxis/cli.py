@@ -1,0 +1,376 @@
+"""The command line: explore, train, verify, show, doctor. Documents on standard output, everything else on standard error."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.markup import escape
+
+from paraxis import __version__
+from paraxis.errors import ParaxisError, TaskError
+from paraxis.run.joined import JoinedPool, join, launched
+from paraxis.session import Tell
+
+app = App(name="paraxis", version=__version__, help="Explore, prove, measure and use parallel plans for a neural network.")
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+STUDY = Path("paraxis-study")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class TaskOptions:
+    """The task: data, batch, optimiser.
+
+    Parameters
+    ----------
+    data
+        mnist, idx:DIR, npz:FILE or synthetic:N,SHAPE,CLASSES (default: mnist, or batches() of your file).
+    batch
+        Samples per optimiser step over all replicas (default 128, or what batches() yields).
+    clip
+        Largest global norm of the gradient.
+    warmup
+        Steps over which the learning rate rises.
+    horizon
+        Steps over which a cosine falls (default for train: the whole run).
+    validation
+        Fraction of the training samples held out.
+    """
+
+    data: str | None = None
+    batch: int | None = None
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    clip: float | None = None
+    lr_schedule: Literal["constant", "warmup", "cosine"] = "constant"
+    warmup: int = 0
+    horizon: int = 0
+    validation: float = 0.0
+    seed: int = 0
+
+
+DEFAULT = TaskOptions()
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON document on standard output.")]
+
+
+def _spec(network: str, options: TaskOptions) -> Any:
+    from paraxis.api import make_spec
+
+    return make_spec(network, **vars(options))
+
+
+@app.command
+def explore(
+    network: str = "cnn",
+    /,
+    *,
+    workers: int | None = None,
+    budget: float = 60.0,
+    engine: Literal["torch"] = "torch",
+    out: Path = STUDY,
+    schema: Annotated[bool, Parameter(negative="")] = False,
+    json_: Json = False,
+    task: TaskOptions = DEFAULT,
+) -> int:
+    """Find out which plan to train a network with on this machine.
+
+    Parameters
+    ----------
+    network
+        mlp, mlp:784-1024-1024-10, cnn, or your own FILE.py[:FUNCTION].
+    workers
+        Explore plans for 1, 2, 4 ... so many workers (default: usable cores).
+    budget
+        Seconds for all of it, start-up included.
+    out
+        Folder for study.json and report.html.
+    schema
+        Print the JSON Schema of study.json and end.
+    """
+    from paraxis.measure.records import Study
+
+    if schema:
+        print(json.dumps(Study.model_json_schema(), indent=1))
+        return 0
+    if budget <= 0 or (workers is not None and workers < 1):
+        raise TaskError(f"budget={budget:g}, workers={workers}: both must be above 0")
+    from paraxis.experiment import explore_task, save_to
+    from paraxis.session import writable
+
+    spec = _spec(network, task)
+    save = save_to(writable(out))
+    with _ranks() as joined, _progress(json_) as tell:
+        study = explore_task(spec, {}, workers, budget, ("mpi", "gloo"), tell, save, joined)
+    from paraxis.report.page import write as write_page
+
+    page = write_page(study, out)
+    if json_:
+        print(study.model_dump_json(indent=1))
+    else:
+        from paraxis.report.tables import terminal
+
+        terminal(study, Console(highlight=False))
+        print(f"report: {page}")
+    return 0 if study.recommendation else 1
+
+
+@app.command
+def verify(
+    network: str = "cnn",
+    /,
+    *,
+    plan: str = "all",
+    workers: int | None = None,
+    steps: int = 20,
+    dtype: str = "float64",
+    fault: str | None = None,
+    json_: Json = False,
+    task: TaskOptions = DEFAULT,
+) -> int:
+    """Prove that plans compute what the serial run computes; exits 1 if one does not.
+
+    Parameters
+    ----------
+    network
+        mlp, mlp:784-1024-1024-10, cnn, or your own FILE.py[:FUNCTION].
+    plan
+        A plan such as dp=2 or pp=2,microbatches=4, or all.
+    workers
+        For all: plans for 1, 2, 4 ... so many workers (default: usable cores).
+    dtype
+        float64 (to 1e-10) or float32 (to the measured band of another summation order).
+    fault
+        Seed a known mistake, to see that the proof catches it: dropped-reduction, all-data, wrong-mask ...
+    """
+    from paraxis.verification import verify_task
+
+    spec = _spec(network, task)
+    with _ranks() as joined, _progress(json_) as tell:
+        document = verify_task(spec, {}, plan, workers, steps, dtype, tell, joined, fault)
+    if json_:
+        print(json.dumps(document, indent=1))
+    else:
+        _print_proofs(document)
+    return 0 if document["passed"] else 1
+
+
+def _print_proofs(document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("plan", "against", "max difference", "tolerance", "equal", box=None, pad_edge=False)
+    for result in document["results"]:
+        proof = result["verified"]
+        if proof is None:
+            table.add_row(result["label"], f"{result['status']}: {escape(result['reason'] or '')}")
+            continue
+        worst = proof["max_relative_difference"]
+        shown = "infinite" if worst is None else f"{worst:.1e}"
+        verdict = "yes" if proof["passed"] else f"NO: {escape(proof['where'] or '')}"
+        table.add_row(result["label"], proof["against"], shown, f"{proof['tolerance']:.0e}", verdict)
+    out = Console(highlight=False)
+    out.print(table)
+    notes = {r["verified"]["note"] for r in document["results"] if r["verified"] and r["verified"]["note"]}
+    for note in [*sorted(notes), *document["notes"]]:
+        out.print(escape(note))
+
+
+@app.command
+def train(
+    network: str = "cnn",
+    /,
+    *,
+    plan: str = "best",
+    epochs: int | None = None,
+    steps: int | None = None,
+    target: float | None = None,
+    out: Path = Path("paraxis-run"),
+    json_: Json = False,
+    task: TaskOptions = DEFAULT,
+) -> int:
+    """Train to the end with a plan and save a plain state_dict.
+
+    Parameters
+    ----------
+    network
+        mlp, mlp:784-1024-1024-10, cnn, or your own FILE.py[:FUNCTION].
+    plan
+        serial, today, dp=2 ..., or best: what an exploration in paraxis-study recommends, else a short one now.
+    epochs
+        Epochs to train (default 1).
+    steps
+        Optimiser steps to train, at most.
+    target
+        Stop at this accuracy on the validation split, or on the test set where there is none.
+    out
+        Folder for weights.safetensors.
+    """
+    from paraxis.training import Length, train_task
+
+    spec, length = _spec(network, task), Length(epochs, steps, target)
+    with _ranks() as joined, _progress(json_) as tell:
+        chosen = _choose(plan, spec, tell, joined)
+
+        def each_epoch(epoch: dict[str, Any]) -> None:
+            tell(_epoch_line(epoch), -2)
+
+        document = train_task(spec, {}, chosen, length, out, tell, each_epoch, joined)
+    if json_:
+        print(json.dumps(document, indent=1))
+        return 0
+    print(f"plan: {document['label']}, {len(document['losses'])} steps in {document['seconds']:.1f} s")
+    if document["test"]:
+        print(f"test accuracy: {document['test']['accuracy']:.2%} of {document['test']['samples']} samples")
+    for note in document["notes"]:
+        print(note)
+    print(f"weights: {document['weights']}")
+    return 0
+
+
+def _choose(plan: str, spec: Any, tell: Tell, joined: JoinedPool | None) -> Any:
+    from paraxis.api import read_recommendation
+    from paraxis.measure.machine import usable_cores
+    from paraxis.plan.plan import Plan, parse
+
+    if plan == "today":
+        return Plan(engine="plain", threads=usable_cores())
+    if plan != "best":
+        return parse(plan)
+    known = read_recommendation(STUDY, spec.network)
+    if known is None:
+        from paraxis.experiment import explore_task
+
+        study = explore_task(spec, {}, None, 30.0, ("mpi", "gloo"), tell, lambda _: None, joined)
+        known = study.recommendation.plan if study.recommendation else "serial"
+    tell(f"best plan: {parse(known).short()}", -2)
+    return parse(known)
+
+
+def _epoch_line(epoch: dict[str, Any]) -> str:
+    scores = "".join(f", {key} accuracy {epoch[key]['accuracy']:.2%}" for key in ("validation", "test") if epoch.get(key))
+    return f"epoch {epoch['epoch']}: loss {epoch['loss']:.4f}{scores}, {epoch['seconds']:.1f} s"
+
+
+@app.command
+def show(plan: str, network: str | None = None, /, *, json_: Json = False, task: TaskOptions = DEFAULT) -> int:
+    """Draw the program of every rank, and its simulated timeline.
+
+    Parameters
+    ----------
+    plan
+        A plan such as pp=4,microbatches=8.
+    network
+        Cut this network and simulate with its measured costs; without one, stages are alike and backwards cost double.
+    """
+    from paraxis.showing import document_of, show_lines
+
+    spec = _spec(network, task) if network else None
+    with _progress(json_) as tell:
+        shown = document_of(plan, spec, tell)
+    if json_:
+        print(json.dumps(shown, indent=1))
+    else:
+        print("\n".join(show_lines(shown, Console().width)))
+    return 0
+
+
+@app.command
+def doctor(*, json_: Json = False) -> int:
+    """Check what this machine has for parallel training: ok, or how to mend it."""
+    from paraxis.doctor import examine
+
+    with _progress(json_) as tell:
+        findings = examine(tell)
+    if json_:
+        print(json.dumps({"checks": findings, "ok": all(f["ok"] for f in findings if f["needed"])}, indent=1))
+    else:
+        for f in findings:
+            mark = "ok     " if f["ok"] else "MISSING" if f["needed"] else "no     "
+            print(f"{mark} {f['name']:<10} {f['found']}" + (f"\n        mend: {f['mend']}" if f["mend"] else ""))
+    return 0 if all(f["ok"] for f in findings if f["needed"]) else 1
+
+
+@contextmanager
+def _ranks() -> Iterator[JoinedPool | None]:
+    """Join ranks that a launcher has started; those but the first serve, and end here."""
+    transport, launcher, size = launched(os.environ)
+    if size == 1:
+        yield None
+        return
+    pool = join(transport, launcher, size)
+    if pool is None:
+        raise SystemExit(0)
+    try:
+        yield pool
+    except ParaxisError:
+        pool.close()
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            err.print("paraxis: interrupted")
+        pool.kill()
+        raise
+
+
+@contextmanager
+def _progress(quiet_end: bool) -> Iterator[Tell]:
+    """What is being done, on standard error: one line that changes on a terminal, a line a phase elsewhere."""
+    start, last = time.monotonic(), [""]
+
+    def on_terminal(what: str, fraction: float) -> None:
+        if fraction == -2:
+            err.print(what)
+            return
+        spent = time.monotonic() - start
+        left = f", about {spent / fraction - spent:.0f} s left" if 0.05 < fraction <= 1 else ""
+        status.update(f"{escape(what)} [dim]({spent:.0f} s{left})[/dim]")
+
+    def on_pipe(what: str, fraction: float) -> None:
+        phase = what.split(",")[0] if fraction != -2 else what
+        if phase != last[0]:
+            last[0] = phase
+            err.print(f"{time.monotonic() - start:5.1f} s  {phase}", markup=False)
+
+    if not err.is_terminal:
+        yield on_pipe
+        return
+    with err.status("starting") as status:
+        yield on_terminal
+
+
+def main() -> None:
+    """Entry point: every error of ours is one line; 2 for bad input, 1 for a failed run, 130 for Ctrl-C."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        result = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
+        code = result if isinstance(result, int) else 0
+    except CycloptsError as error:
+        _fail(" ".join(str(error).split()) + " (see paraxis --help)")
+        code = 2
+    except ParaxisError as error:
+        _fail(str(error))
+        code = error.exit_code
+    except KeyboardInterrupt:
+        _fail("interrupted; what was finished is kept")
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _fail(text: str) -> None:
+    err.print(f"paraxis: {text}", markup=False)
+
+
+def _terminated(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,70 @@
+"""The doctor: what this machine has for parallel training, tried and not assumed; ok, or how to mend it."""
+
+import os
+import shutil
+import subprocess
+from typing import Any
+
+from paraxis.errors import ParaxisError
+from paraxis.measure.machine import ForeignLoad, cpu_model, installed, usable_cores
+from paraxis.run.launch import start
+from paraxis.session import Tell
+
+Finding = dict[str, Any]
+
+
+def examine(tell: Tell) -> list[Finding]:
+    """Every check in turn; transports are tried with two real ranks."""
+    tell("looking at cores and load", -1)
+    findings = [_cores(), _load(), _torch()]
+    for transport, mend in (
+        ("mpi", "pip install 'paraxis[mpi]' (brings Open MPI), or mpi4py for this site's MPI"),
+        ("gloo", "it comes with PyTorch: reinstall torch>=2.9"),
+    ):
+        tell(f"starting two ranks over {transport}", -1)
+        findings.append(_transport(transport, mend))
+    return [*findings, _compiler(), _gpu()]
+
+
+def _finding(name: str, ok: bool, found: str, mend: str = "", needed: bool = True) -> Finding:
+    return {"name": name, "ok": ok, "found": found, "mend": "" if ok else mend, "needed": needed}
+
+
+def _cores() -> Finding:
+    cores, machine = usable_cores(), os.cpu_count() or 1
+    found = f"{cores} usable of {machine} ({cpu_model()})"
+    return _finding("cores", cores > 1, found, "parallel plans need 2 usable cores: raise the affinity or the cgroup quota", False)
+
+
+def _load() -> Finding:
+    foreign = ForeignLoad([]).settle(0.5)
+    mend = "timings will be noisy: stop other programs, or wait"
+    return _finding("load", foreign < 0.3, f"other programs keep {foreign:.1f} cores busy", mend, False)
+
+
+def _torch() -> Finding:
+    found = installed("torch")
+    return _finding("torch", found is not None, found or "not installed", "pip install 'torch>=2.9'")
+
+
+def _transport(transport: str, mend: str) -> Finding:
+    try:
+        pool = start(transport, 2, oversubscribed=usable_cores() < 2).join()
+        facts = pool.facts
+        pool.close()
+    except ParaxisError as error:
+        return _finding(transport, False, str(error).splitlines()[0], mend, transport == "gloo")
+    return _finding(transport, True, facts["library"] or f"two ranks talk (torch {facts['torch']})")
+
+
+def _compiler() -> Finding:
+    path = next((p for p in map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")) if p), None)
+    mend = "apt-get install g++, or your system's; only the native engine will need it"
+    return _finding("compiler", path is not None, path or "no C++ compiler", mend, False)
+
+
+def _gpu() -> Finding:
+    tool = shutil.which("nvidia-smi")
+    query = [tool or "", "--query-gpu=name", "--format=csv,noheader"]
+    listed = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0] if tool else ""
+    return _finding("gpu", bool(listed), listed or "none", "plans run on the CPU; nothing to mend without a card", False)
