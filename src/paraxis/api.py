@@ -109,7 +109,9 @@ def _task(network: Any, batches: Any, settings: dict[str, Any]) -> tuple[TaskSpe
         objects |= {"net": network, "batches": batches}
     elif objects or batches is not None:
         names = ", ".join([*objects, *(["batches"] if batches is not None else [])])
-        raise TaskError(f"{names} cannot be combined with the network name {network!r}: give a module, or define them in the file")
+        raise TaskError(
+            f"{names} cannot be combined with the network name {network!r}: give a module, or define them in the file"
+        )
     return spec, objects
 
 
@@ -122,5 +124,3 @@ def read_recommendation(folder: Path, network: str) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return None
-
-

@@ -1,4 +1,7 @@
-"""The command line: explore, train, verify, show, doctor. Documents on standard output, everything else on standard error."""
+"""The command line: explore, train, verify, show, doctor.
+
+Documents go to standard output, everything else to standard error.
+"""
 
 import json
 import os
@@ -20,7 +23,9 @@ from paraxis.errors import ParaxisError, TaskError
 from paraxis.run.joined import JoinedPool, join, launched
 from paraxis.session import Tell
 
-app = App(name="paraxis", version=__version__, help="Explore, prove, measure and use parallel plans for a neural network.")
+app = App(
+    name="paraxis", version=__version__, help="Explore, prove, measure and use parallel plans for a neural network."
+)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 STUDY = Path("paraxis-study")
 
@@ -258,7 +263,9 @@ def _choose(plan: str, spec: Any, tell: Tell, joined: JoinedPool | None) -> Any:
 
 
 def _epoch_line(epoch: dict[str, Any]) -> str:
-    scores = "".join(f", {key} accuracy {epoch[key]['accuracy']:.2%}" for key in ("validation", "test") if epoch.get(key))
+    scores = "".join(
+        f", {key} accuracy {epoch[key]['accuracy']:.2%}" for key in ("validation", "test") if epoch.get(key)
+    )
     return f"epoch {epoch['epoch']}: loss {epoch['loss']:.4f}{scores}, {epoch['seconds']:.1f} s"
 
 

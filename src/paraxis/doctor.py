@@ -33,7 +33,9 @@ def _finding(name: str, ok: bool, found: str, mend: str = "", needed: bool = Tru
 def _cores() -> Finding:
     cores, machine = usable_cores(), os.cpu_count() or 1
     found = f"{cores} usable of {machine} ({cpu_model()})"
-    return _finding("cores", cores > 1, found, "parallel plans need 2 usable cores: raise the affinity or the cgroup quota", False)
+    return _finding(
+        "cores", cores > 1, found, "parallel plans need 2 usable cores: raise the affinity or the cgroup quota", False
+    )
 
 
 def _load() -> Finding:
@@ -67,4 +69,6 @@ def _gpu() -> Finding:
     tool = shutil.which("nvidia-smi")
     query = [tool or "", "--query-gpu=name", "--format=csv,noheader"]
     listed = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0] if tool else ""
-    return _finding("gpu", bool(listed), listed or "none", "plans run on the CPU; nothing to mend without a card", False)
+    return _finding(
+        "gpu", bool(listed), listed or "none", "plans run on the CPU; nothing to mend without a card", False
+    )

@@ -26,6 +26,7 @@ from paraxis.session import SILENCE, Session, Tell, failure, open_session
 from paraxis.task.spec import TaskSpec
 
 PROOF_STEPS = 4
+REPORTING = 6.0  # seconds of the budget kept for the statistics and the report
 TRACED = 3  # steps whose instructions are timed, at the end of every chunk
 PROOF_SHARE = 0.55  # of the budget: what is not set up and proved by then is not reached
 SHORTEST, LONGEST = 0.05, 0.4  # seconds of a chunk
@@ -79,7 +80,7 @@ def explore_task(
 
     Raises TaskError for a task that cannot be trained at all; a plan that fails is a row, not an error.
     """
-    clock = Clock(budget)
+    clock = Clock(budget - min(REPORTING, 0.2 * budget))
     count = workers or (joined.size if joined else usable_cores())
     comms = (joined.transport,) if joined else comms
     with open_session(spec, objects, dict.fromkeys(comms, count), joined, tell) as session:
@@ -87,6 +88,8 @@ def explore_task(
         facts = session.known()
         study = _empty(spec, session, count)
         study.notes += facts.notes
+        if "mpi" in session.pools:
+            study.machine.mpi = session.pools["mpi"].facts["library"]
         rows = _rows(session, count, comms, missing)
         today = _today(session)
         try:
@@ -105,7 +108,9 @@ def _empty(spec: TaskSpec, session: Session, workers: int) -> Study:
     task = spec.model_dump() | {"batch": facts.batch, "parameters": facts.parameters, "workers": workers}
     task |= {"name": facts.network, "layers": len(facts.layers), "steps_per_epoch": facts.steps_per_epoch}
     machine = describe()
-    return Study(task=task, machine=machine, today=None, baseline=None, results=[], recommendation=None, version=__version__)
+    return Study(
+        task=task, machine=machine, today=None, baseline=None, results=[], recommendation=None, version=__version__
+    )
 
 
 def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[str, str]) -> list[Row]:
@@ -179,7 +184,10 @@ def _prove_row(session: Session, row: Row) -> None:
     proof = prove(session, row.plan, steps, "float32", key=row.key, keep=True)
     row.result.verified, row.result.losses = proof.verified, list(proof.losses)
     if proof.verified and not proof.verified.passed:
-        row.result.status, row.result.reason = "failed", f"not equal to {proof.verified.against}: {proof.verified.where}"
+        row.result.status, row.result.reason = (
+            "failed",
+            f"not equal to {proof.verified.against}: {proof.verified.where}",
+        )
 
 
 def _lost(session: Session, rows: list[Row], fallen: Row) -> None:
@@ -236,7 +244,9 @@ def _measure(session: Session, rows: list[Row], clock: Clock, study: Study) -> N
     study.machine.foreign_cores = round(median(foreign), 2) if foreign else None
     study.machine.load_after = os.getloadavg()[0]
     if foreign and median(foreign) > 0.15:
-        study.notes.append(f"other programs kept {median(foreign):.1f} cores busy while measuring: intervals are wide for it")
+        study.notes.append(
+            f"other programs kept {median(foreign):.1f} cores busy while measuring: intervals are wide for it"
+        )
 
 
 def _choose_chunks(live: list[Row], clock: Clock, rounds: int) -> None:

@@ -26,7 +26,13 @@ class Proof:
 
 
 def prove(
-    session: Session, plan: Plan, steps: int, dtype: str, fault: str | None = None, key: str = "proof", keep: bool = False
+    session: Session,
+    plan: Plan,
+    steps: int,
+    dtype: str,
+    fault: str | None = None,
+    key: str = "proof",
+    keep: bool = False,
 ) -> Proof:
     """Run the first steps of a plan on its ranks and compare; with `keep` the plan stays set up under `key`.
 

@@ -46,11 +46,13 @@ def _sentence(study: Study, best: Result, same: list[str]) -> str:
     words = f"Use {best.label}: {ms:.3g} ms a step"
     ratio, today = best.vs_today, study.today
     if ratio and today and today.step_seconds:
-        words += f", {ratio.median:.2f}x [{ratio.low:.2f}-{ratio.high:.2f}] of today's {today.step_seconds.median * 1e3:.3g} ms"
+        factor = f"{ratio.median:.2f}x [{ratio.low:.2f}-{ratio.high:.2f}]"
+        words += f", {factor} as fast as today's {today.step_seconds.median * 1e3:.3g} ms"
         if not told_apart(ratio):
             words += " (not told apart from today)"
     if best.verified and best.verified.max_relative_difference is not None:
-        words += f", equal to serial to {best.verified.max_relative_difference:.0e}"
+        digits, power = f"{best.verified.max_relative_difference:.0e}".split("e")
+        words += f", equal to serial to {digits}e{int(power)}"
     named = [label for label in same if not label.startswith("today")]
     if named:
         listed = ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")

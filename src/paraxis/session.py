@@ -9,16 +9,17 @@ from typing import Any
 
 import cloudpickle
 
-from paraxis.errors import MissingError, ParaxisError, PlanError, RankError, TaskError
+from paraxis.errors import MissingError, ParaxisError, PlanError, TaskError
 from paraxis.measure.facts import Facts, facts_of
 from paraxis.measure.machine import ForeignLoad, pinning, usable_cores
+from paraxis.measure.records import Status
 from paraxis.plan.plan import Plan, period, with_split
 from paraxis.program.check import check
 from paraxis.program.instructions import Program
 from paraxis.program.lower import balanced, lower
 from paraxis.run.joined import JoinedPool
 from paraxis.run.launch import Pool, Starting, start, task_request
-from paraxis.task.spec import TaskSpec
+from paraxis.task.spec import DEFAULT_BATCH, SHIPPED, TaskSpec
 
 Tell = Callable[[str, float], None]  # (what is being done, fraction done or -1)
 AnyPool = Pool | JoinedPool
@@ -27,7 +28,7 @@ SILENCE = 60.0  # seconds without a sign of life after which a rank counts as st
 
 @dataclass
 class Session:
-    """One task on this machine. `sizes` are the ranks to start of each transport; `joined` ranks were started for us."""
+    """One task on this machine. `sizes`: ranks to start of each transport; `joined`: ranks that were started for us."""
 
     spec: TaskSpec
     objects: dict[str, Any]
@@ -56,7 +57,9 @@ class Session:
                 made: AnyPool = self.starting.pop(transport).join()
             elif self.joined and transport != "solo":
                 if transport != self.joined.transport:
-                    raise PlanError(f"comm={transport}: these ranks were started with {self.joined.transport}; use comm={self.joined.transport}")
+                    raise PlanError(
+                        f"comm={transport}: these ranks were started with {self.joined.transport}; use that"
+                    )
                 made = self.joined
             else:
                 made = self._start(transport).join()
@@ -70,10 +73,14 @@ class Session:
         return start(transport, size, oversubscribed=size > usable_cores())
 
     def begin(self, transports: Iterable[str]) -> dict[str, str]:
-        """Start several transports at once and wait for all, so that nothing is timed meanwhile; why some are missing."""
+        """Start several transports at once and wait for all, so that nothing is timed meanwhile; why some are not."""
         missing = {}
         for transport in transports:
-            if transport not in self.pools and transport not in self.starting and not (self.joined and transport != "solo"):
+            if (
+                transport not in self.pools
+                and transport not in self.starting
+                and not (self.joined and transport != "solo")
+            ):
                 try:
                     self.starting[transport] = self._start(transport)
                 except MissingError as error:
@@ -117,7 +124,9 @@ class Session:
         facts = self.known()
         check_divides(plan, facts.batch)
         if plan.sync == "average@epoch" and facts.steps_per_epoch is None:
-            raise PlanError("sync=average@epoch: batches() does not tell how long an epoch is; use average@H with H steps")
+            raise PlanError(
+                "sync=average@epoch: batches() does not tell how long an epoch is; use average@H with H steps"
+            )
         program = lower(plan, facts.layout, facts.steps_per_epoch or 1)
         check(program)
         return program
@@ -133,7 +142,7 @@ class Session:
         return self.home(plan).ask(request | {"key": key}, range(plan.mesh.size), limit=limit)
 
     def oracle(self, plan: Plan, steps: int, dtype: str, groups: int = 0) -> dict[str, Any]:
-        """The serial run (or the emulation) a plan is proved against, made once: losses, weights file, largest change."""
+        """What a plan is proved against, made once: the serial run's losses, weights file and largest change."""
         facts = self.known()
         replicas = 1 if plan.exact else plan.dp
         every = 1 if plan.exact else _every(plan, facts.steps_per_epoch)
@@ -200,10 +209,15 @@ def check_early(spec: TaskSpec) -> None:
         return
     family = spec.network.partition(":")[0]
     if family not in SHIPPED:
-        raise TaskError(f"network {spec.network!r} is not known; there are {', '.join(SHIPPED)}, or a file such as mine.py")
+        raise TaskError(
+            f"network {spec.network!r} is not known; there are {', '.join(SHIPPED)}, or a file such as mine.py"
+        )
 
 
-SHIPPED = ("mlp", "cnn")
+def check_batch(spec: TaskSpec, plan: Plan) -> None:
+    """What `check_divides` finds, before anything is started, where the batch is known that early."""
+    if spec.batch is not None or not (spec.live or spec.own_file):
+        check_divides(plan, spec.batch or DEFAULT_BATCH)
 
 
 def check_divides(plan: Plan, batch: int) -> None:
@@ -212,8 +226,8 @@ def check_divides(plan: Plan, batch: int) -> None:
     if batch % parts:
         fit = batch // parts * parts or parts
         raise PlanError(
-            f"batch={batch} does not divide into dp={plan.dp} x microbatches={plan.microbatches} = {parts} equal slices; "
-            f"batch={fit} would"
+            f"batch={batch} does not divide into dp={plan.dp} x microbatches={plan.microbatches} = {parts} equal "
+            f"slices; batch={fit} would"
         )
 
 
@@ -221,6 +235,6 @@ def _every(plan: Plan, steps_per_epoch: int | None) -> int:
     return period(plan.sync, steps_per_epoch or 1)
 
 
-def failure(error: ParaxisError) -> tuple[str, str]:
+def failure(error: ParaxisError) -> tuple[Status, str]:
     """(status, reason) of a plan that ended in an error."""
     return ("refused" if error.exit_code == 2 else "failed"), str(error).splitlines()[0]

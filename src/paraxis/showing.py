@@ -4,7 +4,7 @@ from typing import Any
 
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
-from paraxis.program.grid import draw, explain, simplify
+from paraxis.program.grid import blocks, draw, explain, simplify, slot_width
 from paraxis.program.instructions import Instruction, Program
 from paraxis.program.lower import Layout, lower
 from paraxis.program.simulate import Costs, simulate, uniform
@@ -19,13 +19,19 @@ def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
     """The program, what the checker found, and the simulated step; raises PlanError or TaskError."""
     plan = Plan() if text == "today" else parse(text)
     if spec is None:
-        program, costs, source = lower(plan, Layout((1,) * max(plan.pp, sum(plan.split)))), uniform(), "F=1, B=2, links free"
+        program, costs, source = (
+            lower(plan, Layout((1,) * max(plan.pp, sum(plan.split)))),
+            uniform(),
+            "F=1, B=2, links free",
+        )
     else:
         with open_session(spec, {}, {}, None, tell) as session:
             session.begin(("solo",))
             plan = session.settled(plan)
             program, facts = session.program(plan), session.known()
-        costs = measured(program, facts.forward, facts.backward, facts.batch / facts.samples / plan.dp / plan.microbatches)
+        costs = measured(
+            program, facts.forward, facts.backward, facts.batch / facts.samples / plan.dp / plan.microbatches
+        )
         source = f"measured layers of {facts.network}, links free"
     found = check(program)
     name = program.period[0][0]
@@ -35,12 +41,14 @@ def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
         "program": program.digest(),
         "explained": explain(program),
         "grid": draw(simplify(program.body(name))),
+        "slot_width": slot_width(simplify(program.body(name))),
         "peak_live_microbatches": list(found.peak_live),
         "costs": source,
         "makespan": line.makespan,
         "bubble_fraction": line.bubble_fraction(),
         "timeline": [
-            {"rank": s.rank, "label": s.instruction.label(), "kind": s.kind, "start": s.start, "end": s.end} for s in line.spans
+            {"rank": s.rank, "label": s.instruction.label(), "kind": s.kind, "start": s.start, "end": s.end}
+            for s in line.spans
         ],
         "drawn": {str(width): cells(line, width) for width in (60, 100)},
         "text": program.text(),
@@ -68,7 +76,7 @@ def show_lines(document: dict[str, Any], width: int) -> list[str]:
         f"{document['plan']}   program {document['program']}",
         document["explained"],
         "",
-        *document["grid"],
+        *blocks(document["grid"], document["slot_width"], width),
         "",
         f"simulated ({document['costs']}): {shown} a step, bubble {document['bubble_fraction']:.1%}, "
         f"at most {max(document['peak_live_microbatches'])} live microbatches",

@@ -12,7 +12,7 @@ from paraxis.errors import PlanError, TaskError
 from paraxis.plan.plan import Plan
 from paraxis.proof import mean_losses
 from paraxis.run.joined import JoinedPool
-from paraxis.session import SILENCE, Session, Tell, open_session, writable
+from paraxis.session import SILENCE, Session, Tell, check_batch, open_session, writable
 from paraxis.task.spec import TaskSpec
 
 Epoch = dict[str, Any]
@@ -57,6 +57,7 @@ def train_task(
     """Train and return {plan, epochs, losses, test, weights, seconds}; raises PlanError, TaskError, RankError."""
     if joined and joined.size != plan.mesh.size:
         raise PlanError(f"{plan.short()} fills {plan.mesh.size} of the {joined.size} ranks that were started")
+    check_batch(spec, plan)
     sizes = {plan.comm: plan.mesh.size} if plan.comm else {}
     writable(out)
     with open_session(spec, objects, sizes, joined, tell) as session:
@@ -96,7 +97,13 @@ def _epochs(
         seconds = time.monotonic() - begun
         score = _score(session, plan, watched) if watched else None
         mean = sum(fresh) / len(fresh)
-        epoch = {"epoch": len(epochs) + 1, "steps": len(losses), "loss": mean, "seconds": seconds, watched or "test": score}
+        epoch = {
+            "epoch": len(epochs) + 1,
+            "steps": len(losses),
+            "loss": mean,
+            "seconds": seconds,
+            watched or "test": score,
+        }
         epochs.append(epoch)
         _save(session, plan, out)
         each_epoch(epoch)
@@ -132,7 +139,7 @@ def _save(session: Session, plan: Plan, out: Path) -> Path:
         ranks = list(range(plan.mesh.size))  # replicas agree before they are saved, which takes all of them
     else:
         ranks = [plan.mesh.rank(0, stage) for stage in range(plan.pp)]
-    state = {}
+    state: dict[str, Any] = {}
     parts = [str(session.folder / f"part-{rank}.safetensors") for rank in range(plan.mesh.size)]
     session.home(plan).ask({"do": "save", "key": "train", "files": parts}, ranks, limit=SILENCE)
     for rank in ranks:

@@ -8,7 +8,7 @@ from paraxis.plan.plan import Plan, parse
 from paraxis.plan.space import space
 from paraxis.proof import Proof, prove, prove_or_tell
 from paraxis.run.joined import JoinedPool
-from paraxis.session import SILENCE, Session, Tell, open_session
+from paraxis.session import SILENCE, Session, Tell, check_batch, open_session
 from paraxis.task.spec import TaskSpec
 
 DTYPES = ("float64", "float32")
@@ -30,11 +30,17 @@ def verify_task(
     Raises PlanError for a single plan that cannot be met; in `all` such plans are listed as refused.
     """
     _check_words(steps, dtype, fault)
+    if plan == "today":
+        raise PlanError(
+            "today is the framework's own loop; there is nothing parallel to prove: try serial, dp=2 or all"
+        )
     single = None if plan == "all" else parse(plan) if isinstance(plan, str) else plan
     count = single.mesh.size if single else workers or (joined.size if joined else usable_cores())
     if joined and single and joined.size != count:
         raise PlanError(f"{single.short()} fills {count} of the {joined.size} ranks that were started; start {count}")
     comms = _comms(single, joined)
+    if single:
+        check_batch(spec, single)
     with open_session(spec, objects, dict.fromkeys(comms, count), joined, tell) as session:
         missing = session.begin(("solo", *(comms if count > 1 else ())))
         notes = list(session.known().notes)

@@ -70,7 +70,7 @@ def world(backend: str, address: str, rank: int, size: int) -> DistComm:
         torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=size, timeout=LIMIT)
     known: dict[tuple[int, ...], DistComm] = {}
-    known[tuple(range(size))] = DistComm(dist.group.WORLD, range(size), known)
+    known[tuple(range(size))] = DistComm(dist.distributed_c10d._get_default_group(), range(size), known)
     return known[tuple(range(size))]
 
 

@@ -11,7 +11,7 @@ TOTALS = 2  # loss sum and weight stand in front of the gradients, so that one r
 
 @dataclass(frozen=True)
 class Flat:
-    """`params` (n,) and `grads` (2 + n,) with the segments one after the other, and where each segment lies in `params`.
+    """`params` (n,) and `grads` (2 + n,) with the segments one after the other; `bounds`: each segment in `params`.
 
     `runs` are maximal ranges [first, last) of `params` with one parameter group each: (group, first, last).
     """
@@ -44,19 +44,22 @@ def flatten(
     seen: set[int] = set()
     ordered: list[list[nn.Parameter]] = []
     for segment in segments:
-        own = [p for layer in segment for p in layer.parameters() if p.requires_grad]
-        fresh = list({id(p): p for p in own if id(p) not in seen}.values())
+        trained = [p for layer in segment for p in layer.parameters() if p.requires_grad]
+        fresh = list({id(p): p for p in trained if id(p) not in seen}.values())
         seen |= {id(p) for p in fresh}
         ordered.append(sorted(fresh, key=lambda p: group_of.get(id(p), len(groups))))
-    every = [p for segment in ordered for p in segment]
+    every = [p for own in ordered for p in own]
     like = every[0] if every else torch.zeros(0)
     size = sum(p.numel() for p in every)
     params = torch.empty(size, dtype=like.dtype, device=like.device)
     grads = torch.zeros(TOTALS + size, dtype=like.dtype, device=like.device)
-    bounds, runs, places, at = [], [], [], 0
-    for segment in ordered:
+    bounds: list[tuple[int, int]] = []
+    runs: list[tuple[int, int, int]] = []
+    places: list[tuple[str, int, int]] = []
+    at = 0
+    for own in ordered:
         first = at
-        for p in segment:
+        for p in own:
             last = at + p.numel()
             params[at:last].copy_(p.detach().reshape(-1))
             p.data = params[at:last].view_as(p)

@@ -86,7 +86,7 @@ def sgd(w: Tensor, g: Tensor, state: State, group: Group, scale: float) -> None:
 
 
 def adam(w: Tensor, g: Tensor, state: State, group: Group, scale: float) -> None:
-    """Adam, and AdamW where the group decouples its decay (Kingma and Ba 2015; Loshchilov and Hutter 2019). Alters g."""
+    """Adam, or AdamW where the decay is decoupled (Kingma and Ba 2015; Loshchilov and Hutter 2019). Alters g."""
     lr, decay, eps = float(group["lr"]), group["weight_decay"], group["eps"]
     beta1, beta2 = group["betas"]
     if not state:

@@ -281,8 +281,11 @@ class TorchEngine:
         self.groups = 0
 
     def _from_running(self) -> None:
-        for buffer, piece in zip(self.statistics, self.running.split([b.numel() for b in self.statistics]), strict=True):
-            buffer.copy_(piece.view_as(buffer))
+        """Every microbatch starts from the statistics of the step before. Written through `data`: autograd has saved
+        these buffers for the backwards to come, which do not use them in training."""
+        pieces = self.running.split([b.numel() for b in self.statistics])
+        for buffer, piece in zip(self.statistics, pieces, strict=True):
+            buffer.data.copy_(piece.view_as(buffer))
 
     def _to_statistics(self) -> None:
         self.collected += torch.cat([b.reshape(-1) for b in self.statistics])

@@ -1,5 +1,6 @@
 """From the clocks of traced steps to where a step's time goes, and what binds it."""
 
+import itertools
 from collections import defaultdict
 from statistics import median
 
@@ -17,7 +18,7 @@ def timelines(program: Program, traces: list[Trace]) -> list[Timeline]:
     """One timeline a traced step."""
     out = []
     for name, stamps in traces:
-        clocks = [[(a / 1e9, b / 1e9) for a, b in zip(row, row[1:], strict=False)] for row in stamps]
+        clocks = [[(a / 1e9, b / 1e9) for a, b in itertools.pairwise(row)] for row in stamps]
         out.append(classify(program, name, clocks))
     return out
 
@@ -35,7 +36,12 @@ def events(line: Timeline) -> list[Event]:
     """A timeline as records."""
     return [
         Event(
-            rank=s.rank, label=s.instruction.label(), kind=s.kind, microbatch=s.instruction.microbatch, start=s.start, end=s.end
+            rank=s.rank,
+            label=s.instruction.label(),
+            kind=s.kind,
+            microbatch=s.instruction.microbatch,
+            start=s.start,
+            end=s.end,
         )
         for s in line.spans
         if s.end > s.start
@@ -50,7 +56,9 @@ def replay(program: Program, lines: list[Timeline], name: str) -> Timeline:
             if s.kind in ("compute", "optimizer", "data"):
                 seen[_key(s.instruction, program.mesh.coordinates(s.rank)[1])].append(s.end - s.start)
     cost = {key: median(values) for key, values in seen.items()}
-    transfers = [s.end - s.start for line in lines for s in line.spans if s.kind == "communication" and s.instruction.waits]
+    transfers = [
+        s.end - s.start for line in lines for s in line.spans if s.kind == "communication" and s.instruction.waits
+    ]
     typical = median(transfers) if transfers else 0.0
 
     def compute(i: Instruction) -> float:

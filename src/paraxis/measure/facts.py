@@ -36,7 +36,9 @@ class Facts:
 
 def facts_of(document: dict[str, Any]) -> Facts:
     """The inverse of `Facts.as_json`."""
-    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in document.items()}
-    layout = {key: tuple(value) if isinstance(value, list) else value for key, value in document["layout"].items()}
+    lists: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in document.items()}
+    layout: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in document["layout"].items()
+    }
     layout["tied"] = tuple(tuple(item) for item in layout["tied"])
     return Facts(**(lists | {"layout": Layout(**layout)}))

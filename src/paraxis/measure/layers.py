@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from paraxis.measure.facts import Facts
-from paraxis.task.batches import leaves, map_nest
+from paraxis.task.batches import cut, leaves, map_nest
 from paraxis.task.task import Task, apply
 
 
@@ -78,7 +78,7 @@ def _cut(t: torch.Tensor) -> torch.Tensor:
 
 
 def coupled(task: Task, samples: int = 8) -> str:
-    """Whether the loss couples samples: "" or a sentence. The network's output on a batch is cut, and the loss with it."""
+    """A sentence if the loss couples samples, else "": the network's output on a batch is cut, and the loss with it."""
     count = min(samples, task.batch) // 2 * 2
     if count < 2:
         return ""
@@ -89,15 +89,15 @@ def coupled(task: Task, samples: int = 8) -> str:
         whole, weight = task.recipe.loss(output, batch)
         halves = []
         for first in (0, count // 2):
-            half = slice(first, first + count // 2)
-            part = map_nest(batch, lambda t, h=half: t[h] if t.ndim and t.shape[0] == count else t)
-            out = map_nest(output, lambda t, h=half: t[h] if t.ndim and t.shape[0] == count else t)
-            halves.append(task.recipe.loss(out, part))
+            halves.append(task.recipe.loss(cut(output, count, first, count // 2), cut(batch, count, first, count // 2)))
     task.net.train()
     total, weights = sum(float(h[0]) for h in halves), sum(float(h[1]) for h in halves)
-    if abs(total - float(whole)) <= 1e-4 * max(abs(float(whole)), 1e-12) and abs(weights - float(weight)) <= 1e-6 * weights:
+    if (
+        abs(total - float(whole)) <= 1e-4 * max(abs(float(whole)), 1e-12)
+        and abs(weights - float(weight)) <= 1e-6 * weights
+    ):
         return ""
     return (
-        f"the loss couples samples: over {count} samples it is {float(whole):.6g} with weight {float(weight):g}, over their "
-        f"halves {total:.6g} with {weights:g}; loss() must return sums over samples"
+        f"the loss couples samples: over {count} samples it is {float(whole):.6g} with weight {float(weight):g}, "
+        f"over their halves {total:.6g} with {weights:g}; loss() must return sums over samples"
     )

@@ -32,7 +32,9 @@ def cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def describe(mpi: str | None = None) -> Machine:
@@ -95,7 +97,7 @@ class ForeignLoad:
 
 
 def pinning(ranks: int, threads: int, quiet: bool) -> list[list[int]]:
-    """The cores of each rank, side by side; empty (no pinning) when ranks would collide with each other or with others."""
+    """The cores of each rank, side by side; none (no pinning) when ranks would collide, also with other programs."""
     if not hasattr(os, "sched_getaffinity"):
         return []
     cores = sorted(os.sched_getaffinity(0))

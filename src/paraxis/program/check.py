@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from paraxis.errors import Deadlock, ProgramError
-from paraxis.program.grid import point_at
 from paraxis.plan.plan import Mesh
+from paraxis.program.grid import point_at
 from paraxis.program.instructions import COLLECTIVES, RECEIVES, SENDS, Instruction, Program
-
 
 Fail = Callable[[int, str], NoReturn]
 
@@ -40,7 +39,7 @@ class _Rank:
 
 
 def check(program: Program) -> Checked:
-    """Raises ProgramError or Deadlock with the grid and an arrow at the fault; otherwise tells the peak of live work."""
+    """Raises ProgramError or Deadlock with the grid and an arrow at the fault; else tells the peak of live work."""
     peaks = [0] * program.mesh.size
     for part in (*_unrolled(program), *(name for name, _ in program.epilogue), "evaluate", "score"):
         body = program.body(part)
@@ -209,7 +208,9 @@ def _check_hang(mesh: Mesh, steps: Sequence[Sequence[Sequence[Instruction]]]) ->
     if stuck:
         nexts = (f"  rank {r}: {ranks[r][p].text() if p < len(ranks[r]) else 'done'}" for r, p in enumerate(places))
         picture = point_at(ranks, stuck[0], places[stuck[0]])
-        raise Deadlock("\n".join([f"ranks {stuck} wait for each other; the next instruction of each:", *nexts, picture]))
+        raise Deadlock(
+            "\n".join([f"ranks {stuck} wait for each other; the next instruction of each:", *nexts, picture])
+        )
     _check_pairs(world, ranks)
 
 

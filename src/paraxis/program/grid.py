@@ -13,7 +13,23 @@ def draw(body: Ranks, computing_only: bool = False) -> list[str]:
     labels = [[i.label() for i in row] for row in rows]
     width = max((len(label) for row in labels for label in row), default=1)
     name = len(f"rank {len(labels) - 1}")
-    return [f"{f'rank {r}':<{name}} | " + " ".join(f"{label:<{width}}" for label in row) for r, row in enumerate(labels)]
+    return [
+        f"{f'rank {r}':<{name}} | " + " ".join(f"{label:<{width}}" for label in row) for r, row in enumerate(labels)
+    ]
+
+
+def slot_width(body: Ranks) -> int:
+    """Characters of a column, its space included."""
+    return max((len(i.label()) for row in body for i in row), default=1) + 1
+
+
+def blocks(lines: Sequence[str], column: int, width: int) -> list[str]:
+    """A drawn grid cut into blocks of whole columns that fit a terminal."""
+    bar = lines[0].index("|") + 2
+    room = max(1, (width - bar) // column) * column
+    longest = max(len(line) for line in lines)
+    cut = [[line[:bar] + line[at : at + room] for line in lines] for at in range(bar, longest, room)]
+    return [line.rstrip() for n, block in enumerate(cut) for line in ([""] * (n > 0) + block)]
 
 
 def point_at(body: Ranks, rank: int, slot: int, around: int = 6) -> str:

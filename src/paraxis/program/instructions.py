@@ -3,8 +3,10 @@
 Names end in `Start` and `Wait` where an operation may go on meanwhile; both carry the same token.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from hashlib import sha256
+from typing import Any
 
 from paraxis.errors import ProgramError
 from paraxis.plan.plan import Mesh
@@ -23,8 +25,8 @@ OPS = (
 class Instruction:
     """One operation of one rank; fields that an operation does not use keep their default.
 
-    `slice` says which of the dp x microbatches equal slices of the global batch is meant, `peer` a rank, `axis` a direction of the mesh,
-    `buffer` a declared buffer, `bucket` a segment's part of it (-1: all), `rule` an update rule.
+    `slice` says which of the dp x microbatches equal slices of the global batch is meant, `peer` is a rank, `axis` a
+    direction of the mesh, `buffer` a declared buffer, `bucket` a segment's part of it (-1: all), `rule` an update rule.
     """
 
     op: str
@@ -57,7 +59,9 @@ class Instruction:
 
     def text(self) -> str:
         """`F stage=0 segment=1 microbatch=2`; `parse_instruction` gives the same back."""
-        set_fields = (f"{f.name}={getattr(self, f.name)}" for f in fields(self)[1:] if getattr(self, f.name) != f.default)
+        set_fields = (
+            f"{f.name}={getattr(self, f.name)}" for f in fields(self)[1:] if getattr(self, f.name) != f.default
+        )
         return " ".join([self.op, *set_fields])
 
     def label(self) -> str:
@@ -134,7 +138,7 @@ class Program:
         """16 hexadecimal digits that name this program."""
         return sha256(self.text().encode()).hexdigest()[:16]
 
-    def _cuts(self) -> zip:  # type: ignore[type-arg]
+    def _cuts(self) -> Iterator[tuple[tuple[int, int], tuple[tuple[int, int], ...]]]:
         return zip(self.stages, self.segments, strict=True)
 
 
@@ -144,7 +148,7 @@ def parse_instruction(line: str) -> Instruction:
     types = {f.name: f.type for f in fields(Instruction)}
     if op not in OPS:
         raise ProgramError(f"{op!r} is not an instruction; there are {', '.join(OPS)}")
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     for word in words:
         key, _, value = word.partition("=")
         if key not in types or key == "op":
@@ -153,7 +157,7 @@ def parse_instruction(line: str) -> Instruction:
             values[key] = int(value) if types[key] is int else value
         except ValueError:
             raise ProgramError(f"{key}={value!r} is not a number: {line.strip()!r}") from None
-    return Instruction(op, **values)  # type: ignore[arg-type]
+    return Instruction(op, **values)
 
 
 def parse_program(text: str) -> Program:

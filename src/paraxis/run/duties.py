@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from paraxis.program.lower import lower
 from paraxis.run import serial
 from paraxis.run.interpreter import Rank
 from paraxis.task.spec import TaskSpec
-from paraxis.task.task import Task, make_task
+from paraxis.task.task import Task, keep_data, make_task
 
 Tell = Callable[[dict[str, Any]], None]
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -40,6 +40,7 @@ class Running:
     rank: Rank | None = None  # a program's rank, or ...
     plain: serial.Replica | None = None  # ... the framework's own loop
     done: int = 0
+    before: int = 0  # resident bytes before it was set up
     counted_from: int = 0  # the step since which sent bytes are counted
     losses: list[tuple[float, float]] = field(default_factory=list)  # of the framework's own loop
 
@@ -62,6 +63,7 @@ class Duties:
         self.spec = TaskSpec()
         self.objects: dict[str, Any] = {}
         self.plans: dict[str, Running] = {}
+        self.base = 0  # resident bytes of this process before any plan, the data in memory
         self.default_threads = torch.get_num_threads()
         self.every_cpu = sorted(os.sched_getaffinity(0))
         torch.set_num_threads(1)
@@ -140,22 +142,24 @@ class Duties:
         running = Running(plan, request["cpus"][self.rank] if request["cpus"] else [])
         self.plans[request["key"]] = running
         self._activate(running)
-        before = _reset_peak()
+        keep_data(self.spec)
+        running.before = _reset_peak()
+        self.base = self.base or running.before
         if plan.engine == "plain":
             running.plain = serial.replica(self._task(dtype, plain=True))
-            return {"program": None, "bytes": 0, "before": before}
+            return {"program": None, "bytes": 0}
         fault: Fault | None = FAULTS[request["fault"]] if request.get("fault") else None
         task = self._task(dtype)
         program = lower(plan, task.layout(), task.train.steps_per_epoch or 1)
         check(program)
         if fault:
             program = fault.mutated(plan, program)
-        world = self.world.group(range(plan.mesh.size)) if self.world else _Alone()
+        world: Any = self.world.group(range(plan.mesh.size)) if self.world else _Alone()
         engine = TorchEngine(task, program, self.rank)
         if fault and self.rank == plan.mesh.size - 1:
             fault.spoil(engine)
         running.rank = Rank(program, self.rank, engine, world)
-        return {"program": program.digest(), "bytes": engine.bytes_held(), "before": before}
+        return {"program": program.digest(), "bytes": engine.bytes_held()}
 
     def measure(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Seconds of `steps` steps between two barriers, with the clocks of the last `trace` ones."""
@@ -181,7 +185,13 @@ class Duties:
         running = self.plans[request["key"]]
         sent = running.rank.context.sent[0] if running.rank is not None else 0
         steps = running.rank.done - running.counted_from if running.rank is not None else 0
-        return {"sent": sent, "steps": steps, "peak": _peak_bytes()}
+        others = max(0, running.before - self.base)  # what plans set up before this one hold
+        return {"sent": sent, "steps": steps, "peak": _peak_bytes() - others}
+
+    def norm(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
+        """Sum of squares of this rank's parameters."""
+        engine = _some(self._ready(request["key"]).rank).engine
+        return float(engine.flat.params.square().sum())
 
     def drop(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Forget a plan."""
@@ -273,7 +283,7 @@ class Duties:
         for _ in range(count):
             loss = serial.plain_step(plain.task.net, plain.task, plain.optimizer, running.done)
             if plain.scheduler is not None:
-                plain.scheduler.step()  # type: ignore[attr-defined]
+                plain.scheduler.step()
             running.losses.append((float(loss), 1.0))
             running.done += 1
 
@@ -287,7 +297,9 @@ class Duties:
         for loss, _ in out:
             if not math.isfinite(loss):
                 step = running.rank.done - len(out)
-                raise TaskError(f"the loss is {loss} on rank {self.rank} after step {step}: lower lr, or clip the gradients")
+                raise TaskError(
+                    f"the loss is {loss} on rank {self.rank} after step {step}: lower lr, or clip the gradients"
+                )
         return out
 
     def _state(self, running: Running) -> dict[str, Tensor]:
@@ -338,10 +350,8 @@ def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _reset_peak() -> int:
     """Resident bytes now, and let the kernel's peak begin anew."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
     return int(psutil.Process().memory_info().rss)
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 from paraxis import errors
@@ -134,16 +135,13 @@ def _perform(duties: Any, request: dict[str, Any], news: Callable[[dict[str, Any
 
 
 def _share(duties: Any, line: bytes | None) -> bytes:
-    if duties.transport == "mpi":
-        from paraxis.comm.mpi import share_line
-    else:
-        from paraxis.comm.torch_dist import share_line
-    return share_line(duties.world, line)
+    return _lines(duties).share_line(duties.world, line)
 
 
 def _gather(duties: Any, line: bytes) -> list[bytes]:
-    if duties.transport == "mpi":
-        from paraxis.comm.mpi import gather_lines
-    else:
-        from paraxis.comm.torch_dist import gather_lines
-    return gather_lines(duties.world, line)
+    return _lines(duties).gather_lines(duties.world, line)
+
+
+def _lines(duties: Any) -> Any:
+    """The transport's module."""
+    return import_module("paraxis.comm.mpi" if duties.transport == "mpi" else "paraxis.comm.torch_dist")

@@ -4,6 +4,7 @@ A `Pool` is one transport's resident ranks. Each holds a line (a Unix socket in 
 when the driver ends, and the driver notices when it dies, raises or falls silent.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -118,7 +119,9 @@ class Pool:
             raise kind(failures[first]["text"])
         self.kill()
         ours = next((f for f in failures.values() if f["ours"]), None)
-        raise RankError(f"rank {first} of {self.size} over {self.transport} failed: {(ours or failures[first])['text']}")
+        raise RankError(
+            f"rank {first} of {self.size} over {self.transport} failed: {(ours or failures[first])['text']}"
+        )
 
     def _fail(self, rank: int) -> None:
         """A line has closed: find out why, end the others, raise RankError."""
@@ -129,10 +132,8 @@ class Pool:
     def _cause(self, rank: int) -> str:
         process = next((p for p in self.processes if p.pid == self.pids[rank]), None)
         code = 0
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(1.0) if process else 0
-        except subprocess.TimeoutExpired:
-            pass
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
         time.sleep(0 if process else 0.3)  # the launcher's own word on it comes a moment later
@@ -303,7 +304,9 @@ def _environment(transport: str, oversubscribed: bool) -> dict[str, str]:
 def mpiexec() -> list[str]:
     """The launcher that belongs to this environment's MPI, else the site's; raises MissingError."""
     if find_spec("mpi4py") is None:
-        raise MissingError("MPI is missing: pip install 'paraxis[mpi]', or mpi4py for this site's own; comm=gloo needs neither")
+        raise MissingError(
+            "MPI is missing: pip install 'paraxis[mpi]', or mpi4py for this site's own; comm=gloo needs neither"
+        )
     beside = Path(sys.executable).parent / "mpiexec"
     found = str(beside) if beside.exists() else shutil.which("mpiexec")
     if not found:

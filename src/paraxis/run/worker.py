@@ -102,7 +102,11 @@ def _describe(error: Exception) -> Answer:
     where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
     ours = isinstance(error, ParaxisError)
     text = str(error) if ours else " ".join(str(error).split())[:400]
-    return {"type": type(error).__name__, "text": text if ours else f"{type(error).__name__}: {text}{where}", "ours": ours}
+    return {
+        "type": type(error).__name__,
+        "text": text if ours else f"{type(error).__name__}: {text}{where}",
+        "ours": ours,
+    }
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ class Source(Protocol):
     """Where samples come from. `share` gives samples [first, first + count) of a step's global batch."""
 
     batch: int
-    steps_per_epoch: int | None
+
+    @property
+    def steps_per_epoch(self) -> int | None: ...
 
     def share(self, step: int, first: int, count: int, inputs: bool = True, targets: bool = True) -> Nest: ...
 
@@ -118,7 +120,7 @@ def _whole_batches(batches: Iterable[Nest], size: int) -> int | None:
     """How many full batches an epoch has, where that can be told without reading it."""
     if isinstance(batches, (list, tuple)):
         return sum(samples(batch) == size for batch in batches)
-    dataset = getattr(batches, "dataset", None)
+    dataset: Any = getattr(batches, "dataset", None)
     return len(dataset) // size if isinstance(batches, DataLoader) and hasattr(dataset, "__len__") else None
 
 

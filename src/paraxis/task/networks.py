@@ -3,6 +3,7 @@
 Initial weights depend on (seed, parameter name) alone.
 """
 
+import itertools
 from collections.abc import Callable
 from zlib import crc32
 
@@ -26,7 +27,7 @@ def mlp(widths: str = "") -> nn.Sequential:
     if len(sizes) < 2 or min(sizes) < 1:
         raise TaskError(f"mlp:{widths}: it takes at least two widths, such as mlp:784-1024-1024-10")
     layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -1,4 +1,4 @@
-"""Randomness that belongs to the task and never to the plan: every dropout mask follows from (seed, step, layer, sample).
+"""Randomness that belongs to the task, never to the plan: a dropout mask follows from (seed, step, layer, sample).
 
 The mask is a counter hash in uint32 with wrap-around, so that any rank computes its part of it without the others.
 `mix32` is lowbias32 (Wellons 2018), `splitmix64` Steele, Lea and Flood 2014.
@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 from unittest.mock import patch
 from zlib import crc32
 
@@ -119,7 +120,7 @@ class KeyedFunctions(TorchFunctionMode):
         super().__init__()
         self.draw, self.used = draw, False
 
-    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:  # type: ignore[type-arg]
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         """Replace the two functions, pass on all others."""
         kwargs = kwargs or {}
         if func is F.dropout:
@@ -138,7 +139,7 @@ class KeyedFunctions(TorchFunctionMode):
         out = self.draw.dropout(input, p, self.draw.place[-1])
         return input.copy_(out) if inplace else out
 
-    def _attention(  # noqa: PLR0913
+    def _attention(
         self,
         query: Tensor,
         key: Tensor,
@@ -150,7 +151,12 @@ class KeyedFunctions(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         if dropout_p == 0:
-            rest = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+            rest: dict[str, Any] = {
+                "attn_mask": attn_mask,
+                "is_causal": is_causal,
+                "scale": scale,
+                "enable_gqa": enable_gqa,
+            }
             return ATTENTION(query, key, value, **rest)
         self.used = True
         if enable_gqa:
@@ -167,7 +173,7 @@ class KeyedFunctions(TorchFunctionMode):
 
 def _generators() -> tuple[bytes, object, object]:
     """Where the generators stand that a network's code may draw from (torch, numpy, random)."""
-    numpy_state = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=True)
     return bytes(torch.random.get_rng_state().numpy()), (bytes(numpy_state[1]), numpy_state[2:]), random.getstate()
 
 

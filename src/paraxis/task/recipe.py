@@ -92,7 +92,9 @@ def from_objects(objects: Mapping[str, Any]) -> Recipe:
     own = {key: objects[key] for key in OPTIONAL if callable(objects.get(key))}
     if batches is not None and not callable(batches):
         if iter(batches) is batches:
-            raise TaskError("batches is an iterator that can be read only once; give a list, a DataLoader or a function")
+            raise TaskError(
+                "batches is an iterator that can be read only once; give a list, a DataLoader or a function"
+            )
         own["batches"] = lambda: batches
     # Each task starts from the network as it was given, which stays as it is.
     made = (lambda: deepcopy(net)) if isinstance(net, nn.Module) else net

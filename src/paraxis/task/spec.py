@@ -4,6 +4,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+SHIPPED = ("mlp", "cnn")  # the families of `networks`
+DEFAULT_BATCH = 128
+
 
 class TaskSpec(BaseModel):
     """A task in words. `network` is a shipped one or FILE.py[:FUNCTION]; `live` objects come by pipe instead.

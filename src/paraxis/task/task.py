@@ -17,14 +17,12 @@ from paraxis.task.batches import ArraySource, Nest, Source, StreamSource, leaves
 from paraxis.task.networks import build
 from paraxis.task.randomness import Draw, Keyed, KeyedFunctions, key_randomness
 from paraxis.task.recipe import Recipe, from_file, from_objects
-from paraxis.task.spec import TaskSpec
-
-DEFAULT_BATCH = 128
+from paraxis.task.spec import DEFAULT_BATCH, TaskSpec
 
 
 @dataclass
 class Task:
-    """What one rank trains. `chain` are the layers in order (the whole network where it cannot be cut, see `cuttable`)."""
+    """What one rank trains. `chain`: the layers in order, or the whole network where it cannot be cut (`cuttable`)."""
 
     spec: TaskSpec
     recipe: Recipe
@@ -124,17 +122,17 @@ def make_task(
     spec: TaskSpec, objects: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32, plain: bool = False
 ) -> Task:
     """Build the task; `plain` leaves the network's own dropout as it is. Raises TaskError for what does not fit."""
-    shipped = not (spec.live or spec.own_file)
     recipe = from_objects(objects or {}) if spec.live else from_file(spec.network) if spec.own_file else _zoo(spec)
     seed_everything(spec.seed)
     net = _build_net(recipe).to(dtype)
-    train, test, validation, notes = _sources(spec, recipe, dtype, shipped)
+    train, test, validation, notes = _sources(spec, recipe, dtype)
     net.train()
     chain, cuttable = layers_of(net, recipe)
     draw = Draw(spec.seed)
     batch = train.share(0, 0, min(train.batch, 8))
     draw.at(0, 0, samples(batch))
     keyed = Keyed(False, (), ())
+    _check_fits(spec, net, recipe, batch)
     if not plain:
         keyed = _key(net, draw, recipe, batch)
         chain, cuttable = layers_of(net, recipe)  # its dropouts have been swapped
@@ -161,10 +159,10 @@ def _build_net(recipe: Recipe) -> nn.Module:
 
 
 def _sources(
-    spec: TaskSpec, recipe: Recipe, dtype: torch.dtype, shipped: bool
+    spec: TaskSpec, recipe: Recipe, dtype: torch.dtype
 ) -> tuple[Source, Source | None, Source | None, list[str]]:
     """(training, test, validation) streams and what the report must say about them."""
-    text = spec.data or ("mnist" if shipped else None)
+    text = _data_name(spec)
     if text:
         data = _in_memory(text)
         arrays, held = data.train, None
@@ -185,6 +183,17 @@ def _sources(
         note = "trained on one example batch, repeated: times are real, the loss curve means nothing"
         return StreamSource(lambda: [recipe.own["example"]()], spec.batch, spec.seed, dtype), None, None, [note]
     raise TaskError(f"{recipe.name} has no data: define batches() or example() in it, or add --data")
+
+
+def _data_name(spec: TaskSpec) -> str | None:
+    """The data set in memory that a task trains on, if it is one."""
+    return spec.data or (None if spec.live or spec.own_file else "mnist")
+
+
+def keep_data(spec: TaskSpec) -> None:
+    """Have the samples in memory now."""
+    if (text := _data_name(spec)) is not None:
+        _in_memory(text)
 
 
 @lru_cache(maxsize=2)
@@ -217,16 +226,26 @@ def _flat(net: nn.Sequential) -> Iterator[nn.Module]:
             yield layer
 
 
+def _check_fits(spec: TaskSpec, net: nn.Module, recipe: Recipe, batch: Nest) -> None:
+    """Try one forward; the labels of data in memory must be among the network's outputs."""
+    inputs = recipe.inputs(batch)
+    net.eval()
+    try:
+        with torch.no_grad():
+            output = apply(net, inputs)
+    except Exception as error:
+        shapes = ", ".join("x".join(map(str, t.shape[1:])) or "scalar" for t in leaves(inputs))
+        wanted = f"{recipe.name} cannot take samples of shape {shapes}"
+        raise TaskError(f"{wanted}: {type(error).__name__}: {one_line(error)}; give data whose samples fit") from error
+    net.train()
+    text = _data_name(spec)
+    if text is not None and "loss" not in recipe.own and isinstance(output, Tensor) and output.ndim == 2:
+        data_module.check_fits(_in_memory(text), output.shape[1], None, recipe.name)
+
+
 def _key(net: nn.Module, draw: Draw, recipe: Recipe, batch: Nest) -> Keyed:
     before = {id(b): b.clone() for b in net.buffers()}
-    try:
-        keyed = key_randomness(net, draw, lambda: apply(net, recipe.inputs(batch)))
-    except TaskError:
-        raise
-    except Exception as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in leaves(recipe.inputs(batch)))
-        hint = f"{recipe.name} cannot be called with inputs of shape {shapes}"
-        raise TaskError(f"{hint}: {type(error).__name__}: {one_line(error)}") from error
+    keyed = key_randomness(net, draw, lambda: apply(net, recipe.inputs(batch)))
     for buffer in net.buffers():
         buffer.copy_(before.get(id(buffer), buffer))
     return keyed
@@ -266,7 +285,7 @@ def _restore_eval(task: Task) -> None:
 def running(module: nn.Module) -> list[Tensor]:
     """The running statistics that a module changes in its forward: those of normalisation layers."""
     norm = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-    return [b for b in module.buffers(recurse=False)] if norm else []
+    return list(module.buffers(recurse=False)) if norm else []
 
 
 def apply(module: Callable[..., Any], x: Any) -> Any:

@@ -1,0 +1,335 @@
+"""The checker: good programs pass, and each seeded mistake is refused with a picture that points at it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from paraxis.errors import Deadlock, PlanError, ProgramError
+from paraxis.plan.plan import Plan, parse
+from paraxis.plan.space import space
+from paraxis.program.check import check
+from paraxis.program.faults import FAULTS, _nothing
+from paraxis.program.grid import draw, explain, simplify
+from paraxis.program.instructions import Instruction, Program
+from paraxis.program.lower import Layout, lower
+
+I = Instruction  # noqa: E741
+Row = list[Instruction]
+PLAIN = Layout(parameters=(2, 0, 3, 4))
+RICH = Layout(parameters=(2, 0, 3, 4), weight_in_data=True, statistics=True, clip=True)
+ODD = (
+    "microbatches=3",
+    "dp=2,bucket_bytes=8",
+    "dp=3,pp=2,microbatches=3,bucket_bytes=8",
+    "pp=4,microbatches=2",
+    "pp=4,schedule=gpipe,microbatches=9",
+    "pp=3,schedule=layerwise,microbatches=3",
+    "dp=2,pp=4,microbatches=5,sync=average@3",
+    "dp=2,sync=average@1",
+)
+
+
+def made(text: str, layout: Layout = PLAIN) -> Program:
+    return lower(parse(text), layout, steps_per_epoch=5)
+
+
+def edited(program: Program, rank: int, change: Callable[[Row], Row], body: str = "step") -> Program:
+    """The program with one rank's body changed."""
+    rows = [tuple(change(list(row))) if r == rank else row for r, row in enumerate(program.body(body))]
+    return replace(program, bodies=tuple((n, tuple(rows) if n == body else b) for n, b in program.bodies))
+
+
+def without(op: str, **wanted: object) -> Callable[[Row], Row]:
+    """A change: leave out what matches (its Start and its Wait, if `op` names both)."""
+    return lambda row: [i for i in row if not matches(i, op, wanted)]
+
+
+def swapped(first: int, second: int) -> Callable[[Row], Row]:
+    """A change: two slots change places."""
+
+    def change(row: Row) -> Row:
+        row[first], row[second] = row[second], row[first]
+        return row
+
+    return change
+
+
+def moved(op: str, before: str, **wanted: object) -> Callable[[Row], Row]:
+    """A change: what matches `op` goes in front of the last instruction `before`."""
+
+    def change(row: Row) -> Row:
+        taken = [i for i in row if matches(i, op, wanted)]
+        rest = [i for i in row if not matches(i, op, wanted)]
+        assert taken, "the mistake is made"
+        at = max(n for n, i in enumerate(rest) if i.op == before)
+        return [*rest[:at], *taken, *rest[at:]]
+
+    return change
+
+
+def matches(i: Instruction, op: str, wanted: dict[str, object]) -> bool:
+    return op in (i.op, i.base) and all(getattr(i, key) == value for key, value in wanted.items())
+
+
+def refused(program: Program, rank: int | None = None) -> str:
+    """Why a program is ill-formed, once its picture has been looked at: the arrow stands under the fault's cell."""
+    with pytest.raises(ProgramError) as caught:
+        check(program)
+    reason, *picture = str(caught.value).splitlines()
+    words = reason.replace(",", "").replace(":", "").split()
+    place, slot, body = int(words[1]), int(words[3]), words[5] if words[4] == "of" else "step"
+    if rank is not None:
+        assert place == rank, reason
+    arrow = next(n for n, line in enumerate(picture) if line.strip() == "^")
+    assert sum("^" in line for line in picture) == 1
+    assert picture[arrow - 1].startswith(f"rank {place}")
+    if slot < len(program.body(body)[place]):
+        label = program.body(body)[place][slot].label()
+        assert picture[arrow - 1][picture[arrow].index("^") :].split()[0] == label, str(caught.value)
+    return reason
+
+
+@pytest.mark.parametrize("layout", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize("plan", [*space(6, 4, comms=("mpi",)), *map(parse, ODD)], ids=Plan.short)
+def test_every_plan_of_the_space_passes(plan: Plan, layout: Layout) -> None:
+    peaks = check(lower(plan, layout, steps_per_epoch=5)).peak_live
+    stages = [plan.mesh.coordinates(rank)[1] for rank in range(plan.mesh.size)]
+    m = plan.microbatches
+    live = {"": lambda s: 1, "layerwise": lambda s: 1, "gpipe": lambda s: m, "1f1b": lambda s: min(plan.pp - s, m)}
+    assert peaks == tuple(live[plan.schedule](stage) for stage in stages)
+
+
+def test_a_long_period_is_checked_as_fast_as_a_short_one() -> None:
+    check(made("dp=2,sync=average@1000000"))
+
+
+PIPE, GPIPE, DATA = "pp=2,microbatches=3", "pp=2,schedule=gpipe,microbatches=3", "dp=2,bucket_bytes=16,microbatches=2"
+SEEDED = {
+    "lost activation": (PIPE, 1, without("RecvAct", microbatch=1), "F1 before its activation has arrived"),
+    "lost gradient": (PIPE, 0, without("RecvGrad", microbatch=2), "B2 before its gradient has arrived"),
+    "samples not loaded": (PIPE, 0, without("Load", microbatch=1), "F1 before its samples are loaded"),
+    "targets not loaded": (PIPE, 1, without("Load", microbatch=1), "F1 before its samples are loaded"),
+    "lost send": (PIPE, 0, without("SendAct", microbatch=2), ""),
+    "backward first": ("serial", 0, swapped(2, 3), "B0 before its forward"),
+    "forward twice": ("serial", 0, lambda row: [*row[:3], *row[2:]], "F0 runs twice"),
+    "backward twice": ("serial", 0, lambda row: [*row[:4], *row[3:]], "B0 runs twice"),
+    "segments out of order": (DATA, 0, swapped(2, 3), "F0.1 before the segment in front of it"),
+    "segments back out of order": (DATA, 0, swapped(4, 5), "B0 before the segment behind it"),
+    "missing backward": ("microbatches=3", 0, without("B", microbatch=1), "while microbatch 1 is between F and B"),
+    "sent before it is made": (GPIPE, 0, moved("SendActStart", "Load", microbatch=2), "before F2 has made it"),
+    "gradient sent before it is made": (PIPE, 1, moved("SendGradStart", "B", microbatch=2), "before B2 has made it"),
+    "reduced too early": (DATA, 0, moved("AllReduceStart", "B", bucket=0), "bucket 0 is reduced after 1 of 2"),
+    "update without waiting": (DATA, 0, moved("Update", "AllReduceWait", rule="step"), "does not wait for the"),
+    "update without reducing": (DATA, 1, without("AllReduce", bucket=1), "after 1 of 2 buckets were reduced"),
+    "open token": (PIPE, 0, without("SendActWait", microbatch=2), "SendActStart sA2< (token 4) is never awaited"),
+    "wait without start": (PIPE, 0, without("SendActStart", microbatch=0), "SendActWait of token 1 has no start"),
+    "token used twice": (PIPE, 0, lambda row: [replace(i, token=1) if i.starts else i for i in row], "already open"),
+    "update too early": ("microbatches=2", 0, moved("Update", "B", rule="step"), "while microbatch 1 is between F and"),
+    "unknown microbatch": ("serial", 0, lambda row: [*row, I("F", 0, 0, 5)], "there are 1 microbatches and 1 stages"),
+    "unknown stage": ("serial", 0, lambda row: [*row, I("F", 7, 0, 0)], "there are 1 microbatches and 1 stages"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in SEEDED if name != "lost send"])
+def test_seeded_mistakes_of_one_rank_are_refused_where_they_are(name: str) -> None:
+    plan, rank, change, words = SEEDED[name]
+    check(made(plan))
+    assert words in refused(edited(made(plan), rank, change), rank)
+
+
+def test_a_lost_send_stalls_its_receiver() -> None:
+    plan, rank, change, _ = SEEDED["lost send"]
+    with pytest.raises(Deadlock, match="rank 1: RecvActWait stage=1 microbatch=2 peer=0"):
+        check(edited(made(plan), rank, change))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_microbatch_left_out_is_refused(stage: int) -> None:
+    def gone(row: Row) -> Row:
+        return [i for i in row if not (i.microbatch == 2 and i.op in "FB") and i.base not in ("SendAct", "SendGrad")]
+
+    assert "microbatch 2 is never computed" in refused(edited(made(GPIPE), stage, gone), stage)
+
+
+def test_an_activation_kept_for_ever_is_refused() -> None:
+    leak = edited(edited(made(GPIPE), 0, without("B", microbatch=1)), 0, without("Update", rule="step"))
+    assert "the activation of microbatch 1 is never used: its backward is missing" in refused(leak, 0)
+
+
+def test_crossed_sends_are_refused() -> None:
+    """Stage 0 sends microbatch 1 where 0 is due: every message exists, but each waits for the other."""
+
+    def cross(row: Row) -> Row:
+        other = {0: 1, 1: 0}
+        sends = {i: replace(i, microbatch=other.get(i.microbatch, i.microbatch)) for i in row if i.base == "SendAct"}
+        return [sends.get(i, i) for i in row]
+
+    assert "before F1 has made it" in refused(edited(made(PIPE), 0, cross), 0)
+
+
+def test_a_send_to_the_wrong_rank_is_refused() -> None:
+    def astray(row: Row) -> Row:
+        return [replace(i, peer=1) if i.base == "SendAct" else i for i in row]
+
+    program = edited(made("pp=3,microbatches=2"), 1, astray)
+    with pytest.raises((ProgramError, Deadlock), match=r"rank \[?\d"):
+        check(program)
+
+
+def test_a_receive_that_nobody_sends_to_is_refused() -> None:
+    """It is never awaited by anyone else, so only the pairing can find it."""
+    extra = [I("SendActStart", 0, microbatch=2, peer=1, token=99), I("SendActWait", 0, microbatch=2, peer=1, token=99)]
+    program = edited(made(PIPE), 0, lambda row: [*row, extra[0]], "step")
+    assert "token 99) is never awaited" in refused(program, 0)
+    with pytest.raises(Deadlock, match="rank 0: SendActWait stage=0 microbatch=2 peer=1 token=99"):
+        check(edited(made(PIPE), 0, lambda row: [*row, *extra]))
+
+
+@pytest.mark.parametrize("body", ["step", "score"])
+def test_a_collective_that_only_some_join_is_a_deadlock(body: str) -> None:
+    program = made("dp=2", RICH)
+    buffer = "statistics" if body == "step" else "score"
+    with pytest.raises(Deadlock, match=f"rank 0: AllReduceWait axis=dp buffer={buffer}"):
+        check(edited(program, 1, without("AllReduce", buffer=buffer), body))
+
+
+def test_an_agreement_that_only_some_join_is_a_deadlock() -> None:
+    for body in ("average", "settle"):
+        with pytest.raises(Deadlock, match="AllReduceWait axis=dp buffer=params"):
+            check(edited(made("dp=2,sync=average@4"), 0, without("AllReduce", buffer="params"), body))
+
+
+def test_blocking_collectives_in_opposite_order_are_a_deadlock() -> None:
+    program = made("dp=2", RICH)
+
+    def opposite(row: Row) -> Row:
+        """The statistics go first, then the gradients."""
+        early = [i for i in row if i.buffer == "statistics"]
+        rest = [i for i in row if i.buffer != "statistics"]
+        at = next(n for n, i in enumerate(rest) if i.op == "AllReduceStart")
+        return [*rest[:at], *early, *rest[at:]]
+
+    with pytest.raises(Deadlock) as caught:
+        check(edited(program, 1, opposite))
+    message = str(caught.value)
+    assert "buffer=grads" in message and "buffer=statistics" in message
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="collectives match by order on MPI, Gloo and LocalComm, but _check_hang matches them by buffer and bucket",
+)
+def test_collectives_under_way_in_opposite_order_are_refused() -> None:
+    """Both started before either is awaited: no stall, but bucket 0 would be added to bucket 1."""
+    program = made(DATA)
+
+    def opposite(row: Row) -> Row:
+        starts = [n for n, i in enumerate(row) if i.op == "AllReduceStart"]
+        rest = [i for n, i in enumerate(row) if n not in starts]
+        at = max(n for n, i in enumerate(rest) if i.op == "B") + 1
+        return [*rest[:at], *(row[n] for n in reversed(starts)), *rest[at:]]
+
+    with pytest.raises(ProgramError):
+        check(edited(program, 1, opposite))
+
+
+@pytest.mark.xfail(strict=True, reason="members of a collective may name different reductions without being refused")
+def test_a_sum_here_and_a_mean_there_are_refused() -> None:
+    def mean(row: Row) -> Row:
+        return [replace(i, reduction="mean") if i.buffer == "grads" else i for i in row]
+
+    with pytest.raises(ProgramError):
+        check(edited(made("dp=2"), 1, mean))
+
+
+def blocking(row: Row) -> Row:
+    """Sends are awaited where they start, receives are posted only when they are needed: 1F1B as it must not be."""
+    waits = {i.token: i for i in row if i.waits}
+    starts = {i.token: i for i in row if i.starts}
+    out: Row = []
+    for i in row:
+        if i.base.startswith("Send"):
+            out += [i, waits[i.token]] if i.starts else []
+        elif i.base.startswith("Recv"):
+            out += [starts[i.token], i] if i.waits else []
+        else:
+            out.append(i)
+    return out
+
+
+def test_a_pipeline_of_blocking_sends_is_a_deadlock_that_names_everybody() -> None:
+    program = made("dp=1,pp=3,microbatches=4")
+    for rank in range(3):
+        program = edited(program, rank, blocking)
+    with pytest.raises(Deadlock) as caught:
+        check(program)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("ranks [0, 1") and "wait for each other" in lines[0]
+    for rank in range(3):
+        assert lines[1 + rank].startswith(f"  rank {rank}: ") and len(lines[1 + rank].split()) > 2
+    assert "SendActWait" in lines[1] and any(line.strip() == "^" for line in lines[4:])
+    assert caught.value.exit_code == 1
+
+
+def test_weights_must_not_change_between_forward_and_backward() -> None:
+    program = made("pp=2,schedule=gpipe,microbatches=2,dp=2,sync=average@1")
+
+    def early(row: Row) -> Row:
+        average = [i for i in row if i.buffer == "params"]
+        rest = [i for i in row if i.buffer != "params"]
+        at = next(n for n, i in enumerate(rest) if i.op == "B")
+        return [*rest[:at], *average, *rest[at:]]
+
+    assert "writes parameters while microbatch 0 is between F and B" in refused(edited(program, 0, early, "average"))
+
+
+def test_a_body_needs_all_ranks() -> None:
+    program = made("dp=2")
+    short = tuple((name, ranks[:1] if name == "evaluate" else ranks) for name, ranks in program.bodies)
+    with pytest.raises(ProgramError, match="body evaluate has 1 ranks, but the mesh has 2"):
+        check(replace(program, bodies=short))
+
+
+def test_grids_line_up() -> None:
+    ranks = made("pp=2,microbatches=12").body("step")
+    lines = draw(ranks, computing_only=True)
+    assert [line.split(" | ")[0] for line in lines] == ["rank 0", "rank 1"]
+    assert [line.split()[3] for line in lines] == ["zero", "zero"] and "B11" in lines[0]
+    assert lines[0].index("F0") == lines[1].index("F0")
+    joined = simplify(made("dp=2,microbatches=2").body("step"))
+    assert [i.op for i in joined[0]].count("AllReduceWait") == 0 and "AllReduceStart" in [i.op for i in joined[0]]
+    assert "local x2 then average" in explain(made("dp=2,sync=average@3"))
+
+
+# -- faults ----------------------------------------------------------------------------------------------------
+
+CARRIERS = [*map(parse, ("dp=2,microbatches=2", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@2", "serial"))]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_fault_changes_the_program_or_spoils_an_engine(name: str) -> None:
+    """That a spoiled engine computes something else is what tests/conformance shows."""
+    fault = FAULTS[name]
+    able = [plan for plan in CARRIERS if fault.needs(plan)]
+    assert able and fault.what
+    for plan in able:
+        program = lower(plan, PLAIN)
+        mutated = fault.mutated(plan, program)
+        assert (mutated != program) != (fault.spoil is not _nothing), "one of both, not both"
+        assert [(n, len(ranks)) for n, ranks in mutated.bodies] == [(n, len(ranks)) for n, ranks in program.bodies]
+        for body in ("evaluate", "score"):
+            assert mutated.body(body) == program.body(body)
+
+
+@pytest.mark.parametrize("name", [name for name in FAULTS if not FAULTS[name].needs(Plan())])
+def test_a_plan_that_cannot_have_a_fault_is_told_what_it_needs(name: str) -> None:
+    with pytest.raises(PlanError, match=r"needs (dp > 1|pp > 1|sync=average)"):
+        FAULTS[name].mutated(Plan(), lower(Plan(), PLAIN))
+
+
+@pytest.mark.parametrize("name", ["dropped-reduction", "stale-bucket", "early-update", "lost-backward"])
+def test_faults_of_order_are_what_the_checker_finds(name: str) -> None:
+    plan = parse("dp=2,pp=2,microbatches=2")
+    with pytest.raises(ProgramError):
+        check(FAULTS[name].mutated(plan, lower(plan, PLAIN)))
