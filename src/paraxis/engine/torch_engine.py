@@ -39,6 +39,7 @@ class TorchEngine:
         self.entry = self._boundary(program)
         cuts = program.segments[self.stage]
         self.segments = [task.chain[first:last] for first, last in cuts]
+        self.calls = [[task.callable(layer) for layer in segment] for segment in self.segments]
         self.hyper = task.hyper()
         self.flat: Flat = flatten(self.segments, [g["params"] for g in self.hyper.groups], task.names)
         self._keep_own_parameters(task)
@@ -78,8 +79,8 @@ class TorchEngine:
         x, entering = self._input(segment, microbatch)
         if self.statistics and segment == 0:
             self._from_running()
-        for layer in self.segments[segment]:
-            x = self.task.call(layer, x)
+        for call in self.calls[segment]:
+            x = call(x)
         if self.statistics and segment == len(self.segments) - 1:
             self._to_statistics()
         if segment < len(self.segments) - 1:
@@ -128,8 +129,8 @@ class TorchEngine:
         self.draw.at(self.step, part * self.slice_size, self.slice_size)
         with torch.no_grad():
             x, _ = self._input(segment, microbatch)
-            for layer in self.segments[segment]:
-                x = self.task.call(layer, x)
+            for call in self.calls[segment]:
+                x = call(x)
             if segment < len(self.segments) - 1:
                 self.between[segment + 1, microbatch] = x
             elif not self.last_stage:
@@ -306,6 +307,8 @@ class TorchEngine:
 
     def state(self) -> dict[str, Tensor]:
         """This stage's part of the network's state_dict."""
+        if self.statistics:
+            self._from_running()
         return {name: value.detach().clone() for name, value in self.named.items()}
 
     def bytes_held(self) -> int:

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter_ns
 from typing import Any
 
@@ -35,17 +36,17 @@ def bind(i: Instruction, context: Context) -> Action:
 
 
 def _load(i: Instruction, c: Context) -> Action:
-    return lambda: c.engine.load(i.microbatch, i.slice)
+    return partial(c.engine.load, i.microbatch, i.slice)
 
 
 def _forward(i: Instruction, c: Context) -> Action:
     if i.rule == "evaluate":
-        return lambda: c.engine.evaluate(i.segment, i.microbatch, i.slice)
-    return lambda: c.engine.forward(i.segment, i.microbatch, i.slice)
+        return partial(c.engine.evaluate, i.segment, i.microbatch, i.slice)
+    return partial(c.engine.forward, i.segment, i.microbatch, i.slice)
 
 
 def _backward(i: Instruction, c: Context) -> Action:
-    return lambda: c.engine.backward(i.segment, i.microbatch)
+    return partial(c.engine.backward, i.segment, i.microbatch)
 
 
 def _update(i: Instruction, c: Context) -> Action:

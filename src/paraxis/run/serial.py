@@ -43,7 +43,7 @@ def step(r: Replica, number: int, first: int, count: int, groups: int) -> tuple[
             buffer.copy_(old)
         part = cut(batch, count, group * size, size)
         task.draw.at(number, first + group * size, size)
-        loss, own = task.recipe.loss(task.call(task.net, task.recipe.inputs(part)), part)
+        loss, own = task.recipe.loss(task.whole(task.recipe.inputs(part)), part)
         loss.backward()
         total, weight = total + float(loss.detach()), weight + float(own)
         for buffer, collected in zip(stats, after, strict=True):

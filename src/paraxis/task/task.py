@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from paraxis.task.networks import build
 from paraxis.task.randomness import Draw, Keyed, KeyedFunctions, key_randomness
 from paraxis.task.recipe import Recipe, from_file, from_objects
 from paraxis.task.spec import DEFAULT_BATCH, TaskSpec
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+MANY_INPUTS = (nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.Bilinear, nn.Sequential, nn.ModuleList)
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Task:
     draw: Draw
     keyed: Keyed
     notes: list[str] = field(default_factory=list)
+    spread: bool = False  # layers are the user's stages, or the whole network
     names: dict[int, str] = field(default_factory=dict)  # id(parameter) -> its name in the state_dict
 
     @property
@@ -48,12 +52,28 @@ class Task:
         """Whether only the loss function knows a batch's weight."""
         return "loss" in self.recipe.own
 
-    def call(self, module: nn.Module, x: Any) -> Any:
-        """A layer on what the one before gave: a tensor, positional or keyword arguments; dropout keyed."""
-        if self.keyed.functions:
-            with KeyedFunctions(self.draw):
-                return apply(module, x)
-        return apply(module, x)
+    def whole(self, x: Any) -> Any:
+        """The network on its inputs; dropout keyed."""
+        return self._keyed(lambda: apply(self.net, x))
+
+    def call(self, layer: nn.Module, x: Any) -> Any:
+        """A layer on what the one before gave; stages take a tuple as arguments, as nn.Sequential does not."""
+        return self._keyed(lambda: apply(layer, x) if self.spread else layer(x))
+
+    def _keyed(self, run: Callable[[], Any]) -> Any:
+        if not self.keyed.functions:
+            return run()
+        with KeyedFunctions(self.draw):
+            return run()
+
+    def callable(self, layer: nn.Module) -> Callable[[Any], Any]:
+        """`call` with what can be settled beforehand; PyTorch's own layers without hooks take one tensor: forward itself."""
+        hooked = any(getattr(layer, hooks) for hooks in HOOKS)
+        own = type(layer).__module__.startswith(("torch.nn.modules", "paraxis.task"))
+        if self.keyed.functions or hooked or not own or isinstance(layer, MANY_INPUTS):
+            return partial(self.call, layer)
+        forward: Callable[[Any], Any] = layer.forward
+        return forward
 
     def optimizer(self) -> torch.optim.Optimizer:
         """The user's or the chosen optimiser over all parameters; it carries the hyperparameters of each group."""
@@ -137,7 +157,8 @@ def make_task(
         keyed = _key(net, draw, recipe, batch)
         chain, cuttable = layers_of(net, recipe)  # its dropouts have been swapped
     names = {id(p): name for name, p in net.named_parameters()}
-    task = Task(spec, recipe, net, chain, cuttable, train, test, validation, dtype, draw, keyed, notes, names)
+    spread = not isinstance(net, nn.Sequential) or "stages" in recipe.own
+    task = Task(spec, recipe, net, chain, cuttable, train, test, validation, dtype, draw, keyed, notes, spread, names)
     _check_composition(task, batch)
     return task
 
@@ -260,7 +281,7 @@ def _check_composition(task: Task, batch: Nest) -> None:
         whole = apply(task.net, task.recipe.inputs(batch))
         x = task.recipe.inputs(batch)
         for layer in task.chain:
-            x = apply(layer, x)
+            x = task.call(layer, x)
     task.net.train()
     _restore_eval(task)
     pairs = list(zip(leaves(whole), leaves(x), strict=False))

@@ -1,0 +1,122 @@
+"""`paraxis explore` with real ranks: what it promises of a study holds."""
+
+import json
+from html.parser import HTMLParser
+from typing import Any
+
+import jsonschema
+import pytest
+
+from paraxis.plan.plan import parse
+
+
+def ok_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
+    """Plans that were proved and measured."""
+    return [row for row in study["results"] if row["status"] == "ok"]
+
+
+def check_rows(study: dict[str, Any]) -> None:
+    """What holds for every row of every study."""
+    for row in study["results"]:
+        plan = parse(row["plan"])
+        assert row["workers"] == plan.dp * plan.pp * plan.threads
+        if row["status"] != "ok":
+            assert row["reason"], row["plan"]
+            continue
+        assert row["verified"]["passed"], row["plan"]
+        assert row["step_seconds"]["low"] <= row["step_seconds"]["median"] <= row["step_seconds"]["high"]
+        assert len(row["step_seconds"]["samples"]) >= 3
+        assert row["vs_today"]["median"] > 0
+        assert abs(row["samples_per_second"] * row["step_seconds"]["median"] - study["task"]["batch"]) < 1e-6 * 128
+        sum_of_parts = sum(row["split"].values())
+        assert abs(sum_of_parts - row["step_seconds"]["median"]) <= 0.01 * row["step_seconds"]["median"]
+        assert row["program"] and row["program_text"] and row["timeline"] and row["simulated"]
+        assert (row["bytes_communicated"] > 0) == (plan.mesh.size > 1)
+        assert all(loss == loss and loss < 10 for loss in row["losses"])
+
+
+@pytest.fixture(scope="module")
+def explored(shared_desk: Any) -> Any:
+    """One exploration; the framework is in the page cache by then, for a cold start can take the whole budget."""
+    assert shared_desk.launch("python", "-c", "import torch").rc == 0
+    return shared_desk.run("explore", "mlp", "--workers", 2, "--budget", 25, "--json", limit=90), shared_desk
+
+
+def test_a_study_keeps_its_schema_and_its_promises(explored: Any) -> None:
+    done, desk = explored
+    assert done.rc == 0, done.err
+    assert done.seconds < 25 * 1.5 + 5  # start-up included
+    study = done.document
+    schema = desk.run("explore", "--schema").document
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.Draft202012Validator(schema).validate(study)
+    check_rows(study)
+    kinds = {(r["mesh"]["dp"], r["mesh"]["pp"], r["schedule"], r["comm"]) for r in ok_rows(study)}
+    assert {(2, 1, "", "mpi"), (2, 1, "", "gloo"), (1, 2, "1f1b", "mpi"), (1, 2, "layerwise", "gloo")} <= kinds
+    assert study["finished"] and study["elapsed_seconds"] > 20
+
+
+def test_today_and_the_recommendation(explored: Any) -> None:
+    study = explored[0].document
+    assert study["today"]["step_seconds"]["median"] > 0 and study["today"]["engine"] == "plain"
+    chosen = study["recommendation"]
+    row = next(r for r in study["results"] if r["plan"] == chosen["plan"])
+    exact = [r for r in ok_rows(study) if r["exact"]]
+    assert row["step_seconds"]["median"] == min(r["step_seconds"]["median"] for r in exact)
+    assert chosen["command"].startswith("paraxis train mlp --plan ") and chosen["label"] in chosen["sentence"]
+    assert study["baseline"]["step_seconds"]["median"] <= study["today"]["step_seconds"]["median"]
+
+
+def test_the_study_and_its_page_are_on_disk(explored: Any) -> None:
+    done, desk = explored
+    folder = desk.folder / "paraxis-study"
+    assert json.loads((folder / "study.json").read_text()) == done.document
+    html = (folder / "report.html").read_text()
+    HTMLParser().feed(html)
+    assert len(html) > 10_000 and done.document["recommendation"]["label"] in html
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "study.json"]
+
+
+def test_training_with_the_recommended_command(explored: Any) -> None:
+    done, desk = explored
+    words = done.document["recommendation"]["command"].split()
+    trained = desk.run(*words[1:], "--steps", 20, "--json")
+    assert trained.rc == 0, trained.err
+    assert trained.document["plan"] == done.document["recommendation"]["plan"]
+
+
+@pytest.mark.slow
+def test_the_budget_of_the_issue_measures_every_kind_over_both_transports(desk: Any) -> None:
+    done = desk.run("explore", "cnn", "--workers", 2, "--budget", 40, "--json", limit=150)
+    assert done.rc == 0, done.err
+    check_rows(done.document)
+    rows = ok_rows(done.document)
+    assert len({(r["program"], r["comm"]) for r in rows}) >= 10
+    for comm in ("mpi", "gloo"):
+        mine = [(r["mesh"]["dp"], r["mesh"]["pp"], r["schedule"]) for r in rows if r["comm"] == comm]
+        assert {(2, 1, ""), (1, 2, "layerwise"), (1, 2, "gpipe"), (1, 2, "1f1b")} <= set(mine), comm
+    assert done.seconds < 60
+
+
+@pytest.mark.slow
+def test_more_workers_than_cores(desk: Any) -> None:
+    done = desk.run("explore", "cnn", "--workers", 8, "--budget", 60, "--json", limit=230)
+    assert done.rc == 0, done.err
+    rows = ok_rows(done.document)
+    check_rows(done.document)
+    assert len(rows) >= 8
+    assert len({r["workers"] for r in rows}) >= 4
+    cores = done.document["machine"]["usable_cores"]
+    assert all(r["oversubscribed"] == (r["workers"] > cores) for r in done.document["results"])
+    assert any(r["oversubscribed"] for r in rows) or cores >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt.py", "lstm.py", "batchnorm.py"])
+def test_the_examples_can_be_explored(desk: Any, examples: Any, name: str) -> None:
+    done = desk.run("explore", examples / name, "--workers", 2, "--budget", 20, "--json", limit=150)
+    assert done.rc == 0, done.err
+    assert not [r["reason"] for r in done.document["results"] if r["status"] == "failed"]
+    assert any(r["mesh"]["dp"] == 2 and r["verified"]["passed"] for r in ok_rows(done.document))
+    splits = [r for r in done.document["results"] if r["mesh"]["pp"] == 2]
+    assert all((r["status"] == "refused") == (name == "lstm.py") for r in splits if r["status"] != "not run")

@@ -1,0 +1,176 @@
+"""`paraxis verify` with real ranks: plans equal the serial run, seeded faults and wrong losses do not."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paraxis.plan.plan import parse
+from paraxis.program.faults import FAULTS
+
+VERIFIED = {"against", "max_relative_difference", "tolerance", "passed", "where", "note"}
+RESULT = {"plan", "label", "program", "exact", "status", "reason", "verified"}
+PLAN_OF = {  # a plan that can have the fault
+    "wrong-mask": ("cnn", "dp=2"),
+    "swapped-microbatch": ("mlp", "pp=2,microbatches=4"),
+    "lost-backward": ("mlp", "pp=2,microbatches=4"),
+    "summed-weights": ("mlp", "dp=2,sync=average@2"),
+    "never-averaged": ("mlp", "dp=2,sync=average@2"),
+    "early-update": ("mlp", "dp=2,microbatches=2"),
+    "stale-bucket": ("mlp", "dp=2,microbatches=2"),
+}
+QUICK = ("dropped-reduction", "lost-update", "swapped-microbatch")
+BATCHES = """
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+def batches():
+    x = torch.randn(4, 16, 6, generator=torch.Generator().manual_seed(0))
+    return [(part, part[:, :3].argmax(1)) for part in x]
+"""
+
+
+def proof(document: dict[str, Any]) -> dict[str, Any]:
+    """The only result's proof."""
+    (result,) = document["results"]
+    assert result["status"] == "ok"
+    return result["verified"]
+
+
+def proves(desk: Any, network: object, plan: str, *words: str, steps: int = 5) -> dict[str, Any]:
+    """The proof of a plan that must pass."""
+    done = desk.run("verify", network, "--plan", plan, "--steps", steps, "--json", *words)
+    assert done.rc == 0, done.err + done.out
+    assert done.document["passed"]
+    found = proof(done.document)
+    assert found["passed"] and found["max_relative_difference"] <= found["tolerance"]
+    return found
+
+
+def test_data_parallel_over_mpi_is_serial_and_the_document_is_whole(desk: Any) -> None:
+    done = desk.run("verify", "mlp", "--plan", "dp=2,comm=mpi", "--steps", 5, "--json")
+    assert done.rc == 0, done.err
+    document = done.document
+    assert set(document) == {"passed", "results", "notes"} and document["passed"] is True
+    (result,) = document["results"]
+    assert set(result) == RESULT and set(result["verified"]) == VERIFIED
+    assert parse(result["plan"]) == parse("dp=2,comm=mpi")
+    assert result["exact"] and re.fullmatch("[0-9a-f]{16}", result["program"])
+    assert 0 < result["verified"]["max_relative_difference"] < 1e-13  # not 0: the order of additions did change
+    assert result["verified"]["tolerance"] == 1e-10
+
+
+def test_a_pipeline_over_gloo_is_serial_in_a_table(desk: Any) -> None:
+    done = desk.run("verify", "cnn", "--plan", "pp=2,schedule=1f1b,microbatches=4,comm=gloo", "--steps", 2)
+    assert done.rc == 0, done.err
+    row = next(line for line in done.out.splitlines() if line.startswith("pp=2 1f1b m=4 gloo"))
+    assert row.split()[-1] == "yes" and "serial run" in row
+    assert "dropout on" in done.out
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in sorted(FAULTS)])
+def test_a_seeded_fault_is_caught_and_placed(desk: Any, name: str) -> None:
+    network, plan = PLAN_OF.get(name, ("mlp", "dp=2"))
+    done = desk.run("verify", network, "--plan", f"{plan},comm=gloo", "--steps", 3, "--fault", name, "--json")
+    assert done.rc == 1, done.err + done.out
+    assert not done.document["passed"]
+    found = proof(done.document)
+    assert not found["passed"]
+    step, tensor = re.match(
+        r"step (\d+): (parameter \S+ on rank \d|the loss of step \d+) differs by ", found["where"]
+    ).groups()
+    assert 1 <= int(step) <= 3
+    if tensor.startswith("parameter"):
+        assert re.fullmatch(r"parameter \d+\.(weight|bias) on rank [01]", tensor)
+
+
+def test_a_fault_that_a_plan_cannot_have_is_refused(desk: Any) -> None:
+    done = desk.run("verify", "mlp", "--plan", "pp=2,microbatches=2,comm=gloo", "--steps", 1, "--fault", "all-data")
+    done.refused("trains on the same share", "needs dp > 1")
+
+
+@pytest.mark.parametrize("plan", ["dp=2,comm=mpi", "pp=2,microbatches=4,comm=gloo"])
+def test_a_transformer_with_dict_batches(desk: Any, examples: Path, plan: str) -> None:
+    found = proves(desk, examples / "gpt.py", plan)
+    assert "dropout on" in found["note"]
+    assert found["max_relative_difference"] > 0
+
+
+def test_an_lstm_is_proved_without_its_inner_dropout_and_says_so(desk: Any, examples: Path) -> None:
+    assert "lstm (LSTM)" in proves(desk, examples / "lstm.py", "dp=2,comm=gloo")["note"]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "dp=2,microbatches=2,comm=gloo",
+        "pp=2,microbatches=4,comm=gloo",
+        pytest.param("microbatches=4", marks=pytest.mark.slow),
+        pytest.param("dp=2,comm=mpi", marks=pytest.mark.slow),
+        pytest.param("pp=2,microbatches=4,schedule=gpipe,comm=mpi", marks=pytest.mark.slow),
+        pytest.param("dp=2,sync=average@2,comm=gloo", marks=pytest.mark.slow),
+        pytest.param("dp=2,pp=2,microbatches=2,comm=mpi", marks=pytest.mark.slow),
+    ],
+)
+def test_batch_normalisation_by_microbatch(desk: Any, examples: Path, plan: str) -> None:
+    proves(desk, examples / "batchnorm.py", plan)
+
+
+def test_a_loss_that_couples_samples_is_named(desk: Any) -> None:
+    mean = "def loss(output, batch):\n    return F.cross_entropy(output, batch[1]) * 16, 16\n"
+    done = desk.run("verify", desk.write("mean.py", BATCHES + mean), "--plan", "dp=2,comm=gloo", "--steps", 2, "--json")
+    assert done.rc == 1, done.err + done.out
+    assert not done.document["passed"]
+    (note,) = [n for n in done.document["notes"] if "couples samples" in n]
+    assert "loss() must return sums over samples" in note
+
+
+def test_a_shuffled_loader_and_a_loss_of_ones_own(desk: Any) -> None:
+    loader = """
+def batches():
+    from torch.utils.data import DataLoader, TensorDataset
+    x = torch.randn(70, 6, generator=torch.Generator().manual_seed(0))  # 4 batches of 16 and a short one
+    return DataLoader(TensorDataset(x, x[:, :3]), batch_size=16, shuffle=True)
+
+def loss(output, batch):
+    return ((output - batch[1]) ** 2).sum(), batch[1].numel()
+"""
+    proves(desk, desk.write("shuffled.py", BATCHES + loader), "dp=2,microbatches=2,comm=gloo", steps=9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["--optimizer adamw --weight-decay 0.1", "--clip 0.05 --momentum 0.9 --nesterov"])
+@pytest.mark.parametrize("plan", ["dp=2,comm=gloo,bucket_bytes=1K", "pp=2,microbatches=4,comm=mpi"])
+def test_optimisers_clipping_and_schedules(desk: Any, plan: str, words: str) -> None:
+    proves(desk, "mlp:784-64-32-10", plan, *words.split(), "--lr-schedule", "cosine", "--warmup", "2", "--horizon", "6")
+
+
+@pytest.mark.slow
+def test_float32_lies_in_the_measured_band(desk: Any) -> None:
+    found = proves(desk, "cnn", "dp=2,comm=mpi", "--dtype", "float32")
+    assert 1e-9 < found["max_relative_difference"] < found["tolerance"] < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("network", ["mlp", "cnn"])
+def test_every_plan_of_four_workers(desk: Any, network: str) -> None:
+    done = desk.run("verify", network, "--plan", "all", "--workers", 4, "--steps", 20, "--json", limit=850)
+    assert done.rc == 0, done.err + done.out
+    results = done.document["results"]
+    wrong = [
+        r for r in results if r["status"] not in ("ok", "refused") or (r["verified"] and not r["verified"]["passed"])
+    ]
+    assert all(fine)
+    proved = [parse(r["plan"]) for r in results if r["verified"]]
+    assert len(proved) >= 20
+    assert {(p.dp, p.pp) for p in proved} >= {(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)}
+    assert {p.schedule for p in proved} >= {"layerwise", "gpipe", "1f1b"}
+    assert {p.comm for p in proved} >= {"mpi", "gloo"}
+    assert {p.sync for p in proved} >= {"gradient", "average@8"}
