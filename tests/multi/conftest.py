@@ -139,8 +139,9 @@ class Desk:
         return done
 
     def launch(self, *words: object, limit: float = 120, **env: str) -> Done:
-        """The same for a launcher of this environment, such as mpiexec."""
-        done = self.start(*words[1:], program=(BIN / str(words[0]),), **(ROOT | env)).finish(limit)
+        """The same for another program of this environment, such as mpiexec."""
+        env = ROOT | {"PATH": f"{BIN}:{self.env['PATH']}"} | env
+        done = self.start(*words[1:], program=(BIN / str(words[0]),), **env).finish(limit)
         self.check_tidy()
         return done
 

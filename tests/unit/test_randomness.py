@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -64,6 +64,7 @@ def test_golden_kept(words: tuple[int, int, int, int, float]) -> None:
 
 
 @given(KEYS, st.integers(0, 1 << 31), st.integers(2, 12), st.integers(1, 33), st.floats(0.01, 0.99), st.data())
+@settings(deadline=None)
 def test_a_mask_does_not_depend_on_how_samples_are_split(
     key: int, first: int, samples: int, elements: int, p: float, data: st.DataObject
 ) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paraxis.measure.records import Ratio
@@ -37,6 +37,7 @@ def test_more_samples_and_less_certainty_make_an_interval_narrower() -> None:
 
 
 @given(SAMPLES)
+@settings(deadline=None)
 def test_an_interval_lies_within_the_samples_and_holds_their_median(samples: list[float]) -> None:
     low, high = interval(samples)
     assert min(samples) <= low <= high <= max(samples)
