@@ -29,7 +29,7 @@ PROOF_STEPS = 4
 REPORTING = 6.0  # seconds of the budget kept for the statistics and the report
 TRACED = 3  # steps whose instructions are timed, at the end of every chunk
 PROOF_SHARE = 0.55  # of the budget: what is not set up and proved by then is not reached
-SHORTEST, LONGEST = 0.05, 0.4  # seconds of a chunk
+SHORTEST, LONGEST = 0.04, 0.4  # seconds of a chunk
 Save = Callable[[Study], None]
 
 
@@ -251,7 +251,7 @@ def _measure(session: Session, rows: list[Row], clock: Clock, study: Study) -> N
 
 def _choose_chunks(live: list[Row], clock: Clock, rounds: int) -> None:
     """Chunks such that about eight rounds fit into what is left."""
-    to_go = max(1.0, 8 - rounds)
+    to_go = max(1.0, 12 - rounds)
     length = min(LONGEST, max(SHORTEST, clock.left() / to_go / len(live) * 0.8))
     for row in live:
         known = median(row.times.values()) if row.times else 0.1 / row.steps

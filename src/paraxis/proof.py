@@ -104,7 +104,9 @@ def _compare(
     losses = mean_losses([a["losses"] for a in answers])
     worst = max(answers, key=lambda a: math.inf if math.isnan(a["difference"]) else a["difference"])
     difference, where = worst["difference"], f"parameter {worst['where']} on rank {answers.index(worst)}"
-    for number, (mine, theirs) in enumerate(zip(losses, oracle["losses"], strict=False)):
+    if len(losses) != len(oracle["losses"]):
+        return math.inf, f"the number of losses ({len(losses)} for {len(oracle['losses'])} steps)", losses
+    for number, (mine, theirs) in enumerate(zip(losses, oracle["losses"], strict=True)):
         apart = abs(mine - theirs) / max(abs(theirs), 1e-30)
         if not apart <= max(difference, 1e-12):
             difference, where = apart if math.isfinite(apart) else math.inf, f"the loss of step {number + 1}"

@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any
 
 from paraxis.measure.records import Recommendation, Result, Study
-from paraxis.measure.statistics import paired, told_apart
+from paraxis.measure.statistics import told_apart
 
 Times = dict[str, dict[int, float]]  # full plan text -> step seconds by round
 
@@ -19,7 +19,7 @@ def recommend(study: Study, times: Times) -> Recommendation | None:
     best = min(rows, key=lambda r: r.step_seconds.median)  # type: ignore[union-attr]
     others = [r for r in [*rows, *([study.today] if study.today else [])] if r is not best]
     level = 1 - 0.05 / max(1, len(others))
-    same = [r.label for r in others if not told_apart(paired(times[best.plan], times[r.plan], level))]
+    same = [r.label for r in others if not told_apart(times[best.plan], times[r.plan], level)]
     return Recommendation(
         plan=best.plan,
         label=best.label,
@@ -48,8 +48,8 @@ def _sentence(study: Study, best: Result, same: list[str]) -> str:
     if ratio and today and today.step_seconds:
         factor = f"{ratio.median:.2f}x [{ratio.low:.2f}-{ratio.high:.2f}]"
         words += f", {factor} as fast as today's {today.step_seconds.median * 1e3:.3g} ms"
-        if not told_apart(ratio):
-            words += " (not told apart from today)"
+        if today.label in same:
+            words += " (not told apart)"
     if best.verified and best.verified.max_relative_difference is not None:
         digits, power = f"{best.verified.max_relative_difference:.0e}".split("e")
         words += f", equal to serial to {digits}e{int(power)}"

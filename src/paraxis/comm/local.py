@@ -14,6 +14,12 @@ class Post:
     mail: dict[tuple[int, int, int], list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     sums: dict[tuple[tuple[int, ...], int], dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
 
+    def forget(self, name: tuple[tuple[int, ...], int], rank: int) -> None:
+        """A rank has its sum; the last one to have it clears it away."""
+        self.sums[name][~rank] = self.sums[name][rank]
+        if len(self.sums[name]) == 2 * len(name[0]):
+            del self.sums[name]
+
 
 @dataclass
 class Sent:
@@ -47,20 +53,23 @@ class Received:
 class Summed:
     """A sum over a group, added in the order of its ranks."""
 
-    parts: dict[int, Tensor]
-    size: int
+    post: Post
+    name: tuple[tuple[int, ...], int]
+    rank: int
     tensor: Tensor
 
     def wait(self) -> None:
         """Add up what every rank has put in."""
-        total = self.parts[0].clone()
-        for rank in range(1, self.size):
-            total += self.parts[rank]
+        parts = self.post.sums[self.name]
+        total = parts[0].clone()
+        for rank in range(1, len(self.name[0])):
+            total += parts[rank]
         self.tensor.copy_(total)
+        self.post.forget(self.name, self.rank)
 
     def ready(self) -> bool:
         """Whether all have put in theirs."""
-        return len(self.parts) == self.size
+        return len(self.post.sums[self.name]) >= len(self.name[0])
 
 
 class LocalComm:
@@ -86,10 +95,10 @@ class LocalComm:
 
     def all_reduce_start(self, tensor: Tensor) -> Summed:
         """Put in one's own part."""
-        parts = self.post.sums[self.members, self.count]
+        name = self.members, self.count
         self.count += 1
-        parts[self.rank] = tensor.detach().clone()
-        return Summed(parts, self.size, tensor)
+        self.post.sums[name][self.rank] = tensor.detach().clone()
+        return Summed(self.post, name, self.rank, tensor)
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Blocking calls cannot be had in one process; start and wait are used instead."""

@@ -34,7 +34,10 @@ class Flat:
 
 
 def flatten(
-    segments: Sequence[Sequence[nn.Module]], groups: Sequence[Iterable[nn.Parameter]], names: dict[int, str]
+    segments: Sequence[Sequence[nn.Module]],
+    groups: Sequence[Iterable[nn.Parameter]],
+    names: dict[int, str],
+    dtype: torch.dtype,
 ) -> Flat:
     """Move the trainable parameters of the segments into flat buffers, in place; a shared one counts once.
 
@@ -49,7 +52,7 @@ def flatten(
         seen |= {id(p) for p in fresh}
         ordered.append(sorted(fresh, key=lambda p: group_of.get(id(p), len(groups))))
     every = [p for own in ordered for p in own]
-    like = every[0] if every else torch.zeros(0)
+    like = every[0] if every else torch.zeros(0, dtype=dtype)
     size = sum(p.numel() for p in every)
     params = torch.empty(size, dtype=like.dtype, device=like.device)
     grads = torch.zeros(TOTALS + size, dtype=like.dtype, device=like.device)

@@ -15,7 +15,8 @@ from paraxis.engine.rules import RULES, State
 from paraxis.errors import TaskError
 from paraxis.program.instructions import Program
 from paraxis.task.batches import Nest, Source, leaves, map_nest, samples
-from paraxis.task.task import Task, running
+from paraxis.task.task import Task
+from paraxis.task.trial import running
 
 Key = tuple[int, int]  # (segment, microbatch)
 
@@ -41,7 +42,11 @@ class TorchEngine:
         self.segments = [task.chain[first:last] for first, last in cuts]
         self.calls = [[task.callable(layer) for layer in segment] for segment in self.segments]
         self.hyper = task.hyper()
-        self.flat: Flat = flatten(self.segments, [g["params"] for g in self.hyper.groups], task.names)
+        unreached = task.keyed.unreached  # an optimiser leaves parameters alone that never get a gradient
+        groups = [[p for p in g["params"] if id(p) not in unreached] for g in self.hyper.groups]
+        self.flat: Flat = flatten(self.segments, groups, task.names, task.dtype)
+        for p in (p for g in self.hyper.groups for p in g["params"] if id(p) in unreached):
+            p.grad = None
         self._keep_own_parameters(task)
         self.states: list[State] = [{} for _ in self.flat.runs]
         self.unit = torch.ones((), dtype=task.dtype, device=self.flat.params.device)
@@ -58,6 +63,7 @@ class TorchEngine:
     def clear(self) -> None:
         """Forget all microbatches in flight."""
         self.batches: dict[int, Nest] = {}
+        self.counts: dict[int, dict[str, int]] = {}
         self.arrived: dict[int, Nest] = {}
         self.between: dict[Key, Nest] = {}
         self.stash: dict[Key, tuple[list[Tensor], list[Tensor]]] = {}
@@ -75,7 +81,7 @@ class TorchEngine:
 
     def forward(self, segment: int, microbatch: int, part: int) -> None:
         """F of one segment: keeps what its backward needs, and hands the output on."""
-        self.draw.at(self.step, part * self.slice_size, self.slice_size)
+        self._draw_at(segment, microbatch, part)
         x, entering = self._input(segment, microbatch)
         if self.statistics and segment == 0:
             self._from_running()
@@ -97,6 +103,12 @@ class TorchEngine:
             outputs = leaves(x)
             self.stash[segment, microbatch] = entering, outputs
             self.leaving[microbatch] = [t.detach().contiguous() for t in outputs]
+
+    def _draw_at(self, segment: int, microbatch: int, part: int) -> None:
+        """The masks of a microbatch; a module that is computed again later goes on counting where it was."""
+        before = self.counts.pop(microbatch) if segment else self.entry_counts
+        self.draw.at(self.step, part * self.slice_size, self.slice_size)
+        self.draw.calls = self.counts[microbatch] = dict(before)
 
     def _input(self, segment: int, microbatch: int) -> tuple[Nest, list[Tensor]]:
         """(what a segment is called with, its tensors that collect a gradient)."""
@@ -194,12 +206,13 @@ class TorchEngine:
         self.draw.at(0, 0, self.slice_size)
         x = task.recipe.inputs(batch)
         entry = exit_ = Boundary(x, ())
+        self.entry_counts: dict[str, int] = {}
         first, last = program.stages[self.stage]
         if len(program.stages) > 1:
             saved = [b.clone() for b in task.net.buffers()]
             for index, layer in enumerate(task.chain[:last]):
                 if index == first:
-                    entry = _shapes(x)
+                    entry, self.entry_counts = _shapes(x), dict(self.draw.calls)
                 x = task.call(layer, x)
             exit_ = _shapes(x)
             for buffer, old in zip(task.net.buffers(), saved, strict=True):
@@ -287,6 +300,8 @@ class TorchEngine:
         pieces = self.running.split([b.numel() for b in self.statistics])
         for buffer, piece in zip(self.statistics, pieces, strict=True):
             buffer.data.copy_(piece.view_as(buffer))
+        for buffer, count in self.counters:
+            buffer.data.fill_(count)
 
     def _to_statistics(self) -> None:
         self.collected += torch.cat([b.reshape(-1) for b in self.statistics])
@@ -298,9 +313,7 @@ class TorchEngine:
             self.running.copy_(self.collected).div_(self.groups)
             self.collected.zero_()
             self.groups = 0
-            self._from_running()
             for index, (buffer, count) in enumerate(self.counters):
-                buffer.fill_(count + 1)
                 self.counters[index] = buffer, count + 1
 
     # -- in and out --------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import torch
 
 from paraxis.measure.facts import Facts
 from paraxis.task.batches import cut, leaves, map_nest
-from paraxis.task.task import Task, apply
+from paraxis.task.task import Task
+from paraxis.task.trial import apply, evaluating
 
 
 def measure_layers(task: Task, samples: int, seconds: float = 0.6) -> Facts:
@@ -37,12 +38,17 @@ def measure_layers(task: Task, samples: int, seconds: float = 0.6) -> Facts:
         steps_per_epoch=task.train.steps_per_epoch,
         network=task.recipe.name,
         parameters=sum(p.numel() for p in task.net.parameters()),
-        switched_off=task.keyed.switched_off,
-        unkeyed=task.keyed.unkeyed,
+        switched_off=tuple(_titled(task, name) for name in task.keyed.switched_off),
+        unkeyed=tuple(_titled(task, name) for name in task.keyed.unkeyed),
         random=task.keyed.functions or any("Dropout" in type(m).__name__ for m in task.net.modules()),
         notes=tuple(task.notes),
         has_test=task.test is not None,
     )
+
+
+def _titled(task: Task, name: str) -> str:
+    """A module's name with its class, as people know it."""
+    return f"{name or 'the network'} ({type(task.net.get_submodule(name)).__name__})"
 
 
 def _round(task: Task, batch: Any) -> list[tuple[float, float]]:
@@ -83,14 +89,12 @@ def coupled(task: Task, samples: int = 8) -> str:
     if count < 2:
         return ""
     batch = task.train.share(0, 0, count)
-    task.net.eval()
-    with torch.no_grad():
+    with evaluating(task.net):
         output = apply(task.net, task.recipe.inputs(batch))
         whole, weight = task.recipe.loss(output, batch)
         halves = []
         for first in (0, count // 2):
             halves.append(task.recipe.loss(cut(output, count, first, count // 2), cut(batch, count, first, count // 2)))
-    task.net.train()
     total, weights = sum(float(h[0]) for h in halves), sum(float(h[1]) for h in halves)
     if (
         abs(total - float(whole)) <= 1e-4 * max(abs(float(whole)), 1e-12)

@@ -37,6 +37,12 @@ def paired(first: dict[int, float], other: dict[int, float], level: float = 0.95
     return Ratio(median=median(ratios), low=low, high=high)
 
 
-def told_apart(ratio: Ratio | None) -> bool:
-    """Whether an interval of a paired ratio excludes 1."""
-    return ratio is not None and (ratio.low > 1 or ratio.high < 1)
+def told_apart(first: dict[int, float], other: dict[int, float], level: float = 0.95) -> bool:
+    """Whether the interval of the paired ratio excludes 1, in enough rounds for that to mean something.
+
+    n rounds that all agree happen by chance in 2^(1-n) of equal pairs, so fewer never tell anything apart at a level.
+    """
+    ratio = paired(first, other, level)
+    if ratio is None or 2.0 ** (1 - len(first.keys() & other.keys())) > 1 - level:
+        return False
+    return ratio.low > 1 or ratio.high < 1

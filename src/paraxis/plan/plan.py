@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-from paraxis.errors import PlanError
+from paraxis.errors import PlanError, ProgramError
 
 SCHEDULES = ("layerwise", "gpipe", "1f1b")
 ENGINES = ("torch", "plain")
@@ -41,7 +41,9 @@ class Mesh:
             return tuple(self.rank(i, pp, tp) for i in range(self.dp))
         if axis == "pp":
             return tuple(self.rank(dp, i, tp) for i in range(self.pp))
-        return tuple(self.rank(dp, pp, i) for i in range(self.tp))
+        if axis == "tp":
+            return tuple(self.rank(dp, pp, i) for i in range(self.tp))
+        raise ProgramError(f"axis {axis!r} is not one of dp, pp, tp")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Plan:
         for key in ("dp", "pp", "tp", "microbatches", "threads"):
             if getattr(self, key) < 1:
                 raise PlanError(f"{key}={getattr(self, key)}: it takes 1 or more")
+        if self.bucket_bytes < 0:
+            raise PlanError(f"bucket_bytes={self.bucket_bytes}: it takes 0 (all at once) or more, such as 1M")
         if self.tp > 1:
             raise PlanError(f"tp={self.tp}: tensor parallelism is not there yet; dp and pp are")
         self._check_words()
@@ -90,6 +94,8 @@ class Plan:
 
     def _drop_what_has_no_effect(self) -> None:
         quiet: dict[str, Any] = {}
+        if self.sync.removeprefix("average@").isdecimal():
+            quiet["sync"] = f"average@{int(self.sync.removeprefix('average@'))}"
         if self.mesh.size == 1:
             quiet["comm"] = ""
         elif not self.comm:
@@ -127,7 +133,8 @@ class Plan:
     def short(self) -> str:
         """Only the keys that differ from their default, as one types it."""
         differ = [f for f in fields(self) if getattr(self, f.name) != f.default]
-        shown = [f for f in differ if not (f.name == "schedule" and self.schedule == "layerwise")]
+        implied = "layerwise" if self.microbatches == 1 else "1f1b"
+        shown = [f for f in differ if not (f.name == "schedule" and self.schedule == implied)]
         return ",".join(f"{f.name}={_show(getattr(self, f.name))}" for f in shown) or "serial"
 
     def label(self) -> str:
@@ -151,6 +158,8 @@ def parse(text: str) -> Plan:
     known = {f.name: f.default for f in fields(Plan)}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = item.partition("=")
+        if not equals and key in known:
+            raise PlanError(f"plan {text!r}: {key} needs a value, such as {key}=2")
         if not equals or key not in known:
             raise PlanError(f"plan {text!r}: {key!r} is not a key; {_suggest(key, list(known))}")
         if key in values:

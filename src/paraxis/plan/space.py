@@ -31,7 +31,7 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
             yield Plan(**kind, comm=comm)  # type: ignore[arg-type]
     yield Plan(threads=workers)
     for ranks in rungs(workers // 2)[1:]:
-        if workers % ranks == 0:
+        if workers % ranks == 0 and comms:
             yield Plan(dp=ranks, threads=workers // ranks, comm=comms[0])
 
 

@@ -48,6 +48,7 @@ def check(program: Program) -> Checked:
         for rank, instructions in enumerate(body):
             peak = _check_rank(program, part, rank, instructions)
             peaks[rank] = max(peaks[rank], peak)
+        _check_slices(program, part)
     _check_hang(program.mesh, [program.body(part) for part in _unrolled(program)])
     for name in ("evaluate", "score", *(name for name, _ in program.epilogue)):
         _check_hang(program.mesh, [program.body(name)])
@@ -58,6 +59,16 @@ def _unrolled(program: Program) -> list[str]:
     """A period plus one step; long runs of one body are as good as two of it."""
     names = [name for name, times in program.period for _ in range(min(times, 2))]
     return [*names, names[0]]
+
+
+def _check_slices(program: Program, part: str) -> None:
+    """Every stage computes every slice of the global batch, each once."""
+    wanted = list(range(program.mesh.dp * program.microbatches))
+    for stage in range(len(program.stages)):
+        cells = [i for row in program.body(part) for i in row if i.op == "F" and i.stage == stage and i.segment == 0]
+        if cells and sorted(i.slice for i in cells) != wanted:
+            found = sorted(i.slice for i in cells)
+            raise ProgramError(f"stage {stage} of {part} computes slices {found} of the batch instead of {wanted}")
 
 
 def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[Instruction]) -> int:
@@ -154,7 +165,8 @@ def _check_write(program: Program, part: str, state: _Rank, i: Instruction, slot
     if i.rule == "step":
         if any(o.buffer == "grads" for o in state.open.values()):
             fail(slot, "the update does not wait for the reduction")
-        wanted = len(program.segments[i.stage]) if part == "step" and program.mesh.dp > 1 else 0
+        agree = program.mesh.dp > 1 and not program.epilogue  # otherwise replicas agree on weights, later
+        wanted = len(program.segments[i.stage]) if agree else 0
         if len(state.reduced) < wanted:
             fail(slot, f"the update comes after {len(state.reduced)} of {wanted} buckets were reduced")
 
@@ -215,7 +227,10 @@ def _check_hang(mesh: Mesh, steps: Sequence[Sequence[Sequence[Instruction]]]) ->
 
 
 def _check_pairs(world: _World, ranks: Sequence[Sequence[Instruction]]) -> None:
-    """Every send has its receive and every member of a group joins a collective equally often."""
+    """Every send has its receive, and the members of a group join the same collectives in the same order."""
+    for rank, instructions in enumerate(ranks):
+        for axis in ("dp", "pp", "tp"):
+            _check_order(world.mesh, ranks, rank, axis, _collectives(instructions, axis))
     for rank, instructions in enumerate(ranks):
         for slot, i in enumerate(instructions):
             if not i.starts:
@@ -227,6 +242,23 @@ def _check_pairs(world: _World, ranks: Sequence[Sequence[Instruction]]) -> None:
                 if world.started[_key(mirrored, other)] != world.started[_key(i, rank)]:
                     why = f"{i.label()} has no counterpart on rank {other}"
                     raise ProgramError(f"rank {rank}, slot {slot}: {why}\n{point_at(ranks, rank, slot)}")
+
+
+def _collectives(instructions: Sequence[Instruction], axis: str) -> list[tuple[int, Hashable]]:
+    """(slot, what is joined) of one rank's collectives along an axis: libraries match them by their order alone."""
+    begun = enumerate(instructions)
+    return [(n, (i.base, i.buffer, i.bucket, i.reduction)) for n, i in begun if i.starts and i.axis == axis]
+
+
+def _check_order(
+    mesh: Mesh, ranks: Sequence[Sequence[Instruction]], rank: int, axis: str, mine: list[tuple[int, Hashable]]
+) -> None:
+    for other in mesh.group(rank, axis):
+        theirs = _collectives(ranks[other], axis)
+        for (slot, joined), (_, also) in zip(mine, theirs, strict=False):
+            if joined != also:
+                why = f"{joined} meets {also} of rank {other}: collectives are matched by their order"
+                raise ProgramError(f"rank {rank}, slot {slot}: {why}\n{point_at(ranks, rank, slot)}")
 
 
 def _key(i: Instruction, rank: int) -> Hashable:

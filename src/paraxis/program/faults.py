@@ -90,7 +90,8 @@ def _local_slice(program: Program, i: Instruction) -> Instruction:
 
 
 def _heavier(engine: Any) -> None:
-    engine.known_weight = engine.known_weight / 2
+    scale = engine.scale
+    engine.scale = lambda: 2 * scale()
 
 
 def _other_start(engine: Any) -> None:

@@ -167,6 +167,8 @@ def parse_program(text: str) -> Program:
     current: list[Instruction] | None = None
     for line in text.splitlines():
         words = line.split()
+        if not words:
+            continue
         if line.startswith("  ") and current is not None:
             current.append(parse_instruction(line))
         elif words[:1] == ["body"] and len(words) == 4:
@@ -174,7 +176,7 @@ def parse_program(text: str) -> Program:
             bodies.setdefault(words[1], []).append(current)
         elif words and words[0] in ("mesh", "microbatches", "stage", "buffer", "prologue", "period", "epilogue"):
             head.setdefault(words[0], []).append(words[1:])
-        elif words:
+        else:
             raise ProgramError(f"this line of a program cannot be read: {line!r}")
     try:
         return _assemble(head, bodies)

@@ -26,6 +26,7 @@ from paraxis.run import serial
 from paraxis.run.interpreter import Rank
 from paraxis.task.spec import TaskSpec
 from paraxis.task.task import Task, keep_data, make_task
+from paraxis.task.trial import evaluating
 
 Tell = Callable[[dict[str, Any]], None]
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -227,9 +228,8 @@ class Duties:
     def _evaluate_plain(self, replica: serial.Replica, which: str) -> dict[str, Any]:
         task = replica.task
         source: Any = task.test if which == "test" else task.validation
-        task.net.eval()
         loss = weight = hits = 0.0
-        with torch.no_grad():
+        with evaluating(task.net):
             for number in range(source.steps_per_epoch):
                 count = source.valid(number, 0, source.batch)
                 batch = source.share(number, 0, count)
@@ -237,7 +237,6 @@ class Duties:
                 total, own = task.recipe.loss(output, batch)
                 loss, weight = loss + float(total), weight + float(own)
                 hits += float((output.argmax(1) == batch[1]).sum())
-        task.net.train()
         return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
 
     def settle(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:

@@ -163,7 +163,10 @@ def _tag(i: Instruction) -> int:
 
 
 class Rank:
-    """One rank of a program. `blocking` joins adjacent starts and waits into blocking calls."""
+    """One rank of a program. `blocking` joins adjacent starts and waits into blocking calls.
+
+    The engine's methods are bound here, once: what replaces one of them must do so before.
+    """
 
     def __init__(self, program: Program, rank: int, engine: Any, world: Comm, blocking: bool = True) -> None:
         self.program, self.rank, self.engine, self.world = program, rank, engine, world

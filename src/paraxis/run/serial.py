@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from paraxis.task.batches import cut
-from paraxis.task.task import Task, apply, running
+from paraxis.task.task import Task
+from paraxis.task.trial import apply, running
 
 
 @dataclass

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle as Handle
 
+from paraxis.errors import TaskError
+
 MASK64 = (1 << 64) - 1
 ATTENTION = F.scaled_dot_product_attention
 
@@ -67,16 +69,30 @@ def threshold(p: float) -> int:
     return round(65536 * p)
 
 
+Call = tuple[str, int]  # (the module's name, which of its draws in one forward)
+RECOMPUTED = (
+    "dropout in {} is drawn again in the backward (activation checkpointing), where it cannot be keyed; "
+    "leave out the checkpointing or the dropout"
+)
+
+
 @dataclass
 class Draw:
-    """Which samples are being computed: set before each forward by whoever runs it, read by the keyed layers."""
+    """Which samples are being computed: set before each forward by whoever runs it, read by the keyed layers.
+
+    `calls` counts how often each place has drawn in this forward; `dims` is the dimension of a call's tensor that
+    counts samples (-1: none, one mask for all), learned by `key_randomness`.
+    """
 
     seed: int = 0
     step: int = 0
     first: int = 0  # position of the microbatch's first sample in the global batch
     samples: int = 1
     place: list[str] = field(default_factory=lambda: [""])  # the module being computed, for functional calls
-    calls: dict[str, int] = field(default_factory=dict)  # how often each place has drawn in this forward
+    calls: dict[str, int] = field(default_factory=dict)
+    dims: dict[Call, int] = field(default_factory=dict)
+    shapes: dict[Call, tuple[int, ...]] = field(default_factory=dict)  # as last seen
+    backward: bool = False
 
     def at(self, step: int, first: int, samples: int) -> None:
         """Move to a microbatch."""
@@ -84,21 +100,25 @@ class Draw:
         self.calls.clear()
 
     def dropout(self, x: Tensor, p: float, name: str) -> Tensor:
-        """x with the task's own mask for the layer `name`; the batch dimension is the one of `samples`."""
+        """x with the task's own mask for the layer `name`; raises TaskError where a mask cannot be told."""
         cut = threshold(p)
         if cut <= 0 or x.numel() == 0:
             return x
         if cut >= 65536:
             return x * 0
-        call = self.calls[name] = self.calls.get(name, -1) + 1
-        dim = next((d for d, size in enumerate(x.shape) if size == self.samples), 0)
-        if x.shape[dim] % self.samples:
-            raise RuntimeError(f"dropout in {name}: no dimension of {tuple(x.shape)} counts the {self.samples} samples")
-        key = dropout_key(self.seed, self.step, crc32(f"{name}#{call}".encode()))
-        moved = x.movedim(dim, 0)
-        mask = kept(key, self.first, self.samples, x.numel() // self.samples, p)
-        scaled = torch.from_numpy(mask).to(x.device).view(moved.shape).movedim(0, dim)
-        return x * scaled * (65536 / (65536 - cut))
+        if self.backward:
+            raise TaskError(RECOMPUTED.format(name))
+        self.calls[name] = number = self.calls.get(name, -1) + 1
+        call = name, number
+        self.shapes[call] = tuple(x.shape)
+        dim = self.dims.get(call, -1 if x.shape[0] % self.samples else 0)
+        if dim >= 0 and x.shape[dim] % self.samples:
+            raise TaskError(f"dropout in {name}: dimension {dim} of {tuple(x.shape)} does not count {self.samples}")
+        samples, first = (self.samples, self.first) if dim >= 0 else (1, 0)
+        key = dropout_key(self.seed, self.step, crc32(f"{name}#{number}".encode()))
+        moved = x.movedim(dim, 0) if dim > 0 else x
+        mask = torch.from_numpy(kept(key, first, samples, x.numel() // samples, p)).to(x.device).view(moved.shape)
+        return x * (mask.movedim(0, dim) if dim > 0 else mask) * (65536 / (65536 - cut))
 
 
 class KeyedDropout(nn.Module):
@@ -179,31 +199,47 @@ def _generators() -> tuple[bytes, object, object]:
 
 @dataclass(frozen=True)
 class Keyed:
-    """What became of a network's randomness."""
+    """What became of a network's randomness; modules by name, "" is the network itself."""
 
-    functions: bool  # dropout is called as a function: run the network within KeyedFunctions
-    switched_off: tuple[str, ...]  # modules whose randomness could not be keyed and is off (they are in eval mode)
-    unkeyed: tuple[str, ...]  # modules that draw even so
+    functions: bool = False  # dropout is called as a function: run the network within KeyedFunctions
+    switched_off: tuple[str, ...] = ()  # modules whose randomness could not be keyed and is off (they are in eval mode)
+    unkeyed: tuple[str, ...] = ()  # modules that draw even so
+    unreached: frozenset[int] = frozenset()  # ids of parameters that the loss does not depend on
 
 
-def key_randomness(net: nn.Module, draw: Draw, run: Callable[[], object], switch_off: bool = True) -> Keyed:
-    """Swap nn.Dropout for keyed masks in place, find what else is random by running `run` (one training forward)."""
+def key_randomness(net: nn.Module, draw: Draw, run: Callable[[int], Tensor], samples: int) -> Keyed:
+    """Swap nn.Dropout for keyed masks in place, and find what else is random.
+
+    `run(n)` is the loss of the first n samples in training mode. Raises TaskError for dropout in recomputed activations.
+    """
     for name, module in list(net.named_modules()):
         for child, layer in module.named_children():
             if type(layer) is nn.Dropout:
                 setattr(module, child, KeyedDropout(layer.p, f"{name}.{child}".strip("."), draw).train(layer.training))
     functions = KeyedFunctions(draw)
-    found = _random_places(net, draw, functions, run)
+    with torch.no_grad(), functions:
+        _learn_dimensions(draw, run, samples)
+    found, unreached = _random_places(net, draw, functions, run, samples)
     modules = dict(net.named_modules())
-    off = sorted(found) if switch_off else []
-    for name in off:
-        modules[name].eval()
-    unkeyed = _random_places(net, draw, functions, run) if off else found
+    for name in found:
+        modules[name].training = False  # of this module alone: its children may well be keyed
+    left, _ = _random_places(net, draw, functions, run, samples) if found else (set(), unreached)
     if functions.used:
         for name, module in modules.items():
             track(module, name, draw)
-    named = tuple(f"{name or 'the network'} ({type(modules[name]).__name__})" for name in off)
-    return Keyed(functions.used, named, tuple(sorted(unkeyed)))
+    return Keyed(functions.used, tuple(sorted(found)), tuple(sorted(left)), frozenset(unreached))
+
+
+def _learn_dimensions(draw: Draw, run: Callable[[int], Tensor], samples: int) -> None:
+    """The dimension that counts samples is the one that follows their number."""
+    seen = []
+    for count in (samples, samples // 2) if samples > 1 else ():
+        draw.shapes.clear()
+        run(count)
+        seen.append(dict(draw.shapes))
+    for call in seen[0].keys() & seen[1].keys() if seen else ():
+        pairs = enumerate(zip(seen[0][call], seen[1][call], strict=True))
+        draw.dims[call] = next((d for d, (a, b) in pairs if a != b and a * (samples // 2) == b * samples), -1)
 
 
 def track(module: nn.Module, name: str, draw: Draw, look: Callable[[], None] = lambda: None) -> list[Handle]:
@@ -220,8 +256,10 @@ def track(module: nn.Module, name: str, draw: Draw, look: Callable[[], None] = l
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
 
-def _random_places(net: nn.Module, draw: Draw, functions: KeyedFunctions, run: Callable[[], object]) -> set[str]:
-    """The innermost modules in whose forward a generator has moved."""
+def _random_places(
+    net: nn.Module, draw: Draw, functions: KeyedFunctions, run: Callable[[int], Tensor], samples: int
+) -> tuple[set[str], set[int]]:
+    """(the innermost modules in whose forward a generator has moved, ids of parameters without a gradient)."""
     found: set[str] = set()
     last = _generators()
 
@@ -233,9 +271,17 @@ def _random_places(net: nn.Module, draw: Draw, functions: KeyedFunctions, run: C
             last = now
 
     handles = [handle for name, module in net.named_modules() for handle in track(module, name, draw, look)]
-    with torch.no_grad(), functions:
-        run()
-    look()
-    for handle in handles:
-        handle.remove()
-    return found
+    trained = [p for p in net.parameters() if p.requires_grad]
+    try:
+        with functions:
+            loss = run(samples)
+        look()
+        draw.backward = True
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else ()
+        if _generators() != last and functions.used:
+            raise TaskError(RECOMPUTED.format("this network"))
+    finally:
+        draw.backward = False
+        for handle in handles:
+            handle.remove()
+    return found, {id(p) for p, g in zip(trained, gradients, strict=False) if g is None}

@@ -13,11 +13,12 @@ from paraxis.engine.rules import Hyper, of_optimizer
 from paraxis.errors import TaskError
 from paraxis.program.lower import Layout
 from paraxis.task import data as data_module
-from paraxis.task.batches import ArraySource, Nest, Source, StreamSource, leaves, samples, seed_everything
+from paraxis.task.batches import ArraySource, Nest, Source, StreamSource, leaves, seed_everything
 from paraxis.task.networks import build
 from paraxis.task.randomness import Draw, Keyed, KeyedFunctions, key_randomness
 from paraxis.task.recipe import Recipe, from_file, from_objects
 from paraxis.task.spec import DEFAULT_BATCH, TaskSpec
+from paraxis.task.trial import apply, check_composition, one_line, running, try_forward, try_loss
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 MANY_INPUTS = (nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.Bilinear, nn.Sequential, nn.ModuleList)
@@ -41,16 +42,12 @@ class Task:
     notes: list[str] = field(default_factory=list)
     spread: bool = False  # layers are the user's stages, or the whole network
     names: dict[int, str] = field(default_factory=dict)  # id(parameter) -> its name in the state_dict
+    weight_in_data: bool = False  # only the loss function knows a batch's weight
 
     @property
     def batch(self) -> int:
         """Samples in the global batch."""
         return self.train.batch
-
-    @property
-    def weight_in_data(self) -> bool:
-        """Whether only the loss function knows a batch's weight."""
-        return "loss" in self.recipe.own
 
     def whole(self, x: Any) -> Any:
         """The network on its inputs; dropout keyed."""
@@ -67,7 +64,7 @@ class Task:
             return run()
 
     def callable(self, layer: nn.Module) -> Callable[[Any], Any]:
-        """`call` with what can be settled beforehand; PyTorch's own layers without hooks take one tensor: forward itself."""
+        """`call` with what can be settled beforehand: of PyTorch's own layers without hooks, the forward itself."""
         hooked = any(getattr(layer, hooks) for hooks in HOOKS)
         own = type(layer).__module__.startswith(("torch.nn.modules", "paraxis.task"))
         if self.keyed.functions or hooked or not own or isinstance(layer, MANY_INPUTS):
@@ -146,21 +143,40 @@ def make_task(
     seed_everything(spec.seed)
     net = _build_net(recipe).to(dtype)
     train, test, validation, notes = _sources(spec, recipe, dtype)
-    net.train()
+    if not any(module.training for module in net.modules()):
+        net.train()
+    draw, names = Draw(spec.seed), {id(p): name for name, p in net.named_parameters()}
+    count = min(train.batch, 8)
+    batch = train.share(0, 0, count)
+    text = _data_name(spec)
+    try_forward(net, recipe, batch, _in_memory(text) if text else None)
+    keyed = Keyed() if plain else _key(net, draw, recipe, train, count)
     chain, cuttable = layers_of(net, recipe)
-    draw = Draw(spec.seed)
-    batch = train.share(0, 0, min(train.batch, 8))
-    draw.at(0, 0, samples(batch))
-    keyed = Keyed(False, (), ())
-    _check_fits(spec, net, recipe, batch)
-    if not plain:
-        keyed = _key(net, draw, recipe, batch)
-        chain, cuttable = layers_of(net, recipe)  # its dropouts have been swapped
-    names = {id(p): name for name, p in net.named_parameters()}
     spread = not isinstance(net, nn.Sequential) or "stages" in recipe.own
     task = Task(spec, recipe, net, chain, cuttable, train, test, validation, dtype, draw, keyed, notes, spread, names)
-    _check_composition(task, batch)
+    draw.at(0, 0, count)
+    if len(chain) > 1 or "stages" in recipe.own:
+        check_composition(net, recipe, chain, task.call, names, batch)
+    task.weight_in_data = "loss" in recipe.own or any(t.is_floating_point() for t in leaves(_targets(batch)))
     return task
+
+
+def _targets(batch: Nest) -> Nest:
+    return batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else ()
+
+
+def _key(net: nn.Module, draw: Draw, recipe: Recipe, source: Source, count: int) -> Keyed:
+    """Key the network's randomness, and leave its statistics as they were."""
+
+    def run(samples: int) -> Tensor:
+        draw.at(0, 0, samples)
+        return try_loss(net, recipe, source.share(0, 0, samples))
+
+    before = [b.clone() for b in net.buffers()]
+    keyed = key_randomness(net, draw, run, count)
+    for buffer, old in zip(net.buffers(), before, strict=True):
+        buffer.copy_(old)
+    return keyed
 
 
 def _zoo(spec: TaskSpec) -> Recipe:
@@ -240,82 +256,15 @@ def layers_of(net: nn.Module, recipe: Recipe) -> tuple[list[nn.Module], str]:
 
 
 def _flat(net: nn.Sequential) -> Iterator[nn.Module]:
+    """Layers in order; one that works in place stays with the layer in front, whose output it alters."""
+    held: nn.Module | None = None
     for layer in net:
-        if isinstance(layer, nn.Sequential):
-            yield from _flat(layer)
-        else:
-            yield layer
-
-
-def _check_fits(spec: TaskSpec, net: nn.Module, recipe: Recipe, batch: Nest) -> None:
-    """Try one forward; the labels of data in memory must be among the network's outputs."""
-    inputs = recipe.inputs(batch)
-    net.eval()
-    try:
-        with torch.no_grad():
-            output = apply(net, inputs)
-    except Exception as error:
-        shapes = ", ".join("x".join(map(str, t.shape[1:])) or "scalar" for t in leaves(inputs))
-        wanted = f"{recipe.name} cannot take samples of shape {shapes}"
-        raise TaskError(f"{wanted}: {type(error).__name__}: {one_line(error)}; give data whose samples fit") from error
-    net.train()
-    text = _data_name(spec)
-    if text is not None and "loss" not in recipe.own and isinstance(output, Tensor) and output.ndim == 2:
-        data_module.check_fits(_in_memory(text), output.shape[1], None, recipe.name)
-
-
-def _key(net: nn.Module, draw: Draw, recipe: Recipe, batch: Nest) -> Keyed:
-    before = {id(b): b.clone() for b in net.buffers()}
-    keyed = key_randomness(net, draw, lambda: apply(net, recipe.inputs(batch)))
-    for buffer in net.buffers():
-        buffer.copy_(before.get(id(buffer), buffer))
-    return keyed
-
-
-def _check_composition(task: Task, batch: Nest) -> None:
-    """The user's stages must compose to the network (compared in eval mode, so that nothing random differs)."""
-    if len(task.chain) < 2 and "stages" not in task.recipe.own:
-        return
-    task.net.eval()
-    with torch.no_grad():
-        whole = apply(task.net, task.recipe.inputs(batch))
-        x = task.recipe.inputs(batch)
-        for layer in task.chain:
-            x = task.call(layer, x)
-    task.net.train()
-    _restore_eval(task)
-    pairs = list(zip(leaves(whole), leaves(x), strict=False))
-    same = len(leaves(whole)) == len(leaves(x)) and all(a.shape == b.shape for a, b in pairs)
-    worst = max((float((a - b).abs().max()) for a, b in pairs if a.is_floating_point()), default=0.0) if same else 0.0
-    scale = max((float(a.abs().max()) for a, _ in pairs if a.is_floating_point()), default=1.0)
-    if not same or worst > 1e-4 * max(scale, 1e-30):
-        raise TaskError(f"{task.recipe.name}: its stages do not compose to net: the outputs differ by {worst:.2g}")
-    used = {id(p) for layer in task.chain for p in layer.parameters()}
-    lost = [name for key, name in task.names.items() if key not in used]
-    if lost:
-        raise TaskError(f"{task.recipe.name}: parameter {lost[0]} of net is in none of its stages")
-
-
-def _restore_eval(task: Task) -> None:
-    """Modules whose randomness is switched off stay in eval mode."""
-    modules = dict(task.net.named_modules())
-    for text in task.keyed.switched_off:
-        modules[text.rpartition(" (")[0]].eval()
-
-
-def running(module: nn.Module) -> list[Tensor]:
-    """The running statistics that a module changes in its forward: those of normalisation layers."""
-    norm = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-    return list(module.buffers(recurse=False)) if norm else []
-
-
-def apply(module: Callable[..., Any], x: Any) -> Any:
-    """module(x), module(*x) or module(**x)."""
-    if isinstance(x, dict):
-        return module(**x)
-    return module(*x) if isinstance(x, (tuple, list)) else module(x)
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message without line breaks, at most 300 characters."""
-    return " ".join(str(error).split())[:300]
+        for part in _flat(layer) if isinstance(layer, nn.Sequential) else (layer,):
+            if held is not None and getattr(part, "inplace", False):
+                held = nn.Sequential(held, part)
+            else:
+                if held is not None:
+                    yield held
+                held = part
+    if held is not None:
+        yield held
