@@ -28,7 +28,7 @@ from paraxis.task.spec import TaskSpec
 PROOF_STEPS = 4
 REPORTING = 6.0  # seconds of the budget kept for the statistics and the report
 TRACED = 3  # steps whose instructions are timed, at the end of every chunk
-PROOF_SHARE = 0.55  # of the budget: what is not set up and proved by then is not reached
+PROOF_SHARE = 0.6  # of the budget left after start-up: what is not set up and proved by then is not reached
 SHORTEST, LONGEST = 0.04, 0.4  # seconds of a chunk
 Save = Callable[[Study], None]
 
@@ -157,11 +157,11 @@ def _today(session: Session) -> Row:
 
 def _set_up(session: Session, rows: list[Row], clock: Clock, publish: Callable[[], None]) -> None:
     """Prove every plan and time it once; the budget may end this early."""
-    begun = clock.spent()
+    until = clock.spent() + PROOF_SHARE * clock.left()
     for number, row in enumerate(rows):
         if not row.live:
             continue
-        if number > 1 and clock.spent() > max(PROOF_SHARE * clock.budget, begun + 1):
+        if number > 1 and clock.spent() > until:
             row.result.status, row.result.reason = "not run", "the budget was spent before its turn; raise --budget"
             continue
         session.tell(f"proving {row.plan.label()}", clock.spent() / clock.budget)

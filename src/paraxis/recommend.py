@@ -53,10 +53,6 @@ def _sentence(study: Study, best: Result, same: list[str]) -> str:
     if best.verified and best.verified.max_relative_difference is not None:
         digits, power = f"{best.verified.max_relative_difference:.0e}".split("e")
         words += f", equal to serial to {digits}e{int(power)}"
-    named = [label for label in same if not label.startswith("today")]
-    if named:
-        listed = ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
-        words += f". Not told apart from: {listed}"
     return words + "."
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong at the user's end: one line that says what, and what would work; the right exit code; nothing left."""
+"""What goes wrong at the user's end: one line says what, and what would work; the right exit code; nothing left."""
 
 import gzip
 import struct
@@ -60,7 +60,7 @@ FILES = {  # contents of a network file, what the one line must hold
     "no data": (NET, "mine.py", "batches()", "--data"),
     "no batch": (NET + "def batches(): return []\n", "batches()"),
     "loss of a mean": (NET + DATA + "def loss(o, b): return o.mean()\n", "loss(output, batch)", "sum of losses"),
-    "other shape": (NET + "def batches(): return [(torch.randn(16, 5), torch.randint(3, (16,)))]\n", "16, 5"),
+    "other shape": (NET + "def batches(): return [(torch.randn(16, 5), torch.randint(3, (16,)))]\n", "mine.py", "shape 5", "8x5"),
     "exits": ("import sys\nsys.exit('usage: mine.py DATA')\n", "mine.py", "SystemExit"),
     "bad stages": (NET + DATA + "def stages(net): return [net[0], net[2]]\n", "stages", "compose"),
     "optimiser raises": (NET + DATA + "def optimizer(p): return torch.optim.SGD(p, lr=-1)\n", "optimizer", "mine.py"),

@@ -43,7 +43,7 @@ def training(desk: Any, plan: str, *words: object) -> Any:
 def test_one_rank_raises(desk: Any, transport: str) -> None:
     path = desk.write("bad.py", HALF_BAD.replace("{fault}", 'raise ValueError("bad\\nsample")'))
     done = desk.run("train", path, "--plan", f"dp=2,comm={transport}", "--epochs", 3)
-    done.refused("rank 1 of 2", transport, "ValueError: bad sample", "bad.py:19", rc=1)
+    done.refused("rank 1 of 2", transport, "ValueError: bad sample", "bad.py:17", rc=1)
     assert done.seconds < 40
 
 

@@ -355,7 +355,7 @@ def advice(study: Study, console: Console) -> None:
         if chosen.why and chosen.why not in chosen.sentence:
             console.print(Text(clean(chosen.why)))
         if chosen.not_told_apart:
-            console.print(Text("not told apart from: " + "; ".join(map(clean, chosen.not_told_apart)), style="dim"))
+            console.print(Text("Not told apart from: " + ", ".join(map(clean, chosen.not_told_apart))))
         if chosen.command:
             console.print()
             # Never wrapped: a line break inside would run half of the command.

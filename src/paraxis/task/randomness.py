@@ -210,7 +210,7 @@ class Keyed:
 def key_randomness(net: nn.Module, draw: Draw, run: Callable[[int], Tensor], samples: int) -> Keyed:
     """Swap nn.Dropout for keyed masks in place, and find what else is random.
 
-    `run(n)` is the loss of the first n samples in training mode. Raises TaskError for dropout in recomputed activations.
+    `run(n)` is the loss of the first n samples in training mode. Raises TaskError for dropout in recomputed forwards.
     """
     for name, module in list(net.named_modules()):
         for child, layer in module.named_children():
