@@ -22,7 +22,7 @@ from paraxis.program.grid import draw, simplify
 from paraxis.proof import mean_losses, prove, steps_for
 from paraxis.recommend import recommend
 from paraxis.run.joined import JoinedPool
-from paraxis.session import SILENCE, Session, Tell, failure, open_session
+from paraxis.session import Session, Tell, failure, open_session
 from paraxis.task.spec import TaskSpec
 
 PROOF_STEPS = 4
@@ -209,7 +209,7 @@ def _time_once(session: Session, row: Row) -> None:
 
 def _chunk(session: Session, row: Row, warm: int, steps: int, trace: int) -> list[Any]:
     request = {"do": "measure", "warm": warm, "steps": steps, "trace": min(trace, steps)}
-    answers = session.ask(row.key, row.plan, request, limit=SILENCE * 2)
+    answers = session.ask(row.key, row.plan, request)
     row.result.losses += mean_losses([a["losses"] for a in answers])
     return answers
 

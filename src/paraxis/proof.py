@@ -7,7 +7,7 @@ from typing import Any
 from paraxis.errors import ParaxisError
 from paraxis.measure.records import Verified
 from paraxis.plan.plan import Plan, period
-from paraxis.session import SILENCE, Session, failure
+from paraxis.session import Session, failure
 
 EXACT64 = 1e-10
 MARGIN = 4.0  # how far beyond the measured reorder band a float32 run may lie
@@ -91,7 +91,7 @@ def tolerance(session: Session, plan: Plan, steps: int, dtype: str) -> float:
         groups = next((g for g in (4, 2, 3, 5) if facts.batch % g == 0), 1)
         pair = session.oracle(plain, steps, dtype), session.oracle(plain, steps, dtype, groups=groups)
     words = {"do": "compare_files", "a": pair[0]["file"], "b": pair[1]["file"], "change": pair[0]["change"]}
-    band: float = session.pool("solo").ask(words, limit=SILENCE)[0]
+    band: float = session.pool("solo").ask(words)[0]
     return max(MARGIN * band, 1e-6)
 
 
@@ -100,7 +100,7 @@ def _compare(
 ) -> tuple[float, str, list[float]]:
     session.setup(key, plan, dtype, fault)
     request = {"do": "prove", "steps": steps, "file": oracle["file"], "change": oracle["change"]}
-    answers = session.ask(key, plan, request, limit=SILENCE * 5)
+    answers = session.ask(key, plan, request)
     losses = mean_losses([a["losses"] for a in answers])
     worst = max(answers, key=lambda a: math.inf if math.isnan(a["difference"]) else a["difference"])
     difference, where = worst["difference"], f"parameter {worst['where']} on rank {answers.index(worst)}"

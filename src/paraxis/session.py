@@ -23,7 +23,6 @@ from paraxis.task.spec import DEFAULT_BATCH, SHIPPED, TaskSpec
 
 Tell = Callable[[str, float], None]  # (what is being done, fraction done or -1)
 AnyPool = Pool | JoinedPool
-SILENCE = 60.0  # seconds without a sign of life after which a rank counts as stopped
 
 
 @dataclass
@@ -46,7 +45,7 @@ class Session:
         """The task's facts, measured once by the rank that works alone."""
         if self.facts is None:
             self.tell("measuring the layers", -1)
-            self.facts = facts_of(self.pool("solo").ask({"do": "facts"}, limit=SILENCE * 5)[0])
+            self.facts = facts_of(self.pool("solo").ask({"do": "facts"})[0])
         return self.facts
 
     def pool(self, transport: str) -> AnyPool:
@@ -64,7 +63,7 @@ class Session:
             else:
                 made = self._start(transport).join()
             blob = cloudpickle.dumps(self.objects) if self.objects else b""
-            made.ask(task_request(self.spec), range(made.size), blob=blob, limit=SILENCE)
+            made.ask(task_request(self.spec), range(made.size), blob=blob)
             self.pools[transport] = pool = made
         return pool
 
@@ -104,7 +103,7 @@ class Session:
         self.spec = spec
         blob = cloudpickle.dumps(self.objects) if self.objects else b""
         for pool in self.pools.values():
-            pool.ask(task_request(spec), range(pool.size), blob=blob, limit=SILENCE)
+            pool.ask(task_request(spec), range(pool.size), blob=blob)
 
     def home_alive(self, plan: Plan) -> bool:
         """Whether the ranks of a plan still live."""
@@ -135,11 +134,18 @@ class Session:
         """Set a plan up on all its ranks under a key."""
         cpus = pinning(plan.mesh.size, plan.threads, self.quiet)
         request = {"do": "setup", "key": key, "plan": plan.text(), "dtype": dtype, "cpus": cpus, "fault": fault}
-        return self.home(plan).ask(request, range(plan.mesh.size), limit=SILENCE * 2)
+        answers = self.home(plan).ask(request, range(plan.mesh.size))
+        seen = {a["batch"] for a in answers} | ({self.known().first_batch} if dtype == "float32" else set()) - {0}
+        if len(seen) > 1 and plan.engine != "plain":
+            raise TaskError(
+                "batches() gives other batches in other processes: draw only from random, numpy.random and torch, "
+                "which are seeded alike everywhere, or from generators you seed"
+            )
+        return answers
 
-    def ask(self, key: str, plan: Plan, request: dict[str, Any], limit: float = SILENCE) -> list[Any]:
+    def ask(self, key: str, plan: Plan, request: dict[str, Any]) -> list[Any]:
         """Ask all ranks of a plan that has been set up."""
-        return self.home(plan).ask(request | {"key": key}, range(plan.mesh.size), limit=limit)
+        return self.home(plan).ask(request | {"key": key}, range(plan.mesh.size))
 
     def oracle(self, plan: Plan, steps: int, dtype: str, groups: int = 0) -> dict[str, Any]:
         """What a plan is proved against, made once: the serial run's losses, weights file and largest change."""
@@ -151,7 +157,7 @@ class Session:
         if key not in self.oracles:
             path = str(self.folder / f"oracle-{'-'.join(map(str, key))}.safetensors")
             words = {"steps": steps, "dtype": dtype, "groups": groups, "replicas": replicas, "every": every}
-            answer = self.pool("solo").ask({"do": "oracle", "file": path} | words, limit=SILENCE * 10)[0]
+            answer = self.pool("solo").ask({"do": "oracle", "file": path} | words)[0]
             self.oracles[key] = answer | {"file": path}
         return self.oracles[key]
 

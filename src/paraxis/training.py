@@ -12,7 +12,7 @@ from paraxis.errors import PlanError, TaskError
 from paraxis.plan.plan import Plan
 from paraxis.proof import mean_losses
 from paraxis.run.joined import JoinedPool
-from paraxis.session import SILENCE, Session, Tell, check_batch, open_session, writable
+from paraxis.session import Session, Tell, check_batch, open_session, writable
 from paraxis.task.spec import TaskSpec
 
 Epoch = dict[str, Any]
@@ -121,13 +121,13 @@ def _steps(session: Session, plan: Plan, count: int, done: int, total: int) -> l
         session.tell("training", (done + count - message["left"]) / total)
 
     request = {"do": "train", "key": "train", "steps": count}
-    answers = pool.ask(request, range(plan.mesh.size), limit=SILENCE, news=news)
+    answers = pool.ask(request, range(plan.mesh.size), news=news)
     return mean_losses([a["losses"] for a in answers])
 
 
 def _score(session: Session, plan: Plan, which: str) -> dict[str, float]:
     """Loss, accuracy and samples of a held-out set."""
-    answers = session.ask("train", plan, {"do": "evaluate", "set": which}, limit=SILENCE * 5)
+    answers = session.ask("train", plan, {"do": "evaluate", "set": which})
     best = max(answers, key=lambda a: a["weight"])  # only the last stage's ranks have seen outputs
     weight = max(best["weight"], 1e-30)
     return {"loss": best["loss"] / weight, "accuracy": best["hits"] / best["samples"], "samples": best["samples"]}
@@ -141,7 +141,7 @@ def _save(session: Session, plan: Plan, out: Path) -> Path:
         ranks = [plan.mesh.rank(0, stage) for stage in range(plan.pp)]
     state: dict[str, Any] = {}
     parts = [str(session.folder / f"part-{rank}.safetensors") for rank in range(plan.mesh.size)]
-    session.home(plan).ask({"do": "save", "key": "train", "files": parts}, ranks, limit=SILENCE)
+    session.home(plan).ask({"do": "save", "key": "train", "files": parts}, ranks)
     for rank in ranks:
         state |= load_file(parts[rank])
     path = out / "weights.safetensors"

@@ -8,7 +8,7 @@ from paraxis.plan.plan import Plan, parse
 from paraxis.plan.space import space
 from paraxis.proof import Proof, prove, prove_or_tell
 from paraxis.run.joined import JoinedPool
-from paraxis.session import SILENCE, Session, Tell, check_batch, open_session
+from paraxis.session import Session, Tell, check_batch, open_session
 from paraxis.task.spec import TaskSpec
 
 DTYPES = ("float64", "float32")
@@ -44,7 +44,7 @@ def verify_task(
     with open_session(spec, objects, dict.fromkeys(comms, count), joined, tell) as session:
         missing = session.begin(("solo", *(comms if count > 1 else ())))
         notes = list(session.known().notes)
-        coupling = session.pool("solo").ask({"do": "coupling"}, limit=SILENCE)[0]
+        coupling = session.pool("solo").ask({"do": "coupling"})[0]
         if single:
             proofs = [prove(session, session.settled(single), steps, dtype, fault)]
         else:

@@ -138,11 +138,11 @@ class Desk:
         self.check_tidy()
         return done
 
-    def launch(self, *words: object, limit: float = 120, **env: str) -> Done:
-        """The same for another program of this environment, such as mpiexec."""
+    def launch(self, *words: object, limit: float = 120, tidy: bool = True, **env: str) -> Done:
+        """The same for another program of this environment, such as mpiexec; one that aborts is not `tidy`."""
         env = ROOT | {"PATH": f"{BIN}:{self.env['PATH']}"} | env
         done = self.start(*words[1:], program=(BIN / str(words[0]),), **env).finish(limit)
-        self.check_tidy()
+        self.check_tidy() if tidy else self.check_gone()
         return done
 
     def processes(self) -> list[psutil.Process]:

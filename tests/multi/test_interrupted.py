@@ -35,7 +35,7 @@ def inputs(batch):
 def training(desk: Any, plan: str, *words: object) -> Any:
     """A long training that is well under way."""
     running = desk.start("train", *(words or LONG), "--plan", plan)
-    running.says("training")
+    running.says("s  training")
     return running
 
 

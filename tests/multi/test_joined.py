@@ -43,7 +43,8 @@ def test_singletons_in_place_of_a_world(desk: Any) -> None:
 
 
 def test_a_rank_that_raises_among_joined_ones(desk: Any) -> None:
-    done = desk.launch(*MPIEXEC, "paraxis", "train", desk.write("bad.py", BAD), "--plan", "dp=2", "--steps", 20)
+    path = desk.write("bad.py", BAD)
+    done = desk.launch(*MPIEXEC, "paraxis", "train", path, "--plan", "dp=2", "--steps", 20, tidy=False)
     assert done.rc != 0 and done.seconds < 60
     assert any("rank 1" in line and "bad sample" in line for line in ours(done.err)), done.err
     assert "Traceback" not in done.err

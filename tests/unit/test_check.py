@@ -216,10 +216,6 @@ def test_blocking_collectives_in_opposite_order_are_a_deadlock() -> None:
     assert "buffer=grads" in message and "buffer=statistics" in message
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="collectives match by order on MPI, Gloo and LocalComm, but _check_hang matches them by buffer and bucket",
-)
 def test_collectives_under_way_in_opposite_order_are_refused() -> None:
     """Both started before either is awaited: no stall, but bucket 0 would be added to bucket 1."""
     program = made(DATA)
@@ -230,17 +226,30 @@ def test_collectives_under_way_in_opposite_order_are_refused() -> None:
         at = max(n for n, i in enumerate(rest) if i.op == "B") + 1
         return [*rest[:at], *(row[n] for n in reversed(starts)), *rest[at:]]
 
-    with pytest.raises(ProgramError):
-        check(edited(program, 1, opposite))
+    assert "collectives are matched by their order" in refused(edited(program, 1, opposite), 0)
 
 
-@pytest.mark.xfail(strict=True, reason="members of a collective may name different reductions without being refused")
 def test_a_sum_here_and_a_mean_there_are_refused() -> None:
     def mean(row: Row) -> Row:
         return [replace(i, reduction="mean") if i.buffer == "grads" else i for i in row]
 
-    with pytest.raises(ProgramError):
-        check(edited(made("dp=2"), 1, mean))
+    assert "collectives are matched by their order" in refused(edited(made("dp=2"), 1, mean), 0)
+
+
+@pytest.mark.parametrize("body", ["step", "evaluate"])
+@pytest.mark.parametrize("plan", ["dp=2,pp=2,microbatches=2", "microbatches=3", "dp=2,bucket_bytes=8"])
+def test_a_slice_of_the_batch_computed_twice_and_another_never_are_refused(plan: str, body: str) -> None:
+    program = made(plan)
+    last, slices = program.mesh.size - 1, range(program.mesh.dp * program.microbatches)
+
+    def doubled(row: Row) -> Row:
+        return [replace(i, slice=0) if i.slice == slices[-1] and i.op in ("Load", "F", "B") else i for i in row]
+
+    found = [0, *slices[:-1]]
+    with pytest.raises(ProgramError) as caught:
+        check(edited(program, last, doubled, body))
+    wanted = f"stage {len(program.stages) - 1} of {body} computes slices {found} of the batch instead of {[*slices]}"
+    assert str(caught.value) == wanted
 
 
 def blocking(row: Row) -> Row:
@@ -328,7 +337,10 @@ def test_a_plan_that_cannot_have_a_fault_is_told_what_it_needs(name: str) -> Non
         FAULTS[name].mutated(Plan(), lower(Plan(), PLAIN))
 
 
-@pytest.mark.parametrize("name", ["dropped-reduction", "stale-bucket", "early-update", "lost-backward"])
+ORDER = ["dropped-reduction", "stale-bucket", "early-update", "lost-backward", "all-data", "wrong-mask"]
+
+
+@pytest.mark.parametrize("name", ORDER)
 def test_faults_of_order_are_what_the_checker_finds(name: str) -> None:
     plan = parse("dp=2,pp=2,microbatches=2")
     with pytest.raises(ProgramError):

@@ -1,128 +1,21 @@
-"""Masks follow from (seed, step, layer, sample): golden bits, no dependence on slices, and nothing random unnamed."""
+"""What a network draws is keyed, whatever way it draws; what cannot be keyed is named and switched off."""
 
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from paraxis.errors import TaskError
-from paraxis.task.networks import build, initialise
-from paraxis.task.randomness import (
-    Draw,
-    Keyed,
-    KeyedFunctions,
-    dropout_key,
-    kept,
-    key_randomness,
-    mix32,
-    splitmix64,
-    threshold,
-)
+from paraxis.task.randomness import Draw, Keyed, KeyedFunctions, key_randomness
 from paraxis.task.spec import TaskSpec
 from paraxis.task.task import make_task
 
 torch.set_num_threads(1)
-KEYS = st.integers(0, (1 << 64) - 1)
-
-# Golden vectors: plain Python integers by the formulas of docs/design, not by the module under test. The C++ engine
-# has to give the same bits. splitmix64(1234567) is the published first output for that seed.
-SPLITMIX = {0: 0xE220A8397B1DCDAF, 1: 0x910A2DEC89025CC1, 1234567: 6457827717110365317}
-SPLITMIX[(1 << 64) - 1] = 0xE4D971771B652C20
-MIX = {0: 0, 1: 0x688990C0, 2: 0xD1132181, 0xDEADBEEF: 0xE628C683, 0xFFFFFFFF: 0x6768824A}
-KEY = {(0, 0, 0): 0x238275BC38FCBE91, (1, 2, 3): 0xD0734750FDE362B3, (42, 1000, 0xCAFEBABE): 0xB821DFA447273B96}
-KEPT = {
-    (0, 0, 4, 9, 0.5): ["000001011", "001011111", "001110111", "001111100"],
-    (KEY[1, 2, 3], 5, 3, 16, 0.25): ["1011011100111101", "1111001111111101", "1110101111101111"],
-    ((1 << 64) - 1, 0, 2, 7, 0.9): ["0101000", "0000000"],
-    (KEY[42, 1000, 0xCAFEBABE], 1 << 20, 2, 8, 0.1): ["11111111", "11111111"],
-}
-
-
-def test_golden_splitmix64() -> None:
-    assert {x: splitmix64(x) for x in SPLITMIX} == SPLITMIX
-
-
-def test_golden_mix32() -> None:
-    assert mix32(np.array(list(MIX), dtype=np.uint32)).tolist() == list(MIX.values())
-
-
-def test_golden_dropout_key() -> None:
-    assert {words: dropout_key(*words) for words in KEY} == KEY
-
-
-@pytest.mark.parametrize("words", KEPT)
-def test_golden_kept(words: tuple[int, int, int, int, float]) -> None:
-    assert ["".join("01"[int(bit)] for bit in row) for row in kept(*words)] == KEPT[words]
-
-
-@given(KEYS, st.integers(0, 1 << 31), st.integers(2, 12), st.integers(1, 33), st.floats(0.01, 0.99), st.data())
-@settings(deadline=None)
-def test_a_mask_does_not_depend_on_how_samples_are_split(
-    key: int, first: int, samples: int, elements: int, p: float, data: st.DataObject
-) -> None:
-    whole = kept(key, first, samples, elements, p)
-    assert whole.shape == (samples, elements) and whole.dtype == bool
-    at = data.draw(st.integers(1, samples - 1))
-    parts = [kept(key, first, at, elements, p), kept(key, first + at, samples - at, elements, p)]
-    assert (np.concatenate(parts) == whole).all()
-    fewer = data.draw(st.integers(1, elements))
-    assert (kept(key, first, samples, fewer, p) == whole[:, :fewer]).all(), "element by element"
-
-
-@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.8])
-def test_the_keep_rate_is_what_was_asked_for(p: float) -> None:
-    mask = kept(dropout_key(1, 2, 3), 1000, 500, 400, p)
-    sigma = (p * (1 - p) / mask.size) ** 0.5
-    assert abs(mask.mean() - (1 - p)) < 4 * sigma
-    for axis in (0, 1):  # neither a sample nor an element is favoured
-        rates = mask.mean(axis)
-        spread = (p * (1 - p) / mask.shape[axis]) ** 0.5
-        assert np.abs(rates - (1 - p)).max() < 6 * spread and rates.std() == pytest.approx(spread, rel=0.2)
-
-
-@pytest.mark.parametrize("other", [(1, 2, 4), (1, 3, 3), (2, 2, 3)], ids=["layer", "step", "seed"])
-def test_masks_of_another_layer_step_or_seed_are_unrelated(other: tuple[int, int, int]) -> None:
-    a, b = (kept(dropout_key(*words), 0, 300, 300, 0.5) for words in ((1, 2, 3), other))
-    assert abs((a == b).mean() - 0.5) < 4 * 0.5 / 300
-
-
-def test_what_is_kept_is_scaled_so_that_the_mean_stays() -> None:
-    draw = Draw(seed=7)
-    draw.at(step=3, first=0, samples=64)
-    out = draw.dropout(torch.ones(64, 1000, dtype=torch.float64), 0.3, "layer")
-    scale = 65536 / (65536 - round(65536 * 0.3))
-    assert set(out.unique().tolist()) == {0.0, scale}
-    assert float(out.mean()) == pytest.approx(1, abs=0.01) and scale == pytest.approx(1 / 0.7, rel=1e-4)
-    assert draw.dropout(torch.ones(64, 5), 0.3, "layer").dtype == torch.float32
-
-
-def test_nothing_and_everything_can_be_dropped() -> None:
-    draw = Draw()
-    draw.at(0, 0, 4)
-    x = torch.ones(4, 3)
-    assert draw.dropout(x, 0.0, "l") is x and draw.dropout(x, 1e-6, "l") is x and threshold(1e-6) == 0
-    assert not draw.dropout(x, 1.0, "l").any()
-    assert draw.dropout(torch.ones(4, 0), 0.5, "l").shape == (4, 0)
-
-
-def test_a_layer_used_twice_in_one_forward_draws_twice_and_anew_in_the_next() -> None:
-    draw, x = Draw(), torch.ones(8, 50)
-    draw.at(0, 0, 8)
-    first, second = draw.dropout(x, 0.5, "l"), draw.dropout(x, 0.5, "l")
-    draw.at(0, 0, 8)
-    again, other = draw.dropout(x, 0.5, "l"), draw.dropout(x, 0.5, "m")
-    assert torch.equal(first, again) and not torch.equal(first, second) and not torch.equal(first, other)
-
-
-# -- networks --------------------------------------------------------------------------------------------------
 
 
 class Functional(nn.Module):
@@ -186,8 +79,12 @@ class Flattened(nn.Module):
 def prepared(net: nn.Module, x: Tensor) -> tuple[Keyed, Callable[[int, int], Tensor]]:
     """What became of a network's randomness, and its training forward on samples [first, first + count) of x."""
     draw = Draw(seed=3)
-    draw.at(5, 0, len(x))
-    keyed = key_randomness(net.double(), draw, lambda: net(x))
+
+    def run(samples: int) -> Tensor:
+        draw.at(5, 0, samples)
+        return net(x[:samples]).square().mean()
+
+    keyed = key_randomness(net.double(), draw, run, len(x))
 
     def forward(first: int, count: int) -> Tensor:
         draw.at(5, first, count)
@@ -201,6 +98,24 @@ def sequences(samples: int = 6, length: int = 5) -> Tensor:
     return torch.randn(samples, length, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+class FunctionalSecond(SamplesSecond):
+    """The same by F.dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.linear(x.transpose(0, 1)), 0.5, self.training).transpose(0, 1)
+
+
+class Positions(nn.Module):
+    """Dropout on a parameter, which has no samples: (length, features)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.drop = nn.Parameter(torch.ones(8, 8)), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.places)[: x.shape[1]] + F.dropout(self.places, 0.5, self.training)[: x.shape[1]]
+
+
 NETWORKS = {
     "nn.Dropout": lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.ReLU(), nn.Dropout(0.1)),
     "F.dropout": Functional,
@@ -211,10 +126,22 @@ NETWORKS = {
     "TransformerEncoderLayer": lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True),
     "samples second": SamplesSecond,
     "flattened": Flattened,
+    "F.dropout, samples second": lambda: nn.Sequential(nn.Linear(8, 8), FunctionalSecond()),
+    "positions": Positions,
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+def each(reason: str, *amiss: str) -> pytest.MarkDecorator:
+    """Every network; of those named it is known why they fail, and the mark has to go once they do not."""
+    mark = pytest.mark.xfail(strict=True, reason=reason)
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=mark if n in amiss else ()) for n in NETWORKS])
+
+
+UNTRACKED = "_learn_dimensions runs before modules are tracked: all calls of F.dropout count for the network itself"
+FUNCTIONAL = [n for n in NETWORKS if "F.dropout" in n or "ttention" in n]
+
+
+@each(UNTRACKED, "F.dropout, samples second")
 def test_slices_of_samples_give_slices_of_the_whole(name: str) -> None:
     net, x = NETWORKS[name](), sequences()
     keyed, forward = prepared(net, x)
@@ -228,8 +155,7 @@ def test_slices_of_samples_give_slices_of_the_whole(name: str) -> None:
     assert not torch.allclose(forward(0, 6), whole), "dropout was on"
 
 
-@pytest.mark.xfail(strict=True, reason="Draw.dropout takes the first dimension that happens to be as long as the slice")
-@pytest.mark.parametrize("name", ["MultiheadAttention with weights", "samples second", "flattened"])
+@each(UNTRACKED, "F.dropout, samples second")
 def test_a_slice_as_long_as_another_dimension_is_no_exception(name: str) -> None:
     x = sequences(8, 4) if name != "flattened" else sequences(16, 4)
     _, forward = prepared(NETWORKS[name](), x)
@@ -286,23 +212,49 @@ class Recurrent(nn.Module):
 def test_dropout_in_an_lstm_is_named_and_switched_off() -> None:
     net = Recurrent()
     keyed, forward = prepared(net, sequences())
-    assert keyed.switched_off == ("lstm (LSTM)",) and keyed.unkeyed == ()
+    assert keyed.switched_off == ("lstm",) and keyed.unkeyed == ()
     assert not net.lstm.training and net.training
     assert torch.equal(forward(0, 6), forward(0, 6))
 
 
 def test_noise_that_can_be_switched_off_is_and_other_noise_is_named() -> None:
     keyed, forward = prepared(nn.Sequential(nn.Linear(8, 8), Noise(always=False)), sequences())
-    assert keyed.switched_off == ("1 (Noise)",) and keyed.unkeyed == ()
+    assert keyed.switched_off == ("1",) and keyed.unkeyed == ()
     assert torch.equal(forward(0, 6), forward(0, 6))
     keyed, _ = prepared(nn.Sequential(nn.Linear(8, 8), Noise(always=True)), sequences())
-    assert keyed.switched_off == ("1 (Noise)",) and keyed.unkeyed == ("1",)
+    assert keyed.switched_off == ("1",) and keyed.unkeyed == ("1",)
 
 
-def test_noise_is_found_but_left_on_if_one_asks_for_that() -> None:
-    net, x = nn.Sequential(nn.Linear(8, 8), Noise(always=False)).double(), sequences()
-    keyed = key_randomness(net, Draw(samples=6), lambda: net(x), switch_off=False)
-    assert keyed.switched_off == () and keyed.unkeyed == ("1",) and net[1].training
+class NoiseAbove(Noise):
+    """Noise of its own on top of a dropout that can be keyed."""
+
+    def __init__(self) -> None:
+        super().__init__(always=False)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.drop(x))
+
+
+def test_only_the_module_that_draws_is_switched_off_and_what_it_holds_is_keyed() -> None:
+    net, x = nn.Sequential(nn.Linear(8, 8), NoiseAbove()), sequences()
+    keyed, forward = prepared(net, x)
+    assert keyed.switched_off == ("1",) and keyed.unkeyed == ()
+    assert [name for name, module in net.named_modules() if not module.training] == ["1"]
+    whole = forward(0, 6)
+    torch.testing.assert_close(torch.cat([forward(0, 2), forward(2, 4)]), whole)
+    assert not torch.allclose(net.eval()(x), whole), "its dropout was on"
+
+
+def test_parameters_that_the_loss_does_not_depend_on_are_told() -> None:
+    used, unused = nn.Linear(8, 8), nn.Linear(8, 8)
+    used.bias.requires_grad_(False)
+    net = nn.Sequential(used, nn.Dropout(0.5))
+    net.add_module("unused", unused)
+    net.forward = lambda x: net[1](net[0](x))  # type: ignore[method-assign]
+    keyed, _ = prepared(net, sequences())
+    assert keyed.unreached == {id(unused.weight), id(unused.bias)}
+    assert all(p.grad is None for p in net.parameters()), "no gradient is left behind"
 
 
 OWN = """
@@ -331,62 +283,73 @@ def written(path: Path, body: str, stages: bool) -> TaskSpec:
     return TaskSpec(network=str(path))
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="_restore_eval looks the whole network up as 'the network'")
 def test_noise_of_the_whole_network_does_not_break_the_task(tmp_path: Path) -> None:
     body = "return self.b(self.a(x + torch.randn_like(x) * self.training))"
     source = written(tmp_path / "noisy.py", body, stages=True)
     text = Path(source.network).read_text()
     Path(source.network).write_text(text.replace("        self.position = nn.Parameter(torch.ones(1, 6))\n", ""))
-    assert make_task(source).keyed.switched_off == ("the network (Net)",)
+    task = make_task(source)
+    assert task.keyed.switched_off == task.keyed.unkeyed == ("",), "it draws even so"
+    assert [name for name, module in task.net.named_modules() if not module.training] == [""]
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="a mask over no samples is a bare RuntimeError")
-def test_dropout_of_what_has_no_samples_is_named_or_refused_in_words(tmp_path: Path) -> None:
+def test_dropout_of_what_has_no_samples_has_one_mask_for_all(tmp_path: Path) -> None:
     source = written(tmp_path / "position.py", "return self.b(self.a(x + self.drop(self.position)))", stages=False)
-    try:
-        assert make_task(source).keyed.switched_off == ("drop (Dropout)",)
-    except TaskError as error:
-        assert "drop" in str(error)
+    task = make_task(source)
+    assert task.keyed.switched_off == task.keyed.unkeyed == ()
+    inputs = task.train.share(0, 0, 8)[0]
+    outputs = []
+    for first, count in ((0, 8), (0, 3), (5, 2)):
+        task.draw.at(4, first, count)
+        outputs.append(task.whole(inputs[:count]))
+        assert torch.allclose(outputs[-1], outputs[0][0].expand(count, -1)), "the samples are all ones"
+    task.draw.at(5, 0, 8)
+    assert not torch.allclose(task.whole(inputs), outputs[0]), "another step, another mask"
 
 
-@pytest.mark.xfail(strict=True, reason="the second forward of a checkpoint counts as another call: other masks")
-def test_a_checkpointed_dropout_has_the_gradient_of_its_own_forward() -> None:
-    gradients = []
-    for again in (False, True):
-        linear = nn.Linear(8, 8).double()
-        nn.init.eye_(linear.weight)
-        net = nn.Sequential(linear, nn.Dropout(0.5))
-        x = sequences()
-        _, _ = prepared(net, x)
-        net[1].draw.at(5, 0, 6)
-        out = checkpoint(net, x, use_reentrant=False) if again else net(x)
-        out.square().sum().backward()
-        gradients.append(linear.weight.grad)
-    torch.testing.assert_close(*gradients)
+class Recomputed(nn.Module):
+    """Activation checkpointing around some layers."""
+
+    def __init__(self, inner: nn.Module, reentrant: bool = False) -> None:
+        super().__init__()
+        self.first, self.inner, self.reentrant = nn.Linear(8, 8), inner, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, self.first(x), use_reentrant=self.reentrant)
 
 
-# -- initial weights -------------------------------------------------------------------------------------------
+DRAWN_AGAIN = r"is drawn again in the backward \(activation checkpointing\)"
+REENTRANT = pytest.mark.xfail(strict=True, reason="torch.autograd.grad refuses reentrant checkpointing: RuntimeError")
 
 
-def test_initial_weights_depend_on_seed_and_name_alone() -> None:
-    first = build("mlp:20-20-20", 1).state_dict()
-    torch.manual_seed(99)
-    again, other = build("mlp:20-20-20", 1).state_dict(), build("mlp:20-20-20", 2).state_dict()
-    longer = build("mlp:20-20-20-7", 1).state_dict()
-    for name, value in first.items():
-        assert torch.equal(value, again[name]) and not torch.equal(value, other[name])
-        assert torch.equal(value, longer[name]), "whatever stands behind it"
-    assert not torch.equal(first["1.weight"], first["3.weight"]), "equal shapes, other names"
+@each("KeyedFunctions does not reach into a backward: a bare CheckpointError", *FUNCTIONAL)
+def test_recomputed_dropout_is_refused_in_words(name: str) -> None:
+    with pytest.raises(TaskError, match=DRAWN_AGAIN):
+        prepared(Recomputed(NETWORKS[name]()), sequences())
 
 
-def test_initial_weights_have_the_frameworks_distribution() -> None:
-    weight = build("mlp:400-400-10", 3)[1].weight.detach()
-    bound = 1 / 400**0.5
-    assert float(weight.abs().max()) <= bound and float(weight.std()) == pytest.approx(bound / 3**0.5, rel=0.02)
+@REENTRANT
+@pytest.mark.parametrize("name", NETWORKS)
+def test_reentrantly_recomputed_dropout_is_refused_in_words(name: str) -> None:
+    with pytest.raises(TaskError, match=DRAWN_AGAIN):
+        prepared(Recomputed(NETWORKS[name](), reentrant=True), sequences())
 
 
-def test_initialising_leaves_the_users_generator_alone() -> None:
-    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    before = torch.random.get_rng_state()
-    initialise(net, 1)
-    assert torch.equal(torch.random.get_rng_state(), before)
+class RecomputedFunction(Recomputed):
+    """Recomputes a function: its dropout stands at no border of a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda y: F.dropout(self.inner(y), 0.5, self.training), x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.xfail(strict=True, reason="KeyedFunctions does not reach into a backward: other errors, or none")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_dropout_between_modules_is_refused_in_words(reentrant: bool) -> None:
+    with pytest.raises(TaskError, match=DRAWN_AGAIN):
+        prepared(RecomputedFunction(nn.Linear(8, 8), reentrant), sequences().requires_grad_())
+
+
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=REENTRANT)])
+def test_recomputation_without_dropout_is_fine(reentrant: bool) -> None:
+    keyed, _ = prepared(Recomputed(nn.Linear(8, 8), reentrant), sequences())
+    assert keyed == Keyed()

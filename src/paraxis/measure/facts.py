@@ -28,6 +28,7 @@ class Facts:
     random: bool
     notes: tuple[str, ...]
     has_test: bool
+    first_batch: int  # its digest in float32
 
     def as_json(self) -> dict[str, Any]:
         """As a plain dict; `facts_of` reads it back."""

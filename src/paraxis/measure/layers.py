@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from paraxis.measure.facts import Facts
-from paraxis.task.batches import cut, leaves, map_nest
+from paraxis.task.batches import cut, digest, leaves, map_nest
 from paraxis.task.task import Task
 from paraxis.task.trial import apply, evaluating
 
@@ -43,6 +43,7 @@ def measure_layers(task: Task, samples: int, seconds: float = 0.6) -> Facts:
         random=task.keyed.functions or any("Dropout" in type(m).__name__ for m in task.net.modules()),
         notes=tuple(task.notes),
         has_test=task.test is not None,
+        first_batch=digest(task.train),
     )
 
 

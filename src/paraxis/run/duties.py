@@ -24,6 +24,7 @@ from paraxis.program.faults import FAULTS, Fault
 from paraxis.program.lower import lower
 from paraxis.run import serial
 from paraxis.run.interpreter import Rank
+from paraxis.task.batches import digest
 from paraxis.task.spec import TaskSpec
 from paraxis.task.task import Task, keep_data, make_task
 from paraxis.task.trial import evaluating
@@ -148,7 +149,7 @@ class Duties:
         self.base = self.base or running.before
         if plan.engine == "plain":
             running.plain = serial.replica(self._task(dtype, plain=True))
-            return {"program": None, "bytes": 0}
+            return {"program": None, "bytes": 0, "batch": 0}
         fault: Fault | None = FAULTS[request["fault"]] if request.get("fault") else None
         task = self._task(dtype)
         program = lower(plan, task.layout(), task.train.steps_per_epoch or 1)
@@ -160,7 +161,7 @@ class Duties:
         if fault and self.rank == plan.mesh.size - 1:
             fault.spoil(engine)
         running.rank = Rank(program, self.rank, engine, world)
-        return {"program": program.digest(), "bytes": engine.bytes_held()}
+        return {"program": program.digest(), "bytes": engine.bytes_held(), "batch": digest(task.train)}
 
     def measure(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Seconds of `steps` steps between two barriers, with the clocks of the last `trace` ones."""

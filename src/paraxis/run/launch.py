@@ -31,6 +31,7 @@ from paraxis.run import wire
 
 Request = dict[str, Any]
 START_LIMIT = 180.0  # seconds for ranks to start: a cold import of the framework takes 24 s, times the oversubscription
+SILENCE = 30.0  # seconds without a sign of life, which a working rank gives every two
 GRACE = 2.0  # seconds that ranks have to answer after one of them has failed
 
 
@@ -51,7 +52,7 @@ class Pool:
         self,
         request: Request,
         ranks: Iterable[int] = (0,),
-        limit: float = 120.0,
+        limit: float = SILENCE,
         blob: bytes = b"",
         news: Callable[[dict[str, Any]], None] | None = None,
     ) -> list[Any]:
@@ -76,29 +77,31 @@ class Pool:
     ) -> tuple[dict[int, Any], dict[int, dict[str, Any]]]:
         answers: dict[int, Any] = {}
         failures: dict[int, dict[str, Any]] = {}
-        deadline = time.monotonic() + limit
+        heard = dict.fromkeys(chosen, time.monotonic())  # of ranks that still owe an answer
         with selectors.DefaultSelector() as selector:
             for rank in chosen:
                 selector.register(self.lines[rank], selectors.EVENT_READ, rank)
             while len(answers) + len(failures) < len(chosen):
-                wait = deadline - time.monotonic()
+                longest = GRACE if failures else limit
+                silent = min(heard, key=lambda rank: heard[rank])
+                wait = heard[silent] + longest - time.monotonic()
                 events = selector.select(max(0.0, wait))
                 if not events and failures:
                     break
                 if not events:
-                    silent = [r for r in chosen if r not in answers and r not in failures]
-                    self._silent(silent[0], limit)
+                    self._silent(silent, limit)
                 for key, _ in events:
                     message, blob = self._read(key.data)
                     if "news" in message:
-                        deadline = time.monotonic() + limit
-                        if news and key.data == chosen[0]:
+                        heard[key.data] = time.monotonic() if not failures else heard[key.data]
+                        if news and message["news"] and key.data == chosen[0]:
                             news(message["news"])
                         continue
                     selector.unregister(key.fileobj)
+                    heard.pop(key.data)
                     if "error" in message:
                         failures[key.data] = message["error"]
-                        deadline = min(deadline, time.monotonic() + GRACE)
+                        heard = dict.fromkeys(heard, time.monotonic())
                     else:
                         answers[key.data] = (message["answer"], blob) if blob else message["answer"]
         return answers, failures

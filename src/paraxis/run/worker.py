@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from paraxis.errors import ParaxisError
 from paraxis.run import wire
 
 Answer = dict[str, Any]
+HEARTBEAT = 2.0  # seconds
 
 
 def main(words: list[str]) -> None:
@@ -65,7 +67,11 @@ def become(transport: str, path: str, token: str, make: Callable[[], Any]) -> No
 
 
 def serve(line: socket.socket, duties: Any) -> None:
-    """Answer every request in turn. A thread reads the line, so that a vanished driver ends even a rank that hangs."""
+    """Answer every request in turn.
+
+    A thread reads the line, so that a vanished driver ends even a rank that hangs; another gives signs of life while
+    this rank works, so that a long step is not taken for a stopped process.
+    """
     inbox: queue.Queue[tuple[wire.Message, bytes]] = queue.Queue()
 
     def read() -> None:
@@ -75,15 +81,31 @@ def serve(line: socket.socket, duties: Any) -> None:
             except EOFError:
                 os._exit(1)
 
+    busy, lock = threading.Event(), threading.Lock()
+
+    def tell(news: Answer) -> None:
+        with lock:
+            wire.send(line, {"news": news})
+
+    def beat() -> None:
+        while busy.wait():
+            time.sleep(HEARTBEAT)
+            if busy.is_set():
+                tell({})
+
     threading.Thread(target=read, daemon=True).start()
+    threading.Thread(target=beat, daemon=True).start()
     while True:
         request, blob = inbox.get()
         if request["do"] == "quit":
             wire.send(line, {"ok": True})
             sys.stdout.flush()
             os._exit(0)  # MPI's own farewell could hang on a rank that has died
-        answer, out = perform(duties, request, blob, lambda news: wire.send(line, {"news": news}))
-        wire.send(line, answer, out)
+        busy.set()
+        answer, out = perform(duties, request, blob, tell)
+        busy.clear()
+        with lock:
+            wire.send(line, answer, out)
 
 
 def perform(duties: Any, request: wire.Message, blob: bytes, tell: Callable[[Answer], None]) -> tuple[Answer, bytes]:

@@ -2,8 +2,10 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import reduce
 from itertools import chain
 from typing import Any, Protocol
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -162,6 +164,12 @@ def samples(batch: Nest) -> int:
 def cut(batch: Nest, size: int, first: int, count: int) -> Nest:
     """Views of samples [first, first + count) of every tensor whose first dimension counts the batch's samples."""
     return map_nest(batch, lambda t: t[first : first + count] if t.ndim and t.shape[0] == size else t)
+
+
+def digest(source: Source) -> int:
+    """A number that tells whether two processes read the same first batch."""
+    tensors = leaves(source.share(0, 0, source.batch))
+    return reduce(lambda crc, t: crc32(t.contiguous().numpy().tobytes(), crc), tensors, 0)
 
 
 def as_dtype(nest: Nest, dtype: torch.dtype) -> Nest:
