@@ -15,7 +15,7 @@ def main() -> None:
     options.add_argument("--plan", default="dp=2", help="default: %(default)s")
     args = options.parse_args()
     plan = parse(args.plan)
-    spec = make_spec(NETWORKS[args.net], batch=args.batch, lr=LR)
+    spec = make_spec(NETWORKS[args.net], batch=args.batch, lr=LR, momentum=0.0)
     sizes = {plan.comm: plan.mesh.size} if plan.comm else {}
     with open_session(spec, {}, sizes, None, silent) as session:
         session.begin(("solo", *sizes))

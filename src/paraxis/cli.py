@@ -41,6 +41,8 @@ class TaskOptions:
         mnist, idx:DIR, npz:FILE or synthetic:N,SHAPE,CLASSES (default: mnist, or batches() of your file).
     batch
         Samples per optimiser step over all replicas (default 128, or what batches() yields).
+    momentum
+        Of sgd (default 0.9).
     clip
         Largest global norm of the gradient.
     warmup
@@ -55,7 +57,7 @@ class TaskOptions:
     batch: int | None = None
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.05
-    momentum: float = 0.0
+    momentum: float | None = None
     nesterov: bool = False
     weight_decay: float = 0.0
     clip: float | None = None

@@ -200,25 +200,30 @@ OPEN: dict[str, tuple[str, Settings, str, str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("odd")
+
+
 def differs(folder: Path, name: str, source: str, settings: Settings, plan: str) -> float:
     spec = spec_of(folder, name, HEAD + source, settings)
     return difference(spec, parse(plan), trained(spec, parse(plan)))
 
 
 @pytest.mark.parametrize("name, plan", [(name, plan) for name, case in FINE.items() for plan in case[2]])
-def test_odd_networks_compute_what_the_serial_run_computes(name: str, plan: str, tmp_path: Path) -> None:
+def test_odd_networks_compute_what_the_serial_run_computes(name: str, plan: str, folder: Path) -> None:
     source, settings, _ = FINE[name]
-    assert differs(tmp_path, name, source, settings, plan) < EXACT
+    assert differs(folder, name, source, settings, plan) < EXACT
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=case[3])) for name, case in OPEN.items()]
 )
-def test_odd_networks_that_do_not_compute_it_yet(name: str, tmp_path: Path) -> None:
+def test_odd_networks_that_do_not_compute_it_yet(name: str, folder: Path) -> None:
     source, settings, plan, _ = OPEN[name]
-    assert differs(tmp_path, name, source, settings, plan) < EXACT
+    assert differs(folder, name, source, settings, plan) < EXACT
 
 
-def test_an_in_place_layer_stays_with_the_one_in_front(tmp_path: Path) -> None:
-    spec = spec_of(tmp_path, "in place", HEAD + IN_PLACE + LABELS, {})
+def test_an_in_place_layer_stays_with_the_one_in_front(folder: Path) -> None:
+    spec = spec_of(folder, "in place", HEAD + IN_PLACE + LABELS, {})
     assert [len(list(layer.children())) for layer in task(spec).chain] == [2, 0]

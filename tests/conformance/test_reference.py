@@ -213,11 +213,18 @@ def emulated(spec: TaskSpec, replicas: int, groups: int, every: int) -> tuple[Ou
     return Outcome(losses, [after]), max(float((after[n] - before[n]).abs().max()) for n in after)
 
 
-def wanted(spec: TaskSpec, plan: Plan) -> tuple[Outcome, float]:
+@cache
+def traits(spec: TaskSpec) -> tuple[bool, int]:
+    """(whether it has running statistics, steps of an epoch)."""
     own = task(spec)
+    return own.layout().statistics, own.train.steps_per_epoch or 1
+
+
+def wanted(spec: TaskSpec, plan: Plan) -> tuple[Outcome, float]:
+    statistics, epoch = traits(spec)
     replicas = 1 if plan.exact else plan.dp
-    groups = plan.dp // replicas * plan.microbatches if own.layout().statistics else 1
-    every = period(plan.sync, own.train.steps_per_epoch or 1) if replicas > 1 else 1
+    groups = plan.dp // replicas * plan.microbatches if statistics else 1
+    every = period(plan.sync, epoch) if replicas > 1 else 1
     return emulated(spec, replicas, groups, every)
 
 

@@ -139,9 +139,9 @@ class Desk:
         return done
 
     def launch(self, *words: object, limit: float = 120, tidy: bool = True, **env: str) -> Done:
-        """The same for another program of this environment, such as mpiexec; one that aborts is not `tidy`."""
+        """The same for another program, first sought in this environment, such as mpiexec; one that aborts is not `tidy`."""
         env = ROOT | {"PATH": f"{BIN}:{self.env['PATH']}"} | env
-        done = self.start(*words[1:], program=(BIN / str(words[0]),), **env).finish(limit)
+        done = self.start(*words, program=("/usr/bin/env",), **env).finish(limit)
         self.check_tidy() if tidy else self.check_gone()
         return done
 

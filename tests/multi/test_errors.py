@@ -60,7 +60,12 @@ FILES = {  # contents of a network file, what the one line must hold
     "no data": (NET, "mine.py", "batches()", "--data"),
     "no batch": (NET + "def batches(): return []\n", "batches()"),
     "loss of a mean": (NET + DATA + "def loss(o, b): return o.mean()\n", "loss(output, batch)", "sum of losses"),
-    "other shape": (NET + "def batches(): return [(torch.randn(16, 5), torch.randint(3, (16,)))]\n", "mine.py", "shape 5", "8x5"),
+    "other shape": (
+        NET + "def batches(): return [(torch.randn(16, 5), torch.randint(3, (16,)))]\n",
+        "mine.py",
+        "shape 5",
+        "8x5",
+    ),
     "exits": ("import sys\nsys.exit('usage: mine.py DATA')\n", "mine.py", "SystemExit"),
     "bad stages": (NET + DATA + "def stages(net): return [net[0], net[2]]\n", "stages", "compose"),
     "optimiser raises": (NET + DATA + "def optimizer(p): return torch.optim.SGD(p, lr=-1)\n", "optimizer", "mine.py"),
@@ -172,3 +177,10 @@ def test_a_long_temporary_folder(desk: Any) -> None:
     long.mkdir()
     done = desk.run("verify", "mlp", "--plan", GLOO, "--steps", 1, "--json", TMPDIR=str(long))
     assert done.rc == 0 or done.refused("TMPDIR"), done.err
+
+
+def test_a_reader_that_has_gone(desk: Any) -> None:
+    command = "paraxis show pp=4,microbatches=64 --json | head -1; exit ${PIPESTATUS[0]}"
+    done = desk.launch("bash", "-c", command)
+    assert done.out == "{\n"
+    assert done.rc != 0 and done.err.count("\n") <= 1 and "Traceback" not in done.err

@@ -76,6 +76,15 @@ def test_one_rank_is_stopped(desk: Any, transport: str) -> None:
     desk.check_tidy()
 
 
+@pytest.mark.slow
+def test_a_long_step_is_no_stopped_rank(desk: Any) -> None:
+    pause = "import os, time; os.path.exists('paused') or (open('paused', 'w'), time.sleep(75))"
+    path = desk.write("bad.py", HALF_BAD.replace("{fault}", pause).replace("100.0", "51.0"))
+    done = desk.run("train", path, "--plan", "dp=2,comm=gloo", "--epochs", 2, "--json", limit=150)
+    assert done.rc == 0, done.err
+    assert len(done.document["losses"]) == 18
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_the_driver_is_killed(desk: Any, transport: str) -> None:
     running = training(desk, f"dp=2,comm={transport}")
@@ -153,7 +162,8 @@ def test_an_impatient_ctrl_c(desk: Any, gap: float) -> None:
             break
     done = running.finish(10)
     desk.check_gone(within=5)
-    done.refused("interrupted", rc=130)
+    assert done.rc in (130, -signal.SIGINT)  # a shell shows both as 130
+    assert "Traceback" not in done.err
 
 
 @pytest.mark.slow

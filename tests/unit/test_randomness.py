@@ -329,6 +329,7 @@ def test_recomputed_dropout_is_refused_in_words(name: str) -> None:
 
 
 @REENTRANT
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_reentrantly_recomputed_dropout_is_refused_in_words(name: str) -> None:
     with pytest.raises(TaskError, match=DRAWN_AGAIN):
@@ -349,6 +350,7 @@ def test_recomputed_dropout_between_modules_is_refused_in_words(reentrant: bool)
         prepared(RecomputedFunction(nn.Linear(8, 8), reentrant), sequences().requires_grad_())
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=REENTRANT)])
 def test_recomputation_without_dropout_is_fine(reentrant: bool) -> None:
     keyed, _ = prepared(Recomputed(nn.Linear(8, 8), reentrant), sequences())

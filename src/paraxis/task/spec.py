@@ -23,7 +23,7 @@ class TaskSpec(BaseModel):
     seed: int = 0
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.05
-    momentum: float = 0.0
+    momentum: float | None = None
     nesterov: bool = False
     weight_decay: float = 0.0
     clip: float | None = None
@@ -33,14 +33,19 @@ class TaskSpec(BaseModel):
     validation: float = 0.0
     live: bool = False
 
+    @property
+    def sgd_momentum(self) -> float:
+        """SGD's momentum: 0.9 unless it is given."""
+        return 0.9 if self.momentum is None else self.momentum
+
     @model_validator(mode="after")
     def _check(self) -> "TaskSpec":
         bounds: list[tuple[bool, str]] = [
             (self.batch is None or self.batch >= 1, f"batch={self.batch}: it takes at least one sample"),
             (self.lr > 0, f"lr={self.lr:g}: the learning rate must be above 0"),
-            (0 <= self.momentum < 1, f"momentum={self.momentum:g}: it takes 0 to below 1"),
-            (not self.nesterov or self.momentum > 0, "nesterov needs a momentum above 0, such as momentum=0.9"),
-            (self.optimizer == "sgd" or self.momentum == 0, f"momentum belongs to sgd; {self.optimizer} has its own"),
+            (0 <= self.sgd_momentum < 1, f"momentum={self.momentum}: it takes 0 to below 1"),
+            (not self.nesterov or self.sgd_momentum > 0, "nesterov needs a momentum above 0, such as momentum=0.9"),
+            (self.optimizer == "sgd" or not self.momentum, f"momentum belongs to sgd; {self.optimizer} has its own"),
             (self.weight_decay >= 0, f"weight_decay={self.weight_decay:g}: it takes 0 or more"),
             (self.clip is None or self.clip > 0, f"clip={self.clip}: the largest gradient norm must be above 0"),
             (0 <= self.validation < 1, f"validation={self.validation:g}: it takes a fraction from 0 to below 1"),

@@ -79,7 +79,7 @@ class Task:
             return self.recipe.own["optimizer"](parameters)
         s = self.spec
         if s.optimizer == "sgd":
-            return torch.optim.SGD(parameters, s.lr, s.momentum, 0, s.weight_decay, s.nesterov)
+            return torch.optim.SGD(parameters, s.lr, s.sgd_momentum, 0, s.weight_decay, s.nesterov)
         adam = torch.optim.Adam if s.optimizer == "adam" else torch.optim.AdamW
         return adam(parameters, s.lr, weight_decay=s.weight_decay)
 
@@ -113,7 +113,7 @@ class Task:
             return of_optimizer(optimizer, self.scheduler(optimizer))
         s = self.spec
         numbers: dict[str, Any] = {"lr": s.lr, "weight_decay": s.weight_decay}
-        numbers |= {"momentum": s.momentum, "nesterov": s.nesterov} if s.optimizer == "sgd" else {}
+        numbers |= {"momentum": s.sgd_momentum, "nesterov": s.nesterov} if s.optimizer == "sgd" else {}
         adamw = s.optimizer == "adamw"
         numbers |= {"betas": (0.9, 0.999), "eps": 1e-8, "decoupled_weight_decay": adamw} if s.optimizer != "sgd" else {}
         groups = [{"params": [p for p in self.net.parameters() if p.requires_grad]} | numbers]
