@@ -200,11 +200,6 @@ OPEN: dict[str, tuple[str, Settings, str, str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("odd")
-
-
 def differs(folder: Path, name: str, source: str, settings: Settings, plan: str) -> float:
     spec = spec_of(folder, name, HEAD + source, settings)
     return difference(spec, parse(plan), trained(spec, parse(plan)))

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from paraxis.engine.torch_engine import TorchEngine
-from paraxis.errors import ParaxisError
 from paraxis.plan.plan import Plan, parse, period
 from paraxis.plan.space import space
 from paraxis.program.check import check
 from paraxis.program.faults import FAULTS
 from paraxis.program.instructions import Program
-from paraxis.program.lower import lower
+from paraxis.program.lower import Layout, lower
 from paraxis.run import null, reference, serial
 from paraxis.run.interpreter import Rank
 from paraxis.task.spec import TaskSpec
@@ -149,11 +148,6 @@ class Outcome:
     states: list[dict[str, Tensor]]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("recipes")
-
-
 def spec_of(folder: Path, name: str, source: str, settings: dict[str, Any]) -> TaskSpec:
     """A task of a shipped network, or of a recipe that is written to a file."""
     if "\n" not in source:
@@ -167,11 +161,17 @@ def task(spec: TaskSpec) -> Task:
     return make_task(spec, dtype=torch.float64)
 
 
+@cache
+def checked(plan: Plan, layout: Layout, epoch: int) -> Program:
+    program = lower(plan, layout, epoch)
+    check(program)
+    return program
+
+
 def started(spec: TaskSpec, plan: Plan, fault: str = "") -> list[Rank]:
     """All ranks of a plan, set to go; with a fault in the program or in the last rank's engine."""
     tasks = [task(spec) for _ in range(plan.mesh.size)]
-    program = lower(plan, tasks[0].layout(), tasks[0].train.steps_per_epoch or 1)
-    check(program)
+    program = checked(plan, tasks[0].layout(), tasks[0].train.steps_per_epoch or 1)
     program = FAULTS[fault].mutated(plan, program) if fault else program
 
     def engine(rank: int) -> TorchEngine:
@@ -339,46 +339,6 @@ def test_evaluation_leaves_no_trace_in_training(name: str, plan: Plan, folder: P
     assert first == second
     reference.run_steps(ranks, STEPS - 2)
     assert difference(spec, plan, outcome(ranks)) < EXACT
-
-
-# -- mutants ---------------------------------------------------------------------------------------------------
-
-MUTABLE = [
-    *WITH_AVERAGE,
-    *map(parse, ("microbatches=2", "pp=2,schedule=gpipe,microbatches=4", "dp=2,bucket_bytes=64,microbatches=2")),
-    parse("dp=2,pp=2,microbatches=2,sync=average@2"),
-]
-
-
-def fails(spec: TaskSpec, plan: Plan, fault: str) -> bool:
-    """Whether a fault is seen, as another result or as a stall."""
-    try:
-        found = trained(spec, plan, fault)
-    except ParaxisError:
-        return True
-    return difference(spec, plan, found) > WRONG
-
-
-MUTANTS = [(name, plan) for name in FAULTS for plan in MUTABLE if FAULTS[name].needs(plan)]
-
-
-@pytest.mark.parametrize("fault, plan", MUTANTS, ids=lambda value: value if isinstance(value, str) else value.short())
-def test_every_fault_fails_the_comparison(fault: str, plan: Plan, folder: Path) -> None:
-    assert fails(spec_of(folder, "tiny", *TASKS["tiny"]), plan, fault)
-
-
-OWN_LOSS = (parse("dp=2,pp=2,microbatches=2"), parse("dp=2,sync=average@4"))
-
-
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "mean-of-sums"])
-def test_every_fault_fails_on_a_loss_of_ones_own(fault: str, folder: Path) -> None:
-    spec = spec_of(folder, "transformer", *TASKS["transformer"])
-    assert fails(spec, next(plan for plan in OWN_LOSS if FAULTS[fault].needs(plan)), fault)
-
-
-def test_a_mean_of_sums_is_no_fault_where_the_weight_travels_with_the_gradients(folder: Path) -> None:
-    spec = spec_of(folder, "transformer", *TASKS["transformer"])
-    assert difference(spec, OWN_LOSS[0], trained(spec, OWN_LOSS[0], "mean-of-sums")) < EXACT
 
 
 # -- the null interpreter --------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ class Desk:
         return done
 
     def launch(self, *words: object, limit: float = 120, tidy: bool = True, **env: str) -> Done:
-        """The same for another program, first sought in this environment, such as mpiexec; one that aborts is not `tidy`."""
+        """The same for another program, such as this environment's mpiexec; one that aborts is not `tidy`."""
         env = ROOT | {"PATH": f"{BIN}:{self.env['PATH']}"} | env
         done = self.start(*words, program=("/usr/bin/env",), **env).finish(limit)
         self.check_tidy() if tidy else self.check_gone()

@@ -37,16 +37,16 @@ QUICK = [  # words, what the one line must hold; none of them needs the framewor
     ("verify mlp --lr nan", "lr"),
     ("verify mlp --batch 0", "batch=0", "at least one"),
     ("verify mlp --workers 0", "workers"),
+    ("train cnn --plan serial --target 98", "target=98", "0.98"),
+    ("explore mlp --budget 0", "budget"),
     ("verify mlp --nosuch 1", "--nosuch", "--help"),
     ("verify mlp --steps many", "many"),
     ("verify mlp --optimizer lion", "lion", "adamw"),
     ("verify mlp --momentum 0.9 --optimizer adam", "momentum", "sgd"),
     ("train mlp --epochs 0", "epochs=0", "1 or more"),
-    ("train mlp --plan serial --target 98", "target=98", "0.98"),
     ("train mlp --plan serial --validation 1.5", "validation=1.5", "fraction"),
     ("train mlp --plan serial --lr-schedule warmup", "warmup"),
     ("train mlp --plan serial --out /dev/null/deep", "/dev/null/deep", "cannot be written"),
-    ("explore mlp --budget 0", "budget"),
     ("explore mlp --out /proc/nothing", "/proc/nothing", "cannot be written"),
     ("show dp=0", "dp=0"),
     ("nosuchverb", "nosuchverb"),
@@ -72,7 +72,12 @@ FILES = {  # contents of a network file, what the one line must hold
 }
 
 
-@pytest.mark.parametrize("case", QUICK, ids=lambda case: case[0])
+def few(value: Any, quick: bool = False) -> Any:
+    """A parameter that is only tried by default if it is said to be quick: each costs a start of the framework."""
+    return pytest.param(value, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", [few(case, n % 3 == 0) for n, case in enumerate(QUICK)], ids=lambda case: case[0])
 def test_what_can_be_refused_at_once(desk: Any, case: tuple[str, ...]) -> None:
     words, *parts = case
     done = desk.run(*words.split())
@@ -80,7 +85,7 @@ def test_what_can_be_refused_at_once(desk: Any, case: tuple[str, ...]) -> None:
     assert done.out == "" and done.seconds < 5
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [few(name, name in ("syntax", "raises", "exits")) for name in FILES])
 def test_a_network_file_that_cannot_be_used(desk: Any, name: str) -> None:
     text, *parts = FILES[name]
     done = desk.run("train", desk.write("mine.py", text), "--plan", "serial", "--steps", 2)
@@ -93,6 +98,7 @@ def test_a_layer_that_cannot_be_split(desk: Any, examples: Path) -> None:
     done.refused("pp=2", "Classifier", "stages(net)", "dp takes any network")
 
 
+@pytest.mark.slow
 def test_more_stages_than_layers(desk: Any) -> None:
     desk.run("verify", "mlp", "--plan", "pp=5,comm=gloo").refused("pp=5", "4 layers", "at most 4")
 
@@ -102,6 +108,7 @@ def test_a_batch_that_does_not_divide(desk: Any) -> None:
     done.refused("batch=127", "2 equal slices", "batch=126 would")
 
 
+@pytest.mark.slow
 def test_a_batch_larger_than_the_data(desk: Any) -> None:
     words = ("train", "mlp:20-4", "--data", "synthetic:100,20,4", "--batch", 128, "--plan", "serial")
     desk.run(*words).refused("batch=128", "100")
@@ -112,7 +119,7 @@ def idx(code: int, shape: tuple[int, ...], values: bytes) -> bytes:
     return bytes([0, 0, code, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + values
 
 
-@pytest.mark.parametrize("fault", ["truncated", "mislabelled", "packed"])
+@pytest.mark.parametrize("fault", [few("truncated"), few("mislabelled", True), few("packed")])
 def test_damaged_idx_files(desk: Any, fault: str) -> None:
     images, labels = idx(8, (200, 28, 28), bytes(200 * 784)), idx(8, (200,), bytes(200))
     images = images[:-5] if fault == "truncated" else gzip.compress(images)[:-9] if fault == "packed" else images
@@ -124,7 +131,7 @@ def test_damaged_idx_files(desk: Any, fault: str) -> None:
     done.refused(part, "truncated" if fault == "packed" else fault, ";")
 
 
-@pytest.mark.parametrize("plan", ["serial", pytest.param(GLOO, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("plan", ["serial", few(GLOO)])
 def test_labels_beyond_the_networks_classes(desk: Any, plan: str) -> None:
     labels = np.arange(256) % 10
     labels[100] = 12
@@ -133,6 +140,7 @@ def test_labels_beyond_the_networks_classes(desk: Any, plan: str) -> None:
     done.refused("label 12", "index 100", "10 outputs")
 
 
+@pytest.mark.slow
 def test_samples_that_do_not_fit_the_network(desk: Any) -> None:
     done = desk.run("train", "mlp", "--plan", "serial", "--data", "synthetic:256,20,10")
     done.refused("20", "784")
@@ -155,7 +163,7 @@ def test_no_mpi_still_explores_over_gloo(desk: Any) -> None:
     assert any(r["status"] == "ok" and r["comm"] == "gloo" for r in rows)
 
 
-@pytest.mark.parametrize("plan", ["serial", pytest.param("dp=2,comm=mpi", marks=pytest.mark.slow), GLOO])
+@pytest.mark.parametrize("plan", [few("serial"), few("dp=2,comm=mpi"), GLOO])
 def test_a_loss_that_is_not_a_number_names_its_step(desk: Any, plan: str) -> None:
     nan = """
 def batches():
@@ -167,11 +175,13 @@ def batches():
     done.refused("the loss is nan", "step 6", "rank 0" if plan == "serial" else "rank 1", "lr", rc=1)
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_blows_up(desk: Any) -> None:
     done = desk.run("train", "mlp:784-64-10", "--plan", GLOO, "--lr", 1e12, "--steps", 50)
     done.refused("the loss is", "step", "rank", "lower lr", rc=1)
 
 
+@pytest.mark.slow
 def test_a_long_temporary_folder(desk: Any) -> None:
     long = desk.folder / ("a-folder-of-a-cluster-with-a-long-name" * 3)
     long.mkdir()

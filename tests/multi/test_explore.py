@@ -77,6 +77,7 @@ def test_the_study_and_its_page_are_on_disk(explored: Any) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "study.json"]
 
 
+@pytest.mark.slow
 def test_training_with_the_recommended_command(explored: Any) -> None:
     done, desk = explored
     words = done.document["recommendation"]["command"].split()

@@ -39,7 +39,7 @@ def training(desk: Any, plan: str, *words: object) -> Any:
     return running
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", [pytest.param("mpi", marks=pytest.mark.slow), "gloo"])
 def test_one_rank_raises(desk: Any, transport: str) -> None:
     path = desk.write("bad.py", HALF_BAD.replace("{fault}", 'raise ValueError("bad\\nsample")'))
     done = desk.run("train", path, "--plan", f"dp=2,comm={transport}", "--epochs", 3)
@@ -85,7 +85,7 @@ def test_a_long_step_is_no_stopped_rank(desk: Any) -> None:
     assert len(done.document["losses"]) == 18
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ["mpi", pytest.param("gloo", marks=pytest.mark.slow)])
 def test_the_driver_is_killed(desk: Any, transport: str) -> None:
     running = training(desk, f"dp=2,comm={transport}")
     assert len(desk.ranks(transport)) == 2
@@ -106,9 +106,8 @@ def test_the_driver_is_killed_while_ranks_start(desk: Any, transport: str, wait:
     desk.check_gone(within=30)  # the framework has to be loaded before a rank notices
 
 
-@pytest.mark.parametrize(
-    "plan", ["dp=2,comm=mpi", pytest.param("pp=2,microbatches=4,comm=gloo", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["dp=2,comm=mpi", "pp=2,microbatches=4,comm=gloo"])
 def test_ctrl_c_while_training(desk: Any, plan: str) -> None:
     running = training(desk, plan)
     running.interrupt()
@@ -118,10 +117,11 @@ def test_ctrl_c_while_training(desk: Any, plan: str) -> None:
     desk.check_tidy()
 
 
-def test_ctrl_c_keeps_the_weights_of_the_last_epoch(desk: Any) -> None:
-    running = desk.start("train", "mlp", "--epochs", 1000, "--plan", "serial")
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_ctrl_c_keeps_the_weights_of_the_last_epoch(desk: Any, how: signal.Signals) -> None:
+    running = desk.start("train", "mlp", "--epochs", 1000, "--plan", "dp=2,comm=mpi")
     running.says("epoch 2")
-    os.kill(running.process.pid, signal.SIGTERM)  # as a scheduler does it
+    os.kill(running.process.pid, how)  # SIGTERM: as a scheduler does it
     running.finish(10).refused("interrupted", rc=130)
     assert [p.name for p in (desk.folder / "paraxis-run").iterdir()] == ["weights.safetensors"]
     desk.check_tidy()

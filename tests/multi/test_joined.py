@@ -22,6 +22,7 @@ def test_mpiexec_and_a_proof(desk: Any) -> None:
     assert "Traceback" not in done.err
 
 
+@pytest.mark.slow
 def test_torchrun_and_training(desk: Any) -> None:
     words = ("train", "mlp", "--plan", "dp=2,comm=gloo", "--steps", 40, "--json")
     done = desk.launch(*TORCHRUN, "-m", "paraxis", *words)
@@ -42,6 +43,7 @@ def test_singletons_in_place_of_a_world(desk: Any) -> None:
     done.refused("each is alone", "mpi4py", "mpiexec")
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_among_joined_ones(desk: Any) -> None:
     path = desk.write("bad.py", BAD)
     done = desk.launch(*MPIEXEC, "paraxis", "train", path, "--plan", "dp=2", "--steps", 20, tidy=False)
@@ -50,6 +52,7 @@ def test_a_rank_that_raises_among_joined_ones(desk: Any) -> None:
     assert "Traceback" not in done.err
 
 
+@pytest.mark.slow
 def test_the_users_own_prints_do_not_disturb_the_document(desk: Any) -> None:
     path = desk.write("loud.py", "print('hello from my file')\n" + BAD.replace("100.0", "1.0"))
     done = desk.launch(*MPIEXEC, "paraxis", "train", path, "--plan", "dp=2", "--steps", 20, "--json")

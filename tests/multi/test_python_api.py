@@ -57,6 +57,7 @@ print(json.dumps([proof["passed"], run["losses"], same, moved]))
     assert 1e-3 < moved < 2, "training starts from the weights that the network has"
 
 
+@pytest.mark.slow
 def test_a_study_of_live_objects(desk: Any) -> None:
     said = python(
         desk,

@@ -120,6 +120,7 @@ def test_a_file_with_a_cosine_is_the_loop_by_hand(desk: Any) -> None:
     assert all(torch.allclose(saved[key], value, atol=1e-5) for key, value in net.state_dict().items())
 
 
+@pytest.mark.slow
 def test_weight_averaging_is_the_loop_by_hand_although_it_is_saved_between_two_averages(desk: Any) -> None:
     words = ("--momentum", 0.9, "--lr", 0.3, "--epochs", 3)
     document = train(desk, desk.write("own.py", OWN), "--plan", "dp=2,sync=average@4,comm=gloo", *words)
@@ -143,6 +144,7 @@ def test_a_target_without_anything_to_reach_it_on_is_refused(desk: Any) -> None:
     desk.run("train", *SYNTHETIC, "--plan", "serial", "--target", 0.9).refused("target", "--validation")
 
 
+@pytest.mark.slow
 def test_an_example_file_learns_in_a_pipeline(desk: Any, examples: Path) -> None:
     document = train(desk, examples / "gpt.py", "--plan", "pp=2,microbatches=4,comm=gloo", "--epochs", 4)
     assert len(document["losses"]) == 32

@@ -90,12 +90,15 @@ def test_a_seeded_fault_is_caught_and_placed(desk: Any, name: str) -> None:
         assert re.fullmatch(r"parameter \d+\.(weight|bias) on rank [01]", tensor)
 
 
+@pytest.mark.slow
 def test_a_fault_that_a_plan_cannot_have_is_refused(desk: Any) -> None:
     done = desk.run("verify", "mlp", "--plan", "pp=2,microbatches=2,comm=gloo", "--steps", 1, "--fault", "all-data")
     done.refused("trains on the same share", "needs dp > 1")
 
 
-@pytest.mark.parametrize("plan", ["dp=2,comm=mpi", "pp=2,microbatches=4,comm=gloo"])
+@pytest.mark.parametrize(
+    "plan", [pytest.param("dp=2,comm=mpi", marks=pytest.mark.slow), "pp=2,microbatches=4,comm=gloo"]
+)
 def test_a_transformer_with_dict_batches(desk: Any, examples: Path, plan: str) -> None:
     found = proves(desk, examples / "gpt.py", plan)
     assert "dropout on" in found["note"]
@@ -110,7 +113,7 @@ def test_an_lstm_is_proved_without_its_inner_dropout_and_says_so(desk: Any, exam
     "plan",
     [
         "dp=2,microbatches=2,comm=gloo",
-        "pp=2,microbatches=4,comm=gloo",
+        pytest.param("pp=2,microbatches=4,comm=gloo", marks=pytest.mark.slow),
         pytest.param("microbatches=4", marks=pytest.mark.slow),
         pytest.param("dp=2,comm=mpi", marks=pytest.mark.slow),
         pytest.param("pp=2,microbatches=4,schedule=gpipe,comm=mpi", marks=pytest.mark.slow),
@@ -131,6 +134,7 @@ def test_a_loss_that_couples_samples_is_named(desk: Any) -> None:
     assert "loss() must return sums over samples" in note
 
 
+@pytest.mark.slow
 def test_a_shuffled_loader_and_a_loss_of_ones_own(desk: Any) -> None:
     loader = """
 def batches():

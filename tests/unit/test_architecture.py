@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,16 @@ def place(path: Path) -> str:
     return parts[0] if len(parts) > 1 else path.stem
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imported(path: Path) -> list[str]:
     """Full names of what a file imports, wherever in it."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -74,7 +81,7 @@ def test_no_pickle_and_no_leftovers() -> None:
 def test_sizes() -> None:
     for path in FILES:
         assert path.read_text().count("\n") <= 400, f"{path} is longer than 400 lines"
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.FunctionDef):
                 length = (node.end_lineno or 0) - node.lineno + 1
                 assert length <= 55, f"{path}: {node.name} has {length} lines"
@@ -113,7 +120,7 @@ def test_light_commands_load_no_framework(words: list[str]) -> None:
 def test_schedules_are_short_pure_functions() -> None:
     from paraxis.program import schedules
 
-    tree = ast.parse(Path(schedules.__file__).read_text())
-    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    module = tree(Path(schedules.__file__))
+    names = {node.name for node in module.body if isinstance(node, ast.FunctionDef)}
     assert {function.__name__ for function in schedules.SCHEDULES.values()} == names
-    assert not [node for node in ast.walk(tree) if isinstance(node, (ast.Global, ast.Nonlocal))]
+    assert not [node for node in ast.walk(module) if isinstance(node, (ast.Global, ast.Nonlocal))]

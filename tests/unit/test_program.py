@@ -52,7 +52,7 @@ def golden() -> object:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @given(st.integers(1, 8), st.integers(1, 12), st.data())
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 def test_every_schedule_computes_each_microbatch_once_forward_then_backward(
     name: str, stages: int, microbatches: int, data: st.DataObject
 ) -> None:

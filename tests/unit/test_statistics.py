@@ -36,7 +36,7 @@ def test_more_samples_and_less_certainty_make_an_interval_narrower() -> None:
 
 
 @given(SAMPLES)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_an_interval_lies_within_the_samples_and_holds_their_median(samples: list[float]) -> None:
     low, high = interval(samples)
     assert min(samples) <= low <= high <= max(samples)

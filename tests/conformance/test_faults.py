@@ -1,0 +1,48 @@
+"""Each seeded fault must fail the comparison with the serial run: as another result, or as a stall."""
+
+from pathlib import Path
+
+import pytest
+from test_reference import EXACT, TASKS, WITH_AVERAGE, WRONG, difference, spec_of, trained
+
+from paraxis.errors import ParaxisError
+from paraxis.plan.plan import Plan, parse
+from paraxis.program.faults import FAULTS
+from paraxis.task.spec import TaskSpec
+
+MUTABLE = [
+    *WITH_AVERAGE,
+    *map(parse, ("microbatches=2", "pp=2,schedule=gpipe,microbatches=4", "dp=2,bucket_bytes=64,microbatches=2")),
+    parse("dp=2,pp=2,microbatches=2,sync=average@2"),
+]
+
+
+def fails(spec: TaskSpec, plan: Plan, fault: str) -> bool:
+    """Whether a fault is seen, as another result or as a stall."""
+    try:
+        found = trained(spec, plan, fault)
+    except ParaxisError:
+        return True
+    return difference(spec, plan, found) > WRONG
+
+
+MUTANTS = [(name, plan) for name in FAULTS for plan in MUTABLE if FAULTS[name].needs(plan)]
+
+
+@pytest.mark.parametrize("fault, plan", MUTANTS, ids=lambda value: value if isinstance(value, str) else value.short())
+def test_every_fault_fails_the_comparison(fault: str, plan: Plan, folder: Path) -> None:
+    assert fails(spec_of(folder, "tiny", *TASKS["tiny"]), plan, fault)
+
+
+OWN_LOSS = (parse("dp=2,pp=2,microbatches=2"), parse("dp=2,sync=average@4"))
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "mean-of-sums"])
+def test_every_fault_fails_on_a_loss_of_ones_own(fault: str, folder: Path) -> None:
+    spec = spec_of(folder, "transformer", *TASKS["transformer"])
+    assert fails(spec, next(plan for plan in OWN_LOSS if FAULTS[fault].needs(plan)), fault)
+
+
+def test_a_mean_of_sums_is_no_fault_where_the_weight_travels_with_the_gradients(folder: Path) -> None:
+    spec = spec_of(folder, "transformer", *TASKS["transformer"])
+    assert difference(spec, OWN_LOSS[0], trained(spec, OWN_LOSS[0], "mean-of-sums")) < EXACT
