@@ -173,29 +173,14 @@ FINE: dict[str, Case] = {
         {"optimizer": "adamw", "weight_decay": 0.1, "clip": 0.1},
         ("serial", "dp=2"),
     ),
-}
-# name: (recipe, settings, plan, what is wrong). Strict: once it is right, the case moves up to FINE.
-OPEN: dict[str, tuple[str, Settings, str, str]] = {
-    "shared dropout over segments": (
-        SHARED + LABELS,
-        {},
-        "dp=2,bucket_bytes=16",
-        "Draw.at clears the counts that TorchEngine._draw_at has just taken, since both hold one dict",
-    ),
-    "functional dropout, samples second": (
-        FUNCTIONAL_SECOND,
-        {},
-        "dp=2",
-        "_learn_dimensions runs before modules are tracked, so that calls of F.dropout all go by the name ''",
-    ),
-    "block that begins in place": (BLOCK_IN_PLACE + LABELS, {}, "pp=2,split=1+2", LEAF),
-    "block that begins in place, in buckets": (BLOCK_IN_PLACE + LABELS, {}, "dp=2,bucket_bytes=16", LEAF),
-    "own stage that begins in place": (STAGE_IN_PLACE + LABELS, {}, "pp=2", LEAF),
+    "shared dropout over segments": (SHARED + LABELS, {}, ("dp=2,bucket_bytes=16",)),
+    "functional dropout, samples second": (FUNCTIONAL_SECOND, {}, ("dp=2",)),
+    "block that begins in place": (BLOCK_IN_PLACE + LABELS, {}, ("pp=2,split=1+2", "dp=2,bucket_bytes=16")),
+    "own stage that begins in place": (STAGE_IN_PLACE + LABELS, {}, ("pp=2",)),
     "network that alters its inputs": (
         "def net():\n    return nn.Sequential(nn.ELU(inplace=True), nn.Linear(6, 5), nn.Linear(5, 3))\n",
         {"data": "synthetic:64,6,3,seed=2", "batch": 16},
-        "serial",
-        "trial.check_composition hands the same tensors to the network twice: 'stages do not compose'",
+        ("serial",),
     ),
 }
 
@@ -208,14 +193,6 @@ def differs(folder: Path, name: str, source: str, settings: Settings, plan: str)
 @pytest.mark.parametrize("name, plan", [(name, plan) for name, case in FINE.items() for plan in case[2]])
 def test_odd_networks_compute_what_the_serial_run_computes(name: str, plan: str, folder: Path) -> None:
     source, settings, _ = FINE[name]
-    assert differs(folder, name, source, settings, plan) < EXACT
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=case[3])) for name, case in OPEN.items()]
-)
-def test_odd_networks_that_do_not_compute_it_yet(name: str, folder: Path) -> None:
-    source, settings, plan, _ = OPEN[name]
     assert differs(folder, name, source, settings, plan) < EXACT
 
 

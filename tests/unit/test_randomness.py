@@ -131,17 +131,10 @@ NETWORKS = {
 }
 
 
-def each(reason: str, *amiss: str) -> pytest.MarkDecorator:
-    """Every network; of those named it is known why they fail, and the mark has to go once they do not."""
-    mark = pytest.mark.xfail(strict=True, reason=reason)
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=mark if n in amiss else ()) for n in NETWORKS])
+each = pytest.mark.parametrize("name", NETWORKS)
 
 
-UNTRACKED = "_learn_dimensions runs before modules are tracked: all calls of F.dropout count for the network itself"
-FUNCTIONAL = [n for n in NETWORKS if "F.dropout" in n or "ttention" in n]
-
-
-@each(UNTRACKED, "F.dropout, samples second")
+@each
 def test_slices_of_samples_give_slices_of_the_whole(name: str) -> None:
     net, x = NETWORKS[name](), sequences()
     keyed, forward = prepared(net, x)
@@ -155,7 +148,7 @@ def test_slices_of_samples_give_slices_of_the_whole(name: str) -> None:
     assert not torch.allclose(forward(0, 6), whole), "dropout was on"
 
 
-@each(UNTRACKED, "F.dropout, samples second")
+@each
 def test_a_slice_as_long_as_another_dimension_is_no_exception(name: str) -> None:
     x = sequences(8, 4) if name != "flattened" else sequences(16, 4)
     _, forward = prepared(NETWORKS[name](), x)
@@ -319,16 +312,14 @@ class Recomputed(nn.Module):
 
 
 DRAWN_AGAIN = r"is drawn again in the backward \(activation checkpointing\)"
-REENTRANT = pytest.mark.xfail(strict=True, reason="torch.autograd.grad refuses reentrant checkpointing: RuntimeError")
 
 
-@each("KeyedFunctions does not reach into a backward: a bare CheckpointError", *FUNCTIONAL)
+@each
 def test_recomputed_dropout_is_refused_in_words(name: str) -> None:
     with pytest.raises(TaskError, match=DRAWN_AGAIN):
         prepared(Recomputed(NETWORKS[name]()), sequences())
 
 
-@REENTRANT
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_reentrantly_recomputed_dropout_is_refused_in_words(name: str) -> None:
@@ -343,7 +334,6 @@ class RecomputedFunction(Recomputed):
         return checkpoint(lambda y: F.dropout(self.inner(y), 0.5, self.training), x, use_reentrant=self.reentrant)
 
 
-@pytest.mark.xfail(strict=True, reason="KeyedFunctions does not reach into a backward: other errors, or none")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputed_dropout_between_modules_is_refused_in_words(reentrant: bool) -> None:
     with pytest.raises(TaskError, match=DRAWN_AGAIN):
@@ -351,7 +341,7 @@ def test_recomputed_dropout_between_modules_is_refused_in_words(reentrant: bool)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=REENTRANT)])
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_without_dropout_is_fine(reentrant: bool) -> None:
     keyed, _ = prepared(Recomputed(nn.Linear(8, 8), reentrant), sequences())
     assert keyed == Keyed()

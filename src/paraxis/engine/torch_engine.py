@@ -41,6 +41,7 @@ class TorchEngine:
         cuts = program.segments[self.stage]
         self.segments = [task.chain[first:last] for first, last in cuts]
         self.calls = [[task.callable(layer) for layer in segment] for segment in self.segments]
+        self.altered = [first in task.altering for first, _ in cuts]
         self.hyper = task.hyper()
         unreached = task.keyed.unreached  # an optimiser leaves parameters alone that never get a gradient
         groups = [[p for p in g["params"] if id(p) not in unreached] for g in self.hyper.groups]
@@ -48,7 +49,15 @@ class TorchEngine:
         for p in (p for g in self.hyper.groups for p in g["params"] if id(p) in unreached):
             p.grad = None
         self._keep_own_parameters(task)
-        self.states: list[State] = [{} for _ in self.flat.runs]
+        self.gradients_flat = self.flat.grads[len(self.flat.totals) :]
+        # Cut once: every tensor operation, be it a mere slice, costs microseconds of a step.
+        self.runs: list[tuple[Tensor, Tensor, State, dict[str, Any]]] = [
+            (self.flat.params[a:b], self.gradients_flat[a:b], {}, self.hyper.groups[group])
+            for group, a, b in self.flat.runs
+            if group >= 0
+        ]
+        self.totals = self.flat.totals
+        self.rule: Callable[..., None] | None = RULES.get(self.hyper.rule)
         self.unit = torch.ones((), dtype=task.dtype, device=self.flat.params.device)
         self.norm = torch.zeros(1, dtype=torch.float64)
         self.score = torch.zeros(3, dtype=torch.float64)
@@ -98,7 +107,7 @@ class TorchEngine:
             self.loss_sum += loss.item()
             self.loss_weight += float(weight)
             if not self.known_weight:
-                self.flat.totals[0], self.flat.totals[1] = self.loss_sum, self.loss_weight
+                self.totals[0], self.totals[1] = self.loss_sum, self.loss_weight
         else:
             outputs = leaves(x)
             self.stash[segment, microbatch] = entering, outputs
@@ -114,12 +123,16 @@ class TorchEngine:
         """(what a segment is called with, its tensors that collect a gradient)."""
         if segment == 0 and self.stage == 0:
             batch = self.batches[microbatch] if self.last_stage else self.batches.pop(microbatch)
-            return self.task.recipe.inputs(batch), []
+            inputs = self.task.recipe.inputs(batch)
+            return map_nest(inputs, Tensor.clone) if self.altered[0] else inputs, []
         if segment == 0:
             nest = self.arrived.pop(microbatch)
         else:
             nest = map_nest(self.between.pop((segment, microbatch)), _leaf)
-        return nest, [t for t in leaves(nest) if t.requires_grad]
+        entering = [t for t in leaves(nest) if t.requires_grad]
+        if self.altered[segment]:  # its first layer works in place, which a leaf does not bear
+            nest = map_nest(nest, lambda t: t.clone() if t.requires_grad else t)
+        return nest, entering
 
     def backward(self, segment: int, microbatch: int) -> None:
         """B of one segment: adds to the flat gradients, and hands the input's gradient on."""
@@ -202,7 +215,7 @@ class TorchEngine:
     def _boundary(self, program: Program) -> Boundary:
         """Run the layers in front once, on one microbatch, to learn the shapes that will arrive; also of the exit."""
         task = self.task
-        batch = task.train.share(0, 0, self.slice_size)
+        batch = map_nest(task.train.share(0, 0, self.slice_size), Tensor.clone)
         self.draw.at(0, 0, self.slice_size)
         x = task.recipe.inputs(batch)
         entry = exit_ = Boundary(x, ())
@@ -228,7 +241,7 @@ class TorchEngine:
             return self.flat.gradients(bucket)
         return {
             "params": self.flat.params,
-            "totals": self.flat.totals,
+            "totals": self.totals,
             "score": self.score,
             "norm": self.norm,
             "statistics": self.collected,
@@ -242,11 +255,11 @@ class TorchEngine:
 
     def scale(self) -> float:
         """1 / the weight of the batch that the gradients sum over."""
-        return 1.0 / (self.known_weight or max(float(self.flat.totals[1]), 1e-30))
+        return 1.0 / (self.known_weight or max(float(self.totals[1]), 1e-30))
 
     def gradient_norm(self) -> None:
         """Square of the gradient's norm on this stage."""
-        gradients = self.flat.grads[len(self.flat.totals) :]
+        gradients = self.gradients_flat
         self.norm[0] = float(torch.dot(gradients, gradients)) * self.scale() ** 2
 
     def update(self) -> None:
@@ -255,16 +268,12 @@ class TorchEngine:
         clip = self.task.spec.clip
         if clip is not None:
             scale *= min(1.0, clip / (float(self.norm[0]) ** 0.5 + 1e-6))
-        gradients = self.flat.grads[len(self.flat.totals) :]
-        if self.hyper.rule == "native" and self.hyper.optimizer is not None:
-            gradients.mul_(scale)
+        if self.rule is not None:
+            for weights, gradients, state, group in self.runs:
+                self.rule(weights, gradients, state, group, scale)
+        elif self.hyper.optimizer is not None:
+            self.gradients_flat.mul_(scale)
             self.hyper.optimizer.step()
-        else:
-            rule: Callable[..., None] = RULES[self.hyper.rule]
-            groups = self.hyper.groups
-            for (group, first, last), state in zip(self.flat.runs, self.states, strict=True):
-                if group >= 0:
-                    rule(self.flat.params[first:last], gradients[first:last], state, groups[group], scale)
         self.hyper.advance()
         if self.last_stage:
             self.losses.append((self.loss_sum, self.loss_weight))
@@ -326,7 +335,7 @@ class TorchEngine:
 
     def bytes_held(self) -> int:
         """Bytes of the flat buffers and the optimiser's state."""
-        kept = [self.flat.params, self.flat.grads, *(t for state in self.states for t in state.values())]
+        kept = [self.flat.params, self.flat.grads, *(t for run in self.runs for t in run[2].values())]
         return sum(t.nbytes for t in kept)
 
 

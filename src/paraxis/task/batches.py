@@ -17,6 +17,7 @@ from paraxis.task.data import Arrays
 from paraxis.task.randomness import splitmix64
 
 Nest = Any
+BLOCK_BYTES = 4 << 20  # of samples gathered at once
 
 
 class Source(Protocol):
@@ -43,26 +44,48 @@ class ArraySource:
         self.batch, self.size, self.seed, self.dtype, self.shuffled = batch, size, seed, dtype, shuffled
         self.steps_per_epoch: int = size // batch if shuffled else -(-size // batch)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-
-    def indices(self, step: int, first: int, count: int) -> Tensor:
-        """Which samples of the data set: int64 (count,); beyond the end of an unshuffled set, its last one."""
-        if not self.shuffled:
-            start = step * self.batch + first
-            return torch.arange(start, start + count).clamp_(max=self.size - 1)
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            rng = np.random.default_rng(splitmix64(self.seed) ^ epoch)
-            self._epoch, self._order = epoch, torch.from_numpy(rng.permutation(self.size))
-        start = within * self.batch + first
-        return self._order[start : start + count]
+        self._blocks: dict[tuple[int, int, bool, bool], tuple[tuple[int, int], list[Nest]]] = {}
 
     def share(self, step: int, first: int, count: int, inputs: bool = True, targets: bool = True) -> Nest:
-        """(inputs, targets) as tensors, None for what is not asked for."""
-        index = self.indices(step, first, count)
-        x = self.inputs.index_select(0, index) if inputs else None
-        if x is not None:
-            x = x.to(self.dtype).div_(255) if x.dtype == torch.uint8 else x.to(self.dtype)
+        """(inputs, targets) as tensors, None for what is not asked for.
+
+        Training samples are gathered for some steps at once and handed out as views: a gather a step costs more.
+        """
+        if not self.shuffled:
+            start = step * self.batch + first
+            return self._gather(torch.arange(start, start + count).clamp_(max=self.size - 1), inputs, targets)
+        epoch, within = divmod(step, self.steps_per_epoch)
+        steps = self._steps_at_once(count)
+        key = first, count, inputs, targets
+        name = epoch, within // steps
+        if key not in self._blocks or self._blocks[key][0] != name:
+            begin = within // steps * steps
+            chosen = self._epoch_order(epoch)[begin : begin + steps, first : first + count]
+            x, y = self._gather(chosen.reshape(-1), inputs, targets)
+            none = (None,) * len(chosen)
+            pieces = zip(none if x is None else x.split(count), none if y is None else y.split(count), strict=True)
+            self._blocks[key] = name, list(pieces)
+        return self._blocks[key][1][within % steps]
+
+    def _steps_at_once(self, count: int) -> int:
+        return max(1, min(64, BLOCK_BYTES // max(1, 4 * count * self.inputs[0].numel())))
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        """Indices of every step of an epoch: int64 (steps, batch)."""
+        if epoch != self._epoch:
+            order = np.random.default_rng(splitmix64(self.seed) ^ epoch).permutation(self.size)
+            self._epoch = epoch
+            self._order = torch.from_numpy(order[: self.steps_per_epoch * self.batch]).view(-1, self.batch)
+        return self._order
+
+    def _gather(self, index: Tensor, inputs: bool, targets: bool) -> tuple[Tensor | None, Tensor | None]:
+        x = self._floats(self.inputs.index_select(0, index)) if inputs else None
         return x, self.targets.index_select(0, index) if targets else None
+
+    def _floats(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.uint8:
+            return x.to(self.dtype)
+        return x.div(255) if self.dtype == torch.float32 else x.to(self.dtype).div_(255)
 
     def valid(self, step: int, first: int, count: int) -> int:
         """How many of them are no padding."""

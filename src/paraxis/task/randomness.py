@@ -97,7 +97,7 @@ class Draw:
     def at(self, step: int, first: int, samples: int) -> None:
         """Move to a microbatch."""
         self.step, self.first, self.samples = step, first, samples
-        self.calls.clear()
+        self.calls = {}
 
     def dropout(self, x: Tensor, p: float, name: str) -> Tensor:
         """x with the task's own mask for the layer `name`; raises TaskError where a mask cannot be told."""
@@ -217,8 +217,13 @@ def key_randomness(net: nn.Module, draw: Draw, run: Callable[[int], Tensor], sam
             if type(layer) is nn.Dropout:
                 setattr(module, child, KeyedDropout(layer.p, f"{name}.{child}".strip("."), draw).train(layer.training))
     functions = KeyedFunctions(draw)
-    with torch.no_grad(), functions:
-        _learn_dimensions(draw, run, samples)
+    handles = [handle for name, module in net.named_modules() for handle in track(module, name, draw)]
+    try:
+        with torch.no_grad(), functions:
+            _learn_dimensions(draw, run, samples)
+    finally:
+        for handle in handles:
+            handle.remove()
     found, unreached = _random_places(net, draw, functions, run, samples)
     modules = dict(net.named_modules())
     for name in found:
@@ -277,11 +282,17 @@ def _random_places(
             loss = run(samples)
         look()
         draw.backward = True
-        gradients = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else ()
+        # autograd.grad refuses reentrant checkpointing; the mode does not reach into a backward, the names in F do
+        with patch.multiple(F, dropout=functions._dropout, scaled_dot_product_attention=functions._attention):
+            if loss.requires_grad:
+                loss.backward()
+        unreached = {id(p) for p in trained if p.grad is None} if loss.requires_grad else set()
         if _generators() != last and functions.used:
             raise TaskError(RECOMPUTED.format("this network"))
     finally:
         draw.backward = False
+        for p in trained:
+            p.grad = None
         for handle in handles:
             handle.remove()
-    return found, {id(p) for p, g in zip(trained, gradients, strict=False) if g is None}
+    return found, unreached

@@ -43,6 +43,7 @@ class Task:
     spread: bool = False  # layers are the user's stages, or the whole network
     names: dict[int, str] = field(default_factory=dict)  # id(parameter) -> its name in the state_dict
     weight_in_data: bool = False  # only the loss function knows a batch's weight
+    altering: frozenset[int] = frozenset()  # places of layers that change their input
 
     @property
     def batch(self) -> int:
@@ -156,7 +157,7 @@ def make_task(
     task = Task(spec, recipe, net, chain, cuttable, train, test, validation, dtype, draw, keyed, notes, spread, names)
     draw.at(0, 0, count)
     if len(chain) > 1 or "stages" in recipe.own:
-        check_composition(net, recipe, chain, task.call, names, batch)
+        task.altering = check_composition(net, recipe, chain, task.call, names, batch)
     task.weight_in_data = "loss" in recipe.own or any(t.is_floating_point() for t in leaves(_targets(batch)))
     return task
 

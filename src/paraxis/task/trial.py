@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from paraxis.errors import TaskError
-from paraxis.task.batches import Nest, leaves
+from paraxis.task.batches import Nest, leaves, map_nest
 from paraxis.task.data import Data, check_fits
 from paraxis.task.recipe import Recipe
 
@@ -35,7 +35,7 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 def try_forward(net: nn.Module, recipe: Recipe, batch: Nest, data: Data | None) -> None:
     """One forward; the labels of data in memory must be among the network's outputs. Raises TaskError."""
-    inputs = recipe.inputs(batch)
+    inputs = recipe.inputs(_copy(batch))
     try:
         with evaluating(net):
             output = apply(net, inputs)
@@ -65,13 +65,19 @@ def check_composition(
     call: Callable[[nn.Module, Any], Any],
     names: dict[int, str],
     batch: Nest,
-) -> None:
-    """The stages must compose to the network (in eval mode, so that nothing random differs) and hold all parameters."""
+) -> frozenset[int]:
+    """The stages must compose to the network (in eval mode, so that nothing random differs) and hold all parameters.
+
+    Returns the places of layers that change their input.
+    """
+    altering = set()
     with evaluating(net):
-        whole = apply(net, recipe.inputs(batch))
-        x = recipe.inputs(batch)
-        for layer in chain:
+        whole = apply(net, recipe.inputs(_copy(batch)))
+        x = recipe.inputs(_copy(batch))
+        for place, layer in enumerate(chain):
+            given = [(t, t._version) for t in leaves(x)]
             x = call(layer, x)
+            altering |= {place for t, version in given if t._version != version}
     pairs = list(zip(leaves(whole), leaves(x), strict=False))
     same = len(leaves(whole)) == len(leaves(x)) and all(a.shape == b.shape for a, b in pairs)
     worst = max((float((a - b).abs().max()) for a, b in pairs if a.is_floating_point()), default=0.0) if same else 0.0
@@ -82,6 +88,11 @@ def check_composition(
     lost = [name for key, name in names.items() if key not in used]
     if lost:
         raise TaskError(f"{recipe.name}: parameter {lost[0]} of net is in none of its stages")
+    return frozenset(altering)
+
+
+def _copy(batch: Nest) -> Nest:
+    return map_nest(batch, Tensor.clone)
 
 
 def running(module: nn.Module) -> list[Tensor]:
