@@ -1,5 +1,6 @@
 """What a resident rank can be asked to do. Each duty takes (request, blob, tell) and returns its answer."""
 
+import gc
 import math
 import os
 import time
@@ -161,6 +162,8 @@ class Duties:
         if fault and self.rank == plan.mesh.size - 1:
             fault.spoil(engine)
         running.rank = Rank(program, self.rank, engine, world)
+        gc.collect()
+        gc.freeze()  # what lives as long as this rank need not be looked at again in the middle of a chunk
         return {"program": program.digest(), "bytes": engine.bytes_held(), "batch": digest(task.train)}
 
     def measure(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
