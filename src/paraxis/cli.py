@@ -19,12 +19,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from paraxis import __version__
-from paraxis.errors import ParaxisError, TaskError
+from paraxis.errors import ParaxisError
 from paraxis.run.joined import JoinedPool, join, launched
 from paraxis.session import Tell
 
 app = App(
-    name="paraxis", version=__version__, help="Explore, prove, measure and use parallel plans for a neural network."
+    name="paraxis",
+    version=__version__,
+    help="Explore, prove, measure and use parallel plans for a neural network.",
+    suppress_keyboard_interrupt=False,
 )
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 STUDY = Path("paraxis-study")
@@ -111,8 +114,6 @@ def explore(
     if schema:
         print(json.dumps(Study.model_json_schema(), indent=1))
         return 0
-    if budget <= 0 or (workers is not None and workers < 1):
-        raise TaskError(f"budget={budget:g}, workers={workers}: both must be above 0")
     from paraxis.experiment import explore_task, save_to
     from paraxis.session import writable
 
@@ -373,8 +374,19 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("interrupted; what was finished is kept")
         code = 130
-    sys.stdout.flush()
+    except BrokenPipeError:
+        code = _reader_gone()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _reader_gone()
     sys.exit(code)
+
+
+def _reader_gone() -> int:
+    """Whoever read our output has closed it: nothing more can be said there."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def _fail(text: str) -> None:

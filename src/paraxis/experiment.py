@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from paraxis import __version__
-from paraxis.errors import MissingError, ParaxisError
+from paraxis.errors import MissingError, ParaxisError, TaskError
 from paraxis.measure import records
 from paraxis.measure.breakdown import Trace, bound_by, events, replay, split, timelines
 from paraxis.measure.machine import ForeignLoad, describe, usable_cores
@@ -80,6 +80,8 @@ def explore_task(
 
     Raises TaskError for a task that cannot be trained at all; a plan that fails is a row, not an error.
     """
+    if not budget > 0 or (workers is not None and workers < 1):
+        raise TaskError(f"budget={budget:g}, workers={workers}: both must be above 0")
     clock = Clock(budget - min(REPORTING, 0.2 * budget))
     count = workers or (joined.size if joined else usable_cores())
     comms = (joined.transport,) if joined else comms

@@ -66,6 +66,8 @@ def train_task(
             raise PlanError(missing[plan.comm])
         facts = session.known()
         total = length.total(facts.steps_per_epoch)
+        if length.target is not None and not (facts.has_test or spec.validation):
+            raise TaskError("target: there is no test set to reach it on; add --validation 0.1 or leave it out")
         if spec.lr_schedule == "cosine" and not spec.horizon:
             session.respec(spec.model_copy(update={"horizon": total}))
         plan = session.settled(plan)

@@ -96,8 +96,8 @@ def share_line(comm: MpiComm, line: bytes | None) -> bytes:
 def gather_lines(comm: MpiComm, line: bytes) -> list[bytes]:
     """Every rank's bytes, on every rank."""
     _sleep_until_all(comm)
-    sizes = torch.zeros(comm.size, dtype=torch.int64)
-    comm.comm.Allgather(_numbers(torch.tensor([len(line)])), _numbers(sizes))
+    mine, sizes = torch.tensor([len(line)]), torch.zeros(comm.size, dtype=torch.int64)
+    comm.comm.Allgather(_numbers(mine), _numbers(sizes))
     counts = [int(n) for n in sizes]
     buffer = bytearray(sum(counts))
     comm.comm.Allgatherv([line, MPI.BYTE], [buffer, counts, MPI.BYTE])

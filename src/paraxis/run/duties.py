@@ -297,11 +297,10 @@ class Duties:
             return out
         engine = running.rank.engine
         out, engine.losses = engine.losses, []
-        for loss, _ in out:
+        for number, (loss, _) in enumerate(out, running.rank.done - len(out) + 1):
             if not math.isfinite(loss):
-                step = running.rank.done - len(out)
                 raise TaskError(
-                    f"the loss is {loss} on rank {self.rank} after step {step}: lower lr, or clip the gradients"
+                    f"the loss is {loss} on rank {self.rank} in step {number}: lower lr, or clip the gradients"
                 )
         return out
 

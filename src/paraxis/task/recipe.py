@@ -79,7 +79,7 @@ def _load(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskError(f"{path.name} cannot be imported: {type(error).__name__}: {_one_line(error)}") from error
     finally:
         sys.path.remove(str(path.parent))

@@ -189,7 +189,7 @@ def _build_net(recipe: Recipe) -> nn.Module:
         net = recipe.net()
     except TaskError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskError(f"{recipe.name}: net() failed: {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(net, nn.Module):
         raise TaskError(f"{recipe.name}: net() must return an nn.Module, not {type(net).__name__}")
