@@ -5,6 +5,7 @@ class ParaxisError(Exception):
     """Base of all errors whose message is meant for the user; `exit_code` is the command line's."""
 
     exit_code = 2
+    step: int | None = None  # the optimiser step in which it showed, where there is one
 
 
 class TaskError(ParaxisError, ValueError):

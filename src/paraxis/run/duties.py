@@ -299,9 +299,11 @@ class Duties:
         out, engine.losses = engine.losses, []
         for number, (loss, _) in enumerate(out, running.rank.done - len(out) + 1):
             if not math.isfinite(loss):
-                raise TaskError(
-                    f"the loss is {loss} on rank {self.rank} in step {number}: lower lr, or clip the gradients"
+                error = TaskError(
+                    f"the loss is {loss} on rank {self.rank} in step {number}: lower lr or clip gradients"
                 )
+                error.step = number
+                raise error
         return out
 
     def _state(self, running: Running) -> dict[str, Tensor]:

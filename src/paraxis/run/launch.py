@@ -116,15 +116,12 @@ class Pool:
     def _raise(self, failures: dict[int, dict[str, Any]], asked: int) -> None:
         """All alike and ours: the request was at fault. Otherwise a rank is."""
         texts = {f["text"] for f in failures.values()}
-        first = min(failures)
+        first = min(failures, key=lambda r: (not failures[r]["ours"], failures[r]["step"] or 1 << 62, r))
         if len(failures) == asked and len(texts) == 1 and failures[first]["ours"]:
             kind = getattr(errors, failures[first]["type"], ParaxisError)
             raise kind(failures[first]["text"])
         self.kill()
-        ours = next((f for f in failures.values() if f["ours"]), None)
-        raise RankError(
-            f"rank {first} of {self.size} over {self.transport} failed: {(ours or failures[first])['text']}"
-        )
+        raise RankError(f"rank {first} of {self.size} over {self.transport} failed: {failures[first]['text']}")
 
     def _fail(self, rank: int) -> None:
         """A line has closed: find out why, end the others, raise RankError."""

@@ -125,6 +125,7 @@ def _describe(error: Exception) -> Answer:
     ours = isinstance(error, ParaxisError)
     text = str(error) if ours else " ".join(str(error).split())[:400]
     return {
+        "step": getattr(error, "step", None),
         "type": type(error).__name__,
         "text": text if ours else f"{type(error).__name__}: {text}{where}",
         "ours": ours,
