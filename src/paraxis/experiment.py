@@ -86,6 +86,7 @@ def explore_task(
     count = workers or (joined.size if joined else usable_cores())
     comms = (joined.transport,) if joined else comms
     with open_session(spec, objects, dict.fromkeys(comms, count), joined, tell) as session:
+        session.patience = max(60.0, budget)  # beyond it, ranks wait for each other: no plan may cost more than all
         missing = session.begin(("solo", *(comms if count > 1 else ())))
         facts = session.known()
         study = _empty(spec, session, count)

@@ -1,5 +1,6 @@
 """What explore, verify and train share: the task, its facts, and resident ranks of each transport, started once."""
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ class Session:
     starting: dict[str, Starting] = field(default_factory=dict)
     facts: Facts | None = None
     quiet: bool = True
+    patience: float = math.inf  # seconds a request may take
     oracles: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
 
     def known(self) -> Facts:
@@ -64,6 +66,8 @@ class Session:
                 made = self._start(transport).join()
             blob = cloudpickle.dumps(self.objects) if self.objects else b""
             made.ask(task_request(self.spec), range(made.size), blob=blob)
+            if isinstance(made, Pool):
+                made.patience = self.patience
             self.pools[transport] = pool = made
         return pool
 

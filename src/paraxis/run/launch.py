@@ -6,6 +6,7 @@ when the driver ends, and the driver notices when it dies, raises or falls silen
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
@@ -37,7 +38,7 @@ GRACE = 2.0  # seconds that ranks have to answer after one of them has failed
 
 @dataclass
 class Pool:
-    """Resident ranks of one transport; `lines[r]` is rank r's."""
+    """Resident ranks of one transport; `lines[r]` is rank r's. `patience`: seconds any request may take."""
 
     transport: str
     size: int
@@ -47,6 +48,7 @@ class Pool:
     log: Path
     folder: tempfile.TemporaryDirectory[str]
     facts: dict[str, Any] = field(default_factory=dict)
+    patience: float = math.inf
 
     def ask(
         self,
@@ -78,18 +80,19 @@ class Pool:
         answers: dict[int, Any] = {}
         failures: dict[int, dict[str, Any]] = {}
         heard = dict.fromkeys(chosen, time.monotonic())  # of ranks that still owe an answer
+        end = time.monotonic() + self.patience
         with selectors.DefaultSelector() as selector:
             for rank in chosen:
                 selector.register(self.lines[rank], selectors.EVENT_READ, rank)
             while len(answers) + len(failures) < len(chosen):
                 longest = GRACE if failures else limit
                 silent = min(heard, key=lambda rank: heard[rank])
-                wait = heard[silent] + longest - time.monotonic()
-                events = selector.select(max(0.0, wait))
+                wait = min(heard[silent] + longest, end) - time.monotonic()
+                events = selector.select(max(0.0, min(wait, 1e6)))
                 if not events and failures:
                     break
                 if not events:
-                    self._silent(silent, limit)
+                    self._silent(silent, limit, time.monotonic() >= end)
                 for key, _ in events:
                     message, blob = self._read(key.data)
                     if "news" in message:
@@ -142,12 +145,14 @@ class Pool:
         name = signal.Signals(int(found[1])).name if found and found[1] else found[0] if found else ""
         return f"was killed by {name}" if name else "died without a word (out of memory?)"
 
-    def _silent(self, rank: int, limit: float) -> None:
+    def _silent(self, rank: int, limit: float, late: bool) -> None:
         try:
             state = psutil.Process(self.pids[rank]).status()
         except psutil.Error:
             state = "gone"
         self.kill()
+        if late:
+            raise RankError(f"{self.size} ranks over {self.transport} did not finish in {self.patience:.0f} s")
         hint = "; it is stopped (SIGSTOP): continue it with kill -CONT, or start again" if state == "stopped" else ""
         raise RankError(f"rank {rank} of {self.size} over {self.transport} gave no sign for {limit:.0f} s{hint}")
 
