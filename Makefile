@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PARAXIS = .venv/bin/paraxis
 
-.PHONY: explore test slow lint bench clean
+.PHONY: explore test slow lint bench clean sanitize
 
 explore: .venv/installed
 	$(PARAXIS) explore cnn $(ARGS)
@@ -22,10 +22,14 @@ bench: .venv/installed
 	.venv/bin/python benchmarks/versus_peers.py $(ARGS)
 
 # Rebuilt only when what is to be installed changes; the package itself is editable.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mpi,test]'
 	touch $@
 
 clean:
 	rm -rf .venv build paraxis-study
+
+# AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer on the native runtime; a seeded race must be found.
+sanitize:
+	csrc/tests/sanitize.sh

@@ -38,7 +38,7 @@ def explore(
     *,
     workers: int | None = None,
     budget: float = 60.0,
-    comms: tuple[str, ...] = ("mpi", "gloo"),
+    comms: tuple[str, ...] = ("openmp", "mpi", "gloo"),
     out: str | Path | None = None,
     tell: Tell = silent,
     **settings: Any,

@@ -72,6 +72,7 @@ class TaskOptions:
 
 
 DEFAULT = TaskOptions()
+COMMS = {"all": ("openmp", "mpi", "gloo"), "native": ("openmp",), "torch": ("mpi", "gloo")}  # of every engine
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON document on standard output.")]
 
 
@@ -88,7 +89,7 @@ def explore(
     *,
     workers: int | None = None,
     budget: float = 60.0,
-    engine: Literal["torch"] = "torch",
+    engine: Literal["all", "native", "torch"] = "all",
     out: Path = STUDY,
     schema: Annotated[bool, Parameter(negative="")] = False,
     json_: Json = False,
@@ -104,6 +105,8 @@ def explore(
         Explore plans for 1, 2, 4 ... so many workers (default: usable cores).
     budget
         Seconds for all of it, start-up included.
+    engine
+        native: our C++ on OpenMP threads; torch: PyTorch, over MPI and Gloo.
     out
         Folder for study.json and report.html.
     schema
@@ -120,7 +123,7 @@ def explore(
     spec = _spec(network, task)
     save = save_to(writable(out))
     with _ranks() as joined, _progress(json_) as tell:
-        study = explore_task(spec, {}, workers, budget, ("mpi", "gloo"), tell, save, joined)
+        study = explore_task(spec, {}, workers, budget, COMMS[engine], tell, save, joined)
     from paraxis.report.page import write as write_page
 
     page = write_page(study, out)
@@ -259,7 +262,7 @@ def _choose(plan: str, spec: Any, tell: Tell, joined: JoinedPool | None) -> Any:
     if known is None:
         from paraxis.experiment import explore_task
 
-        study = explore_task(spec, {}, None, 30.0, ("mpi", "gloo"), tell, lambda _: None, joined)
+        study = explore_task(spec, {}, None, 30.0, COMMS["all"], tell, lambda _: None, joined)
         known = study.recommendation.plan if study.recommendation else "serial"
     tell(f"best plan: {parse(known).short()}", -2)
     return parse(known)

@@ -85,9 +85,10 @@ def explore_task(
     clock = Clock(budget - min(REPORTING, 0.2 * budget))
     count = workers or (joined.size if joined else usable_cores())
     comms = (joined.transport,) if joined else comms
-    with open_session(spec, objects, dict.fromkeys(comms, count), joined, tell) as session:
+    started = [comm for comm in comms if comm != "openmp" and count > 1]
+    with open_session(spec, objects, dict.fromkeys(started, count), joined, tell) as session:
         session.patience = max(60.0, budget)  # beyond it, ranks wait for each other: no plan may cost more than all
-        missing = session.begin(("solo", *(comms if count > 1 else ())))
+        missing = session.begin(("solo", *started))
         facts = session.known()
         study = _empty(spec, session, count)
         study.notes += facts.notes
@@ -124,7 +125,7 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
     for plan in space(workers, layers, comms):
         row = Row(plan, plan.text(), _blank(plan))
         try:
-            if plan.comm in missing and plan.mesh.size > 1:
+            if plan.comm in missing and plan.processes > 1:
                 raise MissingError(missing[plan.comm])
             row.plan = session.settled(plan)
             row.result.program = session.program(row.plan).digest()
@@ -196,7 +197,7 @@ def _prove_row(session: Session, row: Row) -> None:
 def _lost(session: Session, rows: list[Row], fallen: Row) -> None:
     """Ranks have died: what was set up on them must be set up again before it can be measured."""
     for row in rows:
-        same = row.plan.comm == fallen.plan.comm and row.plan.mesh.size > 1
+        same = row.plan.comm == fallen.plan.comm and row.plan.processes == fallen.plan.processes
         if row is not fallen and row.live and row.steps > 1 and same:
             session.setup(row.key, row.plan)
 
@@ -241,7 +242,7 @@ def _measure(session: Session, rows: list[Row], clock: Clock, study: Study) -> N
                 continue
             row.times[rounds] = answers[0]["seconds"] / row.steps
             traces = zip(*(a["traces"] for a in answers), strict=True)
-            row.traces = [*row.traces[-9:], *((same[0][0], [t[1] for t in same]) for same in traces)]
+            row.traces = [*row.traces[-9:], *((same[0][0], [r for t in same for r in t[1]]) for same in traces)]
         foreign.append(load.cores())
         rounds += 1
     study.machine.foreign_cores = round(median(foreign), 2) if foreign else None
@@ -284,10 +285,11 @@ def _publish(study: Study, session: Session, today: Row, rows: list[Row], save: 
     study.today = today.result if today.times else None
     serial = [row for row in rows if row.plan.mesh.size == 1 and row.times]
     best = min([r for r in (*serial, today) if r.times], key=lambda r: median(r.times.values()), default=None)
-    one = next((row for row in serial if row.plan.threads == 1), None)
+    ones = {row.plan.engine: row for row in serial if row.plan.threads == 1}
     if best is not None:
         study.baseline = Baseline(plan=best.result.plan, step_seconds=seconds(list(best.times.values())))
     for row in (today, *rows):
+        one = ones.get("native" if row.plan.engine == "native" else "torch")
         _derive(row, session, today, best, one, study.task["batch"])
     study.recommendation = recommend(study, {row.result.plan: row.times for row in (today, *rows)})
     save(study)

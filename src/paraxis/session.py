@@ -95,7 +95,7 @@ class Session:
 
     def home(self, plan: Plan) -> AnyPool:
         """The pool on which a plan runs."""
-        if plan.mesh.size == 1:
+        if plan.processes == 1:
             return self.pool("solo")
         pool = self.pool(plan.comm)
         if plan.mesh.size > pool.size:
@@ -111,7 +111,7 @@ class Session:
 
     def home_alive(self, plan: Plan) -> bool:
         """Whether the ranks of a plan still live."""
-        pool = self.pools.get("solo" if plan.mesh.size == 1 else plan.comm)
+        pool = self.pools.get("solo" if plan.processes == 1 else plan.comm)
         return pool is not None and pool.alive()
 
     def settled(self, plan: Plan) -> Plan:
@@ -136,9 +136,9 @@ class Session:
 
     def setup(self, key: str, plan: Plan, dtype: str = "float32", fault: str | None = None) -> list[Any]:
         """Set a plan up on all its ranks under a key."""
-        cpus = pinning(plan.mesh.size, plan.threads, self.quiet)
+        cpus = pinning(plan.processes, plan.threads, self.quiet) if plan.comm != "openmp" else []
         request = {"do": "setup", "key": key, "plan": plan.text(), "dtype": dtype, "cpus": cpus, "fault": fault}
-        answers = self.home(plan).ask(request, range(plan.mesh.size))
+        answers = self.home(plan).ask(request, range(plan.processes))
         seen = {a["batch"] for a in answers} | ({self.known().first_batch} if dtype == "float32" else set()) - {0}
         if len(seen) > 1 and plan.engine != "plain":
             raise TaskError(
@@ -148,8 +148,8 @@ class Session:
         return answers
 
     def ask(self, key: str, plan: Plan, request: dict[str, Any]) -> list[Any]:
-        """Ask all ranks of a plan that has been set up."""
-        return self.home(plan).ask(request | {"key": key}, range(plan.mesh.size))
+        """Ask all processes of a plan that has been set up."""
+        return self.home(plan).ask(request | {"key": key}, range(plan.processes))
 
     def oracle(self, plan: Plan, steps: int, dtype: str, groups: int = 0) -> dict[str, Any]:
         """What a plan is proved against, made once: the serial run's losses, weights file and largest change."""

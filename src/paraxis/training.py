@@ -55,10 +55,10 @@ def train_task(
     joined: JoinedPool | None = None,
 ) -> dict[str, Any]:
     """Train and return {plan, epochs, losses, test, weights, seconds}; raises PlanError, TaskError, RankError."""
-    if joined and joined.size != plan.mesh.size:
-        raise PlanError(f"{plan.short()} fills {plan.mesh.size} of the {joined.size} ranks that were started")
+    if joined and joined.size != plan.processes:
+        raise PlanError(f"{plan.short()} fills {plan.processes} of the {joined.size} ranks that were started")
     check_batch(spec, plan)
-    sizes = {plan.comm: plan.mesh.size} if plan.comm else {}
+    sizes = {plan.comm: plan.processes} if plan.processes > 1 else {}
     writable(out)
     with open_session(spec, objects, sizes, joined, tell) as session:
         missing = session.begin(("solo", *sizes))
@@ -123,7 +123,7 @@ def _steps(session: Session, plan: Plan, count: int, done: int, total: int) -> l
         session.tell("training", (done + count - message["left"]) / total)
 
     request = {"do": "train", "key": "train", "steps": count}
-    answers = pool.ask(request, range(plan.mesh.size), news=news)
+    answers = pool.ask(request, range(plan.processes), news=news)
     return mean_losses([a["losses"] for a in answers])
 
 
@@ -137,12 +137,12 @@ def _score(session: Session, plan: Plan, which: str) -> dict[str, float]:
 
 def _save(session: Session, plan: Plan, out: Path) -> Path:
     """One plain state_dict from the parts of all stages; written whole or not at all."""
-    if plan.dp > 1 and not plan.exact:
-        ranks = list(range(plan.mesh.size))  # replicas agree before they are saved, which takes all of them
+    if plan.processes == 1 or (plan.dp > 1 and not plan.exact):
+        ranks = list(range(plan.processes))  # replicas agree before they are saved, which takes all of them
     else:
         ranks = [plan.mesh.rank(0, stage) for stage in range(plan.pp)]
     state: dict[str, Any] = {}
-    parts = [str(session.folder / f"part-{rank}.safetensors") for rank in range(plan.mesh.size)]
+    parts = [str(session.folder / f"part-{rank}.safetensors") for rank in range(plan.processes)]
     session.home(plan).ask({"do": "save", "key": "train", "files": parts}, ranks)
     for rank in ranks:
         state |= load_file(parts[rank])

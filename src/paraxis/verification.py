@@ -5,7 +5,7 @@ from typing import Any
 from paraxis.errors import PlanError, TaskError
 from paraxis.measure.machine import usable_cores
 from paraxis.plan.plan import Plan, parse
-from paraxis.plan.space import space
+from paraxis.plan.space import TRANSPORTS, space
 from paraxis.proof import Proof, prove, prove_or_tell
 from paraxis.run.joined import JoinedPool
 from paraxis.session import Session, Tell, check_batch, open_session
@@ -35,14 +35,15 @@ def verify_task(
             "today is the framework's own loop; there is nothing parallel to prove: try serial, dp=2 or all"
         )
     single = None if plan == "all" else parse(plan) if isinstance(plan, str) else plan
-    count = single.mesh.size if single else workers or (joined.size if joined else usable_cores())
+    count = single.processes if single else workers or (joined.size if joined else usable_cores())
     if joined and single and joined.size != count:
         raise PlanError(f"{single.short()} fills {count} of the {joined.size} ranks that were started; start {count}")
     comms = _comms(single, joined)
     if single:
         check_batch(spec, single)
-    with open_session(spec, objects, dict.fromkeys(comms, count), joined, tell) as session:
-        missing = session.begin(("solo", *(comms if count > 1 else ())))
+    started = [comm for comm in comms if comm != "openmp" and count > 1]
+    with open_session(spec, objects, dict.fromkeys(started, count), joined, tell) as session:
+        missing = session.begin(("solo", *started))
         notes = list(session.known().notes)
         coupling = session.pool("solo").ask({"do": "coupling"})[0]
         if single:
@@ -73,7 +74,7 @@ def _comms(single: Plan | None, joined: JoinedPool | None) -> tuple[str, ...]:
         return (joined.transport,)
     if single:
         return (single.comm,) if single.comm else ()
-    return ("mpi", "gloo")
+    return TRANSPORTS
 
 
 def _all(
@@ -90,7 +91,7 @@ def _all(
     plans = space(count, 2 if facts.layout.cuttable else len(facts.layers), comms)
     proofs = []
     for number, plan in enumerate(plans):
-        if plan.mesh.size > 1 and plan.comm in missing:
+        if plan.processes > 1 and plan.comm in missing:
             proofs.append(Proof(plan, None, None, [], "refused", missing[plan.comm]))
             continue
         tell(f"proving {plan.label()}", number / len(plans))

@@ -23,15 +23,21 @@ def plans(draw: st.DrawFn) -> Plan:
         return Plan(engine="plain", threads=draw(st.integers(1, 64)))
     pp = draw(st.integers(1, 5))
     split = draw(st.just(()) | st.lists(st.integers(1, 20), min_size=pp, max_size=pp).map(tuple))
+    native = draw(st.booleans())
+    comms = COMMS if native else [comm for comm in COMMS if comm != "openmp"]
+    comm = draw(st.sampled_from(["", *comms]))
+    dp = draw(st.integers(1, 128))
+    inside = not native or (dp * pp > 1 and comm not in ("", "openmp"))
     return Plan(
-        dp=draw(st.integers(1, 128)),
+        engine="native" if native else "torch",
+        dp=dp,
         pp=pp,
         schedule=draw(st.sampled_from(["", *SCHEDULES])),
         microbatches=draw(st.integers(1, 64)),
         split=split,
         sync=draw(SYNCS),
-        comm=draw(st.sampled_from(["", *COMMS])),
-        threads=draw(st.integers(1, 64)),
+        comm=comm,
+        threads=draw(st.integers(1, 64)) if inside else 1,
         bucket_bytes=draw(st.integers(0, 1 << 30)),
     )
 
@@ -139,7 +145,7 @@ def test_a_leading_zero_is_no_other_plan() -> None:
         ("pp=2,microbatches=2,schedule=1fb1", "did you mean 1f1b?"),
         ("pp=2,microbatches=2,schedule=zigzag", "it takes one of layerwise, gpipe, 1f1b"),
         ("dp=2,comm=mpii", "did you mean mpi?"),
-        ("dp=2,comm=pigeons", "it takes one of mpi, gloo, nccl"),
+        ("dp=2,comm=pigeons", "it takes one of openmp, mpi, gloo, nccl"),
         ("engine=troch", "did you mean torch?"),
         ("dp=2,dp=4", "gives dp twice"),
         ("", "is empty; try serial"),
@@ -154,7 +160,7 @@ def test_a_leading_zero_is_no_other_plan() -> None:
         ("pp=2,split=3+5+1", "names 3 stages, but pp=2"),
         ("pp=3,split=3+5", "names 2 stages, but pp=3"),
         ("pp=2,split=0+8", "every stage needs at least one layer"),
-        ("dp=2,sync=average", "gradient, average@H with H steps, or average@epoch"),
+        ("dp=2,sync=average", "gradient, average@H with H steps, average@epoch or hogwild"),
         ("dp=2,sync=average@0", "average@H with H steps"),
         ("dp=2,sync=median@4", "gradient, average@H"),
         ("engine=plain,dp=2", "parallel plans take engine=torch"),
@@ -247,8 +253,9 @@ def test_space_holds_distinct_plans_of_every_rung_that_the_network_can_meet(work
 
 def test_space_offers_every_kind() -> None:
     found = space(4, 4)
-    assert found[0] == Plan()
-    assert {plan.comm for plan in found} == {"", "mpi", "gloo"}
+    assert found[0] == Plan(engine="native") and Plan() in found
+    assert {plan.comm for plan in found} == {"", "openmp", "mpi", "gloo"}
+    assert all((plan.engine == "native") == (plan.comm == "openmp") for plan in found if plan.comm)
     assert {plan.schedule for plan in found} == {"", *SCHEDULES}
     assert {plan.sync for plan in found} == {"gradient", "average@epoch", f"average@{AVERAGE_EVERY}"}
     assert parse("dp=2,threads=2") in found and parse("threads=4") in found and parse("dp=2,pp=2") in found
@@ -258,3 +265,23 @@ def test_space_keeps_to_what_it_is_told() -> None:
     assert all(plan.exact for plan in space(8, 4, inexact=False))
     assert {plan.comm for plan in space(8, 4, comms=("gloo",))} == {"", "gloo"}
     assert all(plan.pp == 1 for plan in space(8, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("dp=2,comm=openmp", "only engine=native"),
+        ("dp=2,engine=native,threads=2", "write dp=4,engine=native"),
+        ("engine=native,threads=2", "write dp=2,engine=native"),
+        ("dp=2,sync=hogwild", "engine=native,comm=openmp"),
+        ("dp=2,pp=2,engine=native,sync=hogwild", "pp=1"),
+    ],
+)
+def test_the_native_engine_says_what_it_needs(text: str, part: str) -> None:
+    assert part in refusal(text)
+
+
+def test_native_ranks_are_threads_of_one_process() -> None:
+    plan = parse("dp=2,pp=2,engine=native")
+    assert (plan.comm, plan.mesh.size, plan.processes, plan.workers) == ("openmp", 4, 1, 4)
+    assert parse("dp=2,engine=native,comm=mpi,threads=2").processes == 2

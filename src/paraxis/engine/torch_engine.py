@@ -56,6 +56,7 @@ class TorchEngine:
             for group, a, b in self.flat.runs
             if group >= 0
         ]
+        self.part = 0, 1  # of the parameters, that this rank updates
         self.totals = self.flat.totals
         self.rule: Callable[..., None] | None = RULES.get(self.hyper.rule)
         self.unit = torch.ones((), dtype=task.dtype, device=self.flat.params.device)
@@ -248,6 +249,29 @@ class TorchEngine:
             "running": self.running,
         }[name]
 
+    def keep_to(self, part: int, parts: int) -> None:
+        """Update only one of `parts` equal shares of the parameters from now on."""
+        if self.part != (part, parts):
+            self.part = part, parts
+            first, last = self._own_part()
+            cut = [(max(a, first), min(b, last), group) for group, a, b in self.flat.runs if group >= 0]
+            self.runs = [
+                (self.flat.params[a:b], self.gradients_flat[a:b], {}, self.hyper.groups[group])
+                for a, b, group in cut
+                if a < b
+            ]
+
+    def only_own_part(self, part: int, parts: int) -> None:
+        """Clear the parameters of the other shares, before they are gathered."""
+        first, last = self._own_part()
+        self.flat.params[:first].zero_()
+        self.flat.params[last:].zero_()
+
+    def _own_part(self) -> tuple[int, int]:
+        part, parts = self.part
+        each = -(-self.flat.params.numel() // parts)
+        return min(part * each, self.flat.params.numel()), min((part + 1) * each, self.flat.params.numel())
+
     def zero(self) -> None:
         """Begin a step."""
         self.flat.grads.zero_()
@@ -260,7 +284,9 @@ class TorchEngine:
     def gradient_norm(self) -> None:
         """Square of the gradient's norm on this stage."""
         gradients = self.gradients_flat
-        self.norm[0] = float(torch.dot(gradients, gradients)) * self.scale() ** 2
+        first, last = self._own_part()
+        own = gradients[first:last]
+        self.norm[0] = float(torch.dot(own, own)) * self.scale() ** 2
 
     def update(self) -> None:
         """One optimiser step on the flat buffers."""

@@ -86,5 +86,5 @@ def bound_by(plan: Plan, parts: Split, facts: Facts, oversubscribed: bool) -> st
         return "oversubscription"
     if seconds > 0.25 * total:
         return f"{name} {seconds / total:.0%}"
-    calls = plan.microbatches * facts.dispatch / plan.pp
+    calls = plan.microbatches * facts.dispatch / plan.pp if plan.engine == "torch" else 0.0
     return "op overhead" if calls > 0.5 * parts.compute else "compute"

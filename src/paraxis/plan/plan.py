@@ -8,8 +8,8 @@ from typing import Any
 from paraxis.errors import PlanError, ProgramError
 
 SCHEDULES = ("layerwise", "gpipe", "1f1b")
-ENGINES = ("torch", "plain")
-COMMS = ("mpi", "gloo", "nccl")
+ENGINES = ("torch", "native", "plain")
+COMMS = ("openmp", "mpi", "gloo", "nccl")
 SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -52,7 +52,8 @@ class Plan:
 
     `split` is the number of layers of each stage (empty: balanced by measured cost); `threads` are an
     engine's own in one rank; `bucket_bytes` 0 reduces all gradients at once; `sync` is "gradient",
-    "average@H" (H steps) or "average@epoch". Raises PlanError for values that no network could meet.
+    "average@H" (H steps), "average@epoch" or "hogwild". Under comm=openmp ranks are threads. Raises
+    PlanError for values that no network could meet.
     """
 
     dp: int = 1
@@ -89,8 +90,24 @@ class Plan:
             if value not in allowed:
                 raise PlanError(f"{key}={value}: {_suggest(value, [w for w in allowed if w])}")
         period(self.sync, steps_per_epoch=1)
+        self._check_engine()
+        self._check_threads()
+
+    def _check_engine(self) -> None:
         if self.engine == "plain" and (self.mesh.size > 1 or self.microbatches > 1):
             raise PlanError("engine=plain is the framework's own loop in one process; parallel plans take engine=torch")
+        if self.comm == "openmp" and self.engine != "native":
+            raise PlanError(
+                f"comm=openmp: only engine=native has threads as ranks; engine={self.engine} takes mpi or gloo"
+            )
+        if self.sync == "hogwild" and (self.comm or "openmp", self.engine, self.pp) != ("openmp", "native", 1):
+            raise PlanError("sync=hogwild needs weights in common: dp=N,engine=native,comm=openmp with pp=1")
+
+    def _check_threads(self) -> None:
+        inside = self.mesh.size > 1 and self.comm not in ("", "openmp")
+        if self.engine == "native" and self.threads > 1 and not inside:
+            ranks = self.dp * self.threads
+            raise PlanError(f"threads={self.threads}: here threads are ranks, write dp={ranks},engine=native")
 
     def _drop_what_has_no_effect(self) -> None:
         quiet: dict[str, Any] = {}
@@ -99,7 +116,7 @@ class Plan:
         if self.mesh.size == 1:
             quiet["comm"] = ""
         elif not self.comm:
-            quiet["comm"] = "mpi"
+            quiet["comm"] = "openmp" if self.engine == "native" else "mpi"
         if self.dp == 1:
             quiet["sync"] = "gradient"
         if self.dp == 1 or self.sync != "gradient":
@@ -120,6 +137,11 @@ class Plan:
     def workers(self) -> int:
         """Ranks times threads: the cores that the plan can use."""
         return self.mesh.size * self.threads
+
+    @property
+    def processes(self) -> int:
+        """Processes that it runs in: one a rank, or one for all where ranks are threads."""
+        return 1 if self.comm == "openmp" else self.mesh.size
 
     @property
     def exact(self) -> bool:
@@ -147,7 +169,9 @@ class Plan:
         words += [self.sync] * (self.sync != "gradient")
         words += [f"threads={self.threads}"] * (self.threads > 1)
         words += [f"bucket={_bytes(self.bucket_bytes)}"] * (self.bucket_bytes > 0)
-        return " ".join([*words, self.comm]).strip() or "serial"
+        words += ["serial"] * (not words)
+        words += ["native"] * (self.engine == "native" and self.comm != "openmp")
+        return " ".join([*words, self.comm]).strip()
 
 
 def parse(text: str) -> Plan:
@@ -173,13 +197,13 @@ def parse(text: str) -> Plan:
 def period(sync: str, steps_per_epoch: int) -> int:
     """Steps between two agreements of the replicas: 1, H of `average@H`, or an epoch's steps."""
     rule, _, every = sync.partition("@")
-    if sync == "gradient":
+    if sync in ("gradient", "hogwild"):
         return 1
     if rule == "average" and every == "epoch":
         return steps_per_epoch
     if rule == "average" and every.isdecimal() and int(every) >= 1:
         return int(every)
-    raise PlanError(f"sync={sync}: it takes gradient, average@H with H steps, or average@epoch")
+    raise PlanError(f"sync={sync}: it takes gradient, average@H with H steps, average@epoch or hogwild")
 
 
 def with_split(plan: Plan, split: Iterable[int]) -> Plan:

@@ -6,6 +6,7 @@ from itertools import zip_longest
 from paraxis.plan.plan import Plan
 
 AVERAGE_EVERY = 8
+TRANSPORTS = ("openmp", "mpi", "gloo")
 
 
 def rungs(workers: int) -> list[int]:
@@ -14,8 +15,8 @@ def rungs(workers: int) -> list[int]:
     return [*powers, workers]
 
 
-def space(workers: int, layers: int, comms: tuple[str, ...] = ("mpi", "gloo"), inexact: bool = True) -> list[Plan]:
-    """Distinct plans for 1, 2, 4 ... workers over the given transports, rungs taken in turn."""
+def space(workers: int, layers: int, comms: tuple[str, ...] = TRANSPORTS, inexact: bool = True) -> list[Plan]:
+    """Distinct plans for 1, 2, 4 ... workers over the given transports, rungs taken in turn; openmp: native."""
     columns = [list(_rung(count, layers, comms, inexact)) for count in rungs(workers)]
     mixed = [plan for row in zip_longest(*columns) for plan in row if plan is not None]
     return list(dict.fromkeys(mixed))
@@ -24,15 +25,21 @@ def space(workers: int, layers: int, comms: tuple[str, ...] = ("mpi", "gloo"), i
 def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> Iterator[Plan]:
     """Plans that use exactly so many workers."""
     if workers == 1:
-        yield Plan()
+        if "openmp" in comms:
+            yield Plan(engine="native")
+        if comms != ("openmp",):
+            yield Plan()
         return
     for kind in _kinds(workers, layers, inexact):
         for comm in comms:
-            yield Plan(**kind, comm=comm)  # type: ignore[arg-type]
+            yield Plan(**kind, comm=comm, engine="native" if comm == "openmp" else "torch")  # type: ignore[arg-type]
+    processes = [comm for comm in comms if comm != "openmp"]
+    if not processes:
+        return
     yield Plan(threads=workers)
     for ranks in rungs(workers // 2)[1:]:
-        if workers % ranks == 0 and comms:
-            yield Plan(dp=ranks, threads=workers // ranks, comm=comms[0])
+        if workers % ranks == 0:
+            yield Plan(dp=ranks, threads=workers // ranks, comm=processes[0])
 
 
 def _kinds(workers: int, layers: int, inexact: bool) -> Iterator[dict[str, object]]:

@@ -35,6 +35,7 @@ class _Rank:
     received: set[tuple[str, int, int]] = field(default_factory=set)
     open: dict[int, Instruction] = field(default_factory=dict)
     reduced: set[int] = field(default_factory=set)
+    gathered: bool = False
     peak: int = 0
 
 
@@ -93,14 +94,15 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             _check_send(program, state, i, slot, fail)
         elif i.waits and i.base in RECEIVES:
             state.received.add((i.base, i.stage, i.microbatch))
-        elif i.base == "AllReduce" or i.rule == "step":
-            _check_write(program, part, state, i, slot, fail)
+        elif i.base in COLLECTIVES or i.rule in ("step", "hogwild"):
+            _check_write(program, rank, state, i, slot, fail)
         state.peak = max(state.peak, len({f[2] for f in state.forward - state.backward}))
     if state.open:
         token, i = next(iter(state.open.items()))
         fail(len(instructions) - 1, f"{i.op} {i.label()} (token {token}) is never awaited")
     if any(i.op == "B" for row in body for i in row):
         _check_complete(program, state, rank, fail, len(instructions) - 1)
+        _check_shared(program, state, instructions, fail)
     return state.peak if any(i.op == "B" for i in instructions) else 1
 
 
@@ -152,19 +154,25 @@ def _check_send(program: Program, state: _Rank, i: Instruction, slot: int, fail:
         fail(slot, f"{i.label()} before {'F' if act else 'B'}{i.microbatch} has made it")
 
 
-def _check_write(program: Program, part: str, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
     """Reductions and updates: complete gradients only, and no write between F and B of a microbatch."""
     live = state.forward - state.backward
-    if (i.rule == "step" or i.buffer == "params") and live:
+    if (i.rule in ("step", "hogwild") or i.buffer == "params") and live:
         fail(slot, f"{i.label()} writes parameters while microbatch {min(live)[2]} is between F and B")
     if i.starts and i.buffer == "grads":
-        done = sum(1 for s, k, _ in state.backward if k == i.bucket)
-        if done < program.microbatches:
-            fail(slot, f"bucket {i.bucket} is reduced after {done} of {program.microbatches} microbatches")
-        state.reduced.add(i.bucket)
+        stage = program.mesh.coordinates(rank)[1]
+        for bucket in range(len(program.segments[stage])) if i.bucket < 0 else (i.bucket,):
+            done = sum(1 for s, k, _ in state.backward if k == bucket)
+            if done < program.microbatches:
+                fail(slot, f"bucket {bucket} is reduced after {done} of {program.microbatches} microbatches")
+            state.reduced.add(bucket)
+    if i.waits and i.base == "AllGather":
+        state.gathered = True
     if i.rule == "step":
         if any(o.buffer == "grads" for o in state.open.values()):
             fail(slot, "the update does not wait for the reduction")
+        if state.gathered:
+            fail(slot, "the update comes after the weights were gathered")
         agree = program.mesh.dp > 1 and not program.epilogue  # otherwise replicas agree on weights, later
         wanted = len(program.segments[i.stage]) if agree else 0
         if len(state.reduced) < wanted:
@@ -182,6 +190,13 @@ def _check_complete(program: Program, state: _Rank, rank: int, fail: Fail, slot:
         fail(slot, f"microbatch {missing[0][2]} is never computed")
     if leaked:
         fail(slot, f"the activation of microbatch {leaked[0][2]} is never used: its backward is missing")
+
+
+def _check_shared(program: Program, state: _Rank, instructions: Sequence[Instruction], fail: Fail) -> None:
+    """New weights in a buffer that others read must be waited for by all, before the next step reads them."""
+    common = any(b.name == "params" and b.scope == "shared" for b in program.buffers)
+    if common and not state.gathered and any(i.rule == "step" for i in instructions):
+        fail(len(instructions) - 1, "nobody waits for the other ranks' part of the shared weights")
 
 
 @dataclass

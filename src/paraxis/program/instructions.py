@@ -14,7 +14,7 @@ from paraxis.plan.plan import Mesh
 COMPUTE = ("F", "B")
 SENDS = ("SendAct", "SendGrad")
 RECEIVES = ("RecvAct", "RecvGrad")
-COLLECTIVES = ("AllReduce",)
+COLLECTIVES = ("AllReduce", "ReduceScatter", "AllGather")
 OPS = (
     *("Load", "F", "B", "Update"),
     *(f"{op}{end}" for op in (*SENDS, *RECEIVES, *COLLECTIVES) for end in ("Start", "Wait")),
@@ -71,6 +71,7 @@ class Instruction:
         if self.op == "Update":
             return {"zero": "zero", "step": "step"}.get(self.rule, self.rule)
         short = {"SendAct": "sA", "SendGrad": "sG", "RecvAct": "rA", "RecvGrad": "rG", "AllReduce": "AR", "Load": "L"}
+        short |= {"ReduceScatter": "RS", "AllGather": "AG"}
         mark = "<" if self.starts else ">" if self.waits else ""
         number = self.microbatch if self.microbatch >= 0 else self.bucket
         return f"{short[self.base]}{number if number >= 0 else self.buffer[:1]}{mark}"

@@ -37,8 +37,9 @@ def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
     segments = tuple(bucketed(stage, layout, plan.bucket_bytes) for stage in stages)
     every = period(plan.sync, steps_per_epoch)
     bodies, runs = {}, []
-    if plan.sync == "gradient":
-        bodies["step"] = [training(plan, layout, segments, rank, "gradient") for rank in range(plan.mesh.size)]
+    if plan.sync in ("gradient", "hogwild"):
+        agree = "shared" if shared(plan) else plan.sync
+        bodies["step"] = [training(plan, layout, segments, rank, agree) for rank in range(plan.mesh.size)]
         runs = [("step", 1)]
     else:
         bodies["local"] = [training(plan, layout, segments, rank, "none") for rank in range(plan.mesh.size)]
@@ -52,7 +53,7 @@ def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
         stages=stages,
         segments=segments,
         microbatches=plan.microbatches,
-        buffers=tuple(Buffer(name) for name in buffers(layout)),
+        buffers=tuple(buffers(layout, plan)),
         bodies=tuple((name, tuple(tuple(body) for body in ranks)) for name, ranks in bodies.items()),
         period=tuple(runs),
         epilogue=(("settle", 1),) if "settle" in bodies else (),
@@ -110,14 +111,21 @@ def bucketed(stage: tuple[int, int], layout: Layout, bucket_bytes: int) -> tuple
     return tuple(reversed([*cuts, (first, end)]))
 
 
-def buffers(layout: Layout) -> list[str]:
-    """Names of the flat buffers that a program's instructions may mention."""
+def shared(plan: Plan) -> bool:
+    """Whether replicas reduce gradients into one copy of the weights that all of them see."""
+    return plan.comm == "openmp" and plan.dp > 1 and plan.sync == "gradient"
+
+
+def buffers(layout: Layout, plan: Plan) -> list[Buffer]:
+    """The flat buffers that a program's instructions may mention."""
     names = ["params", "grads", "totals", "score"]
-    return names + ["statistics", "running"] * layout.statistics + ["norm"] * layout.clip
+    names += ["statistics", "running"] * layout.statistics + ["norm"] * layout.clip
+    common = ("params", "running") if shared(plan) or plan.sync == "hogwild" else ()
+    return [Buffer(name, "shared" if name in common else "private") for name in names]
 
 
 def training(plan: Plan, layout: Layout, segments: Sequence[Sequence[tuple[int, int]]], rank: int, agree: str) -> Body:
-    """One optimiser step of one rank; `agree`: how replicas agree in it (gradient, average, none)."""
+    """One optimiser step of one rank; `agree`: how replicas agree in it (gradient, shared, hogwild, average, none)."""
     dp, stage, _ = plan.mesh.coordinates(rank)
     order = SCHEDULES[plan.schedule or "layerwise"](plan.pp, plan.microbatches, stage)
     cuts = len(segments[stage])
@@ -205,14 +213,20 @@ def add_totals(body: Body, plan: Plan, layout: Layout, stage: int) -> Body:
 def finish(plan: Plan, layout: Layout, stage: int, agree: str) -> Body:
     """What stands between the reduced gradients and the next step."""
     body: Body = []
+    if agree == "shared":
+        body += _both("dp", "grads", "sum", "ReduceScatter")
     if layout.clip:
         body.append(I("Update", stage=stage, rule="norm"))
+        if agree == "shared":
+            body += _both("dp", "norm", "sum")
         if plan.pp > 1:
             body += _both("pp", "norm", "sum")
     if layout.statistics:
-        body += _both("dp", "statistics", "mean") if agree == "gradient" and plan.dp > 1 else []
+        body += _both("dp", "statistics", "mean") if agree in ("gradient", "shared") and plan.dp > 1 else []
         body.append(I("Update", stage=stage, rule="statistics"))
-    body.append(I("Update", stage=stage, rule="step"))
+    body.append(I("Update", stage=stage, rule="hogwild" if agree == "hogwild" else "step"))
+    if agree == "shared":
+        body += _both("dp", "params", "", "AllGather")
     return body + (averaging(layout, None) if agree == "average" else [])
 
 
@@ -252,8 +266,8 @@ def pair_tokens(body: Body) -> Body:
     return out
 
 
-def _both(axis: str, buffer: str, reduction: str) -> Body:
-    return [I(f"AllReduce{end}", axis=axis, buffer=buffer, reduction=reduction) for end in ("Start", "Wait")]
+def _both(axis: str, buffer: str, reduction: str, op: str = "AllReduce") -> Body:
+    return [I(f"{op}{end}", axis=axis, buffer=buffer, reduction=reduction) for end in ("Start", "Wait")]
 
 
 def _reduce(end: str, stage: int, buffer: str, bucket: int) -> Instruction:

@@ -22,9 +22,10 @@ from paraxis.measure.layers import coupled, measure_layers
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
 from paraxis.program.faults import FAULTS, Fault
-from paraxis.program.lower import lower
-from paraxis.run import serial
+from paraxis.program.lower import lower, shared
+from paraxis.run import openmp, serial
 from paraxis.run.interpreter import Rank
+from paraxis.run.openmp import Team
 from paraxis.task.batches import digest
 from paraxis.task.spec import TaskSpec
 from paraxis.task.task import Task, keep_data, make_task
@@ -40,7 +41,7 @@ class Running:
 
     plan: Plan
     cpus: list[int]
-    rank: Rank | None = None  # a program's rank, or ...
+    rank: Rank | Team | None = None  # a program's rank, all of its ranks as threads, or ...
     plain: serial.Replica | None = None  # ... the framework's own loop
     done: int = 0
     before: int = 0  # resident bytes before it was set up
@@ -126,7 +127,7 @@ class Duties:
         if running.rank is not None and request["steps"] % running.rank.program.steps_in_period():
             running.rank.settle()
         wanted, state = load_file(request["file"]), self._state(running)
-        if running.rank is not None:  # what the proof has sent does not count as the plan's traffic
+        if isinstance(running.rank, Rank):  # what the proof has sent does not count as the plan's traffic
             running.rank.context.sent[0], running.counted_from = 0, running.rank.done
         worst, where = 0.0, ""
         for name, value in state.items():
@@ -157,6 +158,9 @@ class Duties:
         check(program)
         if fault:
             program = fault.mutated(plan, program)
+        if plan.engine == "native" and plan.processes == 1:
+            running.rank = openmp.start(task, program, shared(plan))
+            return {"program": program.digest(), "bytes": running.rank.bytes_held(), "batch": digest(task.train)}
         world: Any = self.world.group(range(plan.mesh.size)) if self.world else _Alone()
         engine = TorchEngine(task, program, self.rank)
         if fault and self.rank == plan.mesh.size - 1:
@@ -169,18 +173,14 @@ class Duties:
     def measure(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Seconds of `steps` steps between two barriers, with the clocks of the last `trace` ones."""
         running = self._ready(request["key"])
-        rank, traces = running.rank, []
+        rank = running.rank
         self._steps(running, request["warm"])
-        barrier = rank.world.barrier if rank is not None else lambda: None
+        barrier = rank.world.barrier if isinstance(rank, Rank) else lambda: None
         barrier()
         start = time.perf_counter()
         traced = request["trace"] if rank is not None else 0
         self._steps(running, request["steps"] - traced)
-        if rank is not None:
-            for _ in range(traced):
-                name = rank.program.step_body(rank.done)
-                traces.append([name, rank.run_traced(name)])
-                rank.done += 1
+        traces = rank.run_traced(traced) if rank is not None and traced else []
         barrier()
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "traces": traces, "losses": self._losses(running)}
@@ -188,15 +188,15 @@ class Duties:
     def traffic(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Bytes this rank has sent for the plan so far, over how many steps, and its peak of resident memory."""
         running = self.plans[request["key"]]
-        sent = running.rank.context.sent[0] if running.rank is not None else 0
-        steps = running.rank.done - running.counted_from if running.rank is not None else 0
+        sent = running.rank.context.sent[0] if isinstance(running.rank, Rank) else 0
+        steps = running.rank.done - running.counted_from if isinstance(running.rank, Rank) else 0
         others = max(0, running.before - self.base)  # what plans set up before this one hold
         return {"sent": sent, "steps": steps, "peak": _peak_bytes() - others}
 
     def norm(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """Sum of squares of this rank's parameters."""
-        engine = _some(self._ready(request["key"]).rank).engine
-        return float(engine.flat.params.square().sum())
+        rank = _some(self._ready(request["key"]).rank)
+        return rank.square_sum() if isinstance(rank, Team) else float(rank.engine.flat.params.square().sum())
 
     def drop(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Forget a plan."""
@@ -224,7 +224,8 @@ class Duties:
         if running.rank is None:
             return self._evaluate_plain(_some(running.plain), request["set"])
         rank = running.rank
-        source = rank.engine.task.test if request["set"] == "test" else rank.engine.task.validation
+        task = rank.task if isinstance(rank, Team) else rank.engine.task
+        source: Any = task.test if request["set"] == "test" else task.validation
         with _agreed(rank):
             loss, weight, hits = rank.evaluate(source)
         return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
@@ -295,8 +296,8 @@ class Duties:
         if running.rank is None:
             out, running.losses = running.losses, []
             return out
-        engine = running.rank.engine
-        out, engine.losses = engine.losses, []
+        keeper = running.rank if isinstance(running.rank, Team) else running.rank.engine
+        out, keeper.losses = keeper.losses, []
         for number, (loss, _) in enumerate(out, running.rank.done - len(out) + 1):
             if not math.isfinite(loss):
                 error = TaskError(
@@ -307,6 +308,8 @@ class Duties:
         return out
 
     def _state(self, running: Running) -> dict[str, Tensor]:
+        if isinstance(running.rank, Team):
+            return running.rank.state()
         if running.rank is not None:
             return dict(running.rank.engine.state())
         return {k: v.detach().clone() for k, v in _some(running.plain).task.net.state_dict().items()}
@@ -322,8 +325,12 @@ class _Alone:
 
 
 @contextmanager
-def _agreed(rank: Rank) -> Iterator[None]:
+def _agreed(rank: Rank | Team) -> Iterator[None]:
     """Replicas that disagree take their mean for a while, and go on as they were."""
+    if isinstance(rank, Team):
+        with rank.agreed():
+            yield
+        return
     engine = rank.engine
     kept = (engine.flat.params.clone(), engine.running.clone()) if rank.program.epilogue else None
     rank.settle()

@@ -139,6 +139,28 @@ def _reduced_bytes(tensor: Tensor, ranks: int) -> int:
     return 2 * (ranks - 1) * tensor.nbytes // ranks
 
 
+def _scatter(i: Instruction, c: Context) -> Action:
+    """Here every rank receives the whole sum and uses its own part; the engine's update keeps to that part."""
+    begin = _reduce_start(i, c)
+
+    def start() -> None:
+        c.engine.keep_to(c.axes[i.axis].rank, c.axes[i.axis].size)
+        begin()
+
+    return start
+
+
+def _gather(i: Instruction, c: Context) -> Action:
+    """Parts that are zero everywhere else add up to the whole."""
+    begin = _reduce_start(i, c)
+
+    def start() -> None:
+        c.engine.only_own_part(c.axes[i.axis].rank, c.axes[i.axis].size)
+        begin()
+
+    return start
+
+
 BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
     "Load": _load,
     "F": _forward,
@@ -154,6 +176,10 @@ BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
     "RecvGradWait": _received,
     "AllReduceStart": _reduce_start,
     "AllReduceWait": _reduce_wait,
+    "ReduceScatterStart": _scatter,
+    "ReduceScatterWait": _reduce_wait,
+    "AllGatherStart": _gather,
+    "AllGatherWait": _reduce_wait,
 }
 
 
@@ -196,13 +222,18 @@ class Rank:
         for action in self.bodies[name]:
             action()
 
-    def run_traced(self, name: str) -> list[int]:
-        """One pass with the clock read between instructions: nanoseconds, one more than there are instructions."""
-        stamps = [perf_counter_ns()]
-        for action in self.bodies[name]:
-            action()
-            stamps.append(perf_counter_ns())
-        return stamps
+    def run_traced(self, steps: int) -> list[tuple[str, list[list[int]]]]:
+        """Steps with the clock read between instructions: (body, one list of nanoseconds) each."""
+        traces = []
+        for _ in range(steps):
+            name = self.program.step_body(self.done)
+            stamps = [perf_counter_ns()]
+            for action in self.bodies[name]:
+                action()
+                stamps.append(perf_counter_ns())
+            traces.append((name, [stamps]))
+            self.done += 1
+        return traces
 
     def steps(self, count: int) -> None:
         """`count` optimiser steps."""

@@ -67,6 +67,11 @@ class ArraySource:
             self._blocks[key] = name, list(pieces)
         return self._blocks[key][1][within % steps]
 
+    def numbers(self, step: int, steps: int) -> np.ndarray:
+        """Sample numbers of up to `steps` steps from `step` on, none beyond its epoch: int64 (steps, batch)."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return np.ascontiguousarray(self._epoch_order(epoch)[within : within + steps].numpy())
+
     def _steps_at_once(self, count: int) -> int:
         return max(1, min(64, BLOCK_BYTES // max(1, 4 * count * self.inputs[0].numel())))
 

@@ -1,0 +1,242 @@
+// The extension module: nanobind only, no arithmetic. What Python hands over is checked here, before the GIL is let go.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "runtime/ensemble.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace paraxis;
+
+namespace {
+
+template <class T>
+using Array = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Numpy = nb::ndarray<nb::numpy, T, nb::c_contig, nb::device::cpu>;
+// (op, microbatch, slice, peer, axis, buffer, rule, mean)
+using Words = std::tuple<std::string, int, int, int, std::string, std::string, std::string, bool>;
+
+template <class List>
+int number_of(const List& list, const std::string& word, const char* what) {
+    for (size_t n = 0; n < list.size(); ++n)
+        if (word == list[n]) return int(n);
+    throw nb::value_error((std::string(what) + " " + word + " is not known to the native runtime").c_str());
+}
+
+Instruction instruction(nb::handle h, int microbatches) {
+    auto t = nb::cast<nb::tuple>(h);
+    auto text = [&](size_t n) { return nb::cast<std::string>(t[n]); };
+    Instruction i{Op(number_of(OPS, text(0), "operation")), nb::cast<int>(t[1]), nb::cast<int>(t[2]), nb::cast<int>(t[3]),
+                  Axis(number_of(AXES, text(4), "axis")), Buffer(number_of(BUFFERS, text(5), "buffer")),
+                  Rule(number_of(RULES, text(6), "rule")), nb::cast<bool>(t[7])};
+    if (i.microbatch >= microbatches) throw nb::value_error("an instruction names a microbatch that there is not");
+    return i;
+}
+
+std::vector<Body> bodies_of(const std::vector<std::pair<std::string, nb::list>>& given, int microbatches) {
+    std::vector<Body> bodies;
+    for (const auto& [name, ranks] : given) {
+        Body body{name, {}};
+        for (nb::handle rank : ranks) {
+            auto& list = body.ranks.emplace_back();
+            for (nb::handle i : rank) list.push_back(instruction(i, microbatches));
+        }
+        bodies.push_back(std::move(body));
+    }
+    return bodies;
+}
+
+// Samples and the numbers of those that a run takes; raises ValueError for what would be read outside of them.
+template <class T>
+struct Fed {
+    Samples samples;
+    int64_t steps;
+};
+
+template <class T>
+Fed<T> feed(Ensemble<T>& e, nb::object inputs, Array<int64_t> targets, Array<int64_t> index, int64_t batch, int64_t size,
+            double scale) {
+    Fed<T> fed;
+    const int64_t count = int64_t(targets.size());
+    Array<uint8_t> bytes;
+    Array<T> values;
+    fed.samples.bytes = nb::try_cast(inputs, bytes, false);
+    if (!fed.samples.bytes && !nb::try_cast(inputs, values, false))
+        throw nb::value_error("inputs must be a contiguous array of bytes or of the network's own type");
+    const size_t elements = fed.samples.bytes ? bytes.size() : values.size();
+    if (elements != size_t(count) * e.stage(0).features_in())
+        throw nb::value_error("inputs have another shape than the network takes");
+    if (batch < 1 || index.size() % size_t(batch)) throw nb::value_error("the index is no whole number of batches");
+    for (size_t n = 0; n < index.size(); ++n)
+        if (index.data()[n] < 0 || index.data()[n] >= count) throw nb::value_error("a sample number is out of range");
+    fed.samples.inputs = fed.samples.bytes ? static_cast<const void*>(bytes.data()) : values.data();
+    fed.samples.targets = targets.data();
+    fed.samples.index = index.data();
+    fed.samples.batch = batch, fed.samples.size = size, fed.samples.scale = scale;
+    fed.steps = int64_t(index.size()) / batch;
+    return fed;
+}
+
+template <class T>
+Numpy<T> view(nb::handle owner, T* data, size_t count) {
+    return Numpy<T>(data, {count}, owner);
+}
+
+template <class T>
+std::pair<Layer<T>*, typename Stage<T>::Place> layer_of(Stage<T>& stage, const std::string& name) {
+    for (size_t n = 0; n < stage.layers.size(); ++n)
+        if (stage.layers[n]->spec.name == name && stage.layers[n]->parameters) return {stage.layers[n].get(), stage.places[n]};
+    throw nb::key_error(name.c_str());
+}
+
+template <class T>
+std::unique_ptr<Ensemble<T>> make(int dp, int pp, const std::vector<std::vector<Spec>>& specs, int slice,
+                                  int microbatches, const std::vector<std::pair<std::string, nb::list>>& bodies,
+                                  Hyper hyper, bool shared, int usable_cores, uint64_t seed, bool naively,
+                                  std::pair<int, int> whole) {
+    const Grid grid{dp, pp};
+    std::vector<std::unique_ptr<Stage<T>>> stages;
+    for (int rank = 0; rank < grid.size(); ++rank) {
+        const Kernels<T>* kernels;
+        if constexpr (std::is_same_v<T, float>)
+            kernels = naively ? &naive() : &fastest();
+        else
+            kernels = &twin();
+        // `whole`: (number of the first stage here, stages in all), where this process has one rank of several.
+        const int stage = whole.first + grid.pp_of(rank);
+        stages.push_back(std::make_unique<Stage<T>>(specs.at(grid.pp_of(rank)), slice, microbatches, stage == 0,
+                                                    stage == whole.second - 1, *kernels, seed));
+    }
+    return std::make_unique<Ensemble<T>>(grid, std::move(stages), bodies_of(bodies, microbatches), hyper, shared,
+                                         usable_cores);
+}
+
+template <class T>
+void bind(nb::module_& m, const char* name) {
+    using E = Ensemble<T>;
+    nb::class_<E> c(m, name);
+    c.def(nb::new_(&make<T>), "dp"_a, "pp"_a, "stages"_a, "slice"_a, "microbatches"_a, "bodies"_a, "hyper"_a, "shared"_a,
+          "usable_cores"_a, "seed"_a, "naive"_a, "whole"_a);
+    c.def(
+        "run",
+        [](E& e, int64_t first, const std::vector<int>& body, const std::vector<double>& rates, nb::object inputs,
+           Array<int64_t> targets, Array<int64_t> index, int64_t batch, double scale) {
+            Fed<T> fed = feed(e, inputs, targets, index, batch, int64_t(index.size()), scale);
+            if (int64_t(body.size()) > fed.steps || rates.size() < body.size())
+                throw nb::value_error("fewer batches or rates than steps");
+            std::vector<Score> scores;
+            {
+                nb::gil_scoped_release release;
+                scores = e.run(first, body, rates, fed.samples);
+            }
+            std::vector<std::pair<double, double>> out;
+            for (const Score& s : scores) out.push_back({s.loss, s.weight});
+            return out;
+        },
+        "first"_a, "body"_a, "rates"_a, "inputs"_a, "targets"_a, "index"_a, "batch"_a, "scale"_a);
+    c.def(
+        "evaluate",
+        [](E& e, int body, nb::object inputs, Array<int64_t> targets, Array<int64_t> index, int64_t batch, int64_t size,
+           double scale) {
+            Fed<T> fed = feed(e, inputs, targets, index, batch, size, scale);
+            nb::gil_scoped_release release;
+            Score s = e.evaluate(body, int(fed.steps), fed.samples);
+            return std::vector<double>{s.loss, s.weight, s.hits};
+        },
+        "body"_a, "inputs"_a, "targets"_a, "index"_a, "batch"_a, "size"_a, "scale"_a);
+    c.def("settle", &E::settle, nb::call_guard<nb::gil_scoped_release>(), "body"_a);
+    c.def("stamps", &E::stamps, "step"_a);
+    c.def("parts", [](E& e, int rank) {
+        std::vector<std::tuple<std::string, std::string, int64_t>> found;
+        for (const auto& layer : e.stage(rank).layers)
+            for (const auto& [part, count] : layer->parts()) found.push_back({layer->spec.name, part, count});
+        nb::list out;
+        for (const auto& [a, b, n] : found) out.append(nb::make_tuple(a, b, n));
+        return out;
+    });
+    c.def("put", [](E& e, int rank, const std::string& name, const std::string& part, Array<T> tensor) {
+        Stage<T>& stage = e.stage(rank);
+        auto [layer, place] = layer_of(stage, name);
+        for (const auto& [known, count] : layer->parts())
+            if (known == part && size_t(count) == tensor.size())
+                return layer->pack(part, tensor.data(), stage.weights->params.data() + place.weights,
+                                   stage.weights->running.data() + place.statistics);
+        throw nb::value_error((name + "." + part + " has another size or is not there").c_str());
+    });
+    c.def("get", [](E& e, int rank, const std::string& name, const std::string& part,
+                    nb::ndarray<T, nb::c_contig, nb::device::cpu> tensor) {
+        Stage<T>& stage = e.stage(rank);
+        auto [layer, place] = layer_of(stage, name);
+        for (const auto& [known, count] : layer->parts())
+            if (known == part && size_t(count) == tensor.size())
+                return layer->unpack(part, stage.weights->params.data() + place.weights,
+                                     stage.weights->running.data() + place.statistics, tensor.data());
+        throw nb::value_error((name + "." + part + " has another size or is not there").c_str());
+    });
+    // The flat buffers of a rank, as they lie in memory.
+    c.def("buffer", [](nb::handle self, int rank, const std::string& name) {
+        Stage<T>& stage = nb::cast<E&>(self).stage(rank);
+        const Memory<T>* memory = name == "params"       ? &stage.weights->params
+                                  : name == "grads"      ? &stage.gradients
+                                  : name == "running"    ? &stage.weights->running
+                                  : name == "statistics" ? &stage.collected
+                                                         : nullptr;
+        if (!memory) throw nb::key_error(name.c_str());
+        return view<T>(self, memory->data(), memory->size());
+    });
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);
+    m.attr("OPS") = nb::cast(std::vector<std::string>(OPS.begin(), OPS.end()));
+    m.attr("RULES") = nb::cast(std::vector<std::string>(RULES.begin(), RULES.end()));
+    m.attr("BUFFERS") = nb::cast(std::vector<std::string>(BUFFERS.begin(), BUFFERS.end()));
+    m.attr("RING") = RING;
+    m.def("choose", [](const std::string& name) { return choose(name.c_str()); }, "name"_a);
+    m.def("kernels", [] { return std::string(fastest().name); });
+    nb::class_<Shape>(m, "Shape").def(nb::init<int, int, int>()).def_rw("h", &Shape::h).def_rw("w", &Shape::w).def_rw(
+        "c", &Shape::c);
+    nb::class_<Spec>(m, "Spec")
+        .def(nb::init<>())
+        .def_rw("kind", &Spec::kind)
+        .def_rw("name", &Spec::name)
+        .def_rw("x", &Spec::x)
+        .def_rw("skip", &Spec::skip)
+        .def_rw("y", &Spec::y)
+        .def_rw("in_", &Spec::in)
+        .def_rw("out", &Spec::out)
+        .def_rw("kernel_h", &Spec::kernel_h)
+        .def_rw("kernel_w", &Spec::kernel_w)
+        .def_rw("stride", &Spec::stride)
+        .def_rw("padding", &Spec::padding)
+        .def_rw("bias", &Spec::bias)
+        .def_rw("relu", &Spec::relu)
+        .def_rw("p", &Spec::p)
+        .def_rw("epsilon", &Spec::epsilon)
+        .def_rw("momentum", &Spec::momentum)
+        .def_rw("key", &Spec::key);
+    nb::class_<Hyper>(m, "Hyper")
+        .def(nb::init<>())
+        .def_rw("adam", &Hyper::adam)
+        .def_rw("nesterov", &Hyper::nesterov)
+        .def_rw("decoupled", &Hyper::decoupled)
+        .def_rw("momentum", &Hyper::momentum)
+        .def_rw("decay", &Hyper::decay)
+        .def_rw("beta1", &Hyper::beta1)
+        .def_rw("beta2", &Hyper::beta2)
+        .def_rw("epsilon", &Hyper::epsilon)
+        .def_rw("clip", &Hyper::clip)
+        .def_rw("weight", &Hyper::weight);
+    bind<float>(m, "Float");
+    bind<double>(m, "Double");
+}

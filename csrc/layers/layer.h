@@ -1,0 +1,96 @@
+// What a layer is: shapes, parameters in a flat buffer, a forward and a backward on blocks of LANES samples.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../kernels/kernels.h"
+
+namespace paraxis {
+
+// One sample at a place of the network, channels fastest: feature (y * w + x) * c + channel.
+struct Shape {
+    int h = 1, w = 1, c = 1;
+    int positions() const { return h * w; }
+    int size() const { return h * w * c; }
+    // The number of a feature as PyTorch counts, channels slowest.
+    int torch_index(int feature) const { return feature % c * positions() + feature / c; }
+    bool operator==(const Shape&) const = default;
+};
+
+// A layer as Python describes it; x, skip and y are numbers of activation buffers (skip -1: none).
+struct Spec {
+    std::string kind, name;  // name: of the module, as in the state_dict
+    int x = 0, skip = -1, y = 0;
+    Shape in, out;
+    int kernel_h = 1, kernel_w = 1, stride = 1, padding = 0;
+    bool bias = true, relu = false;
+    double p = 0, epsilon = 1e-5, momentum = 0.1;
+    uint32_t key = 0;  // of a dropout layer
+};
+
+// What a layer works on. Activations are [block][feature][LANES].
+template <class T>
+struct Pass {
+    const Kernels<T>* kernels;
+    int blocks, samples;           // the last block may have fewer than LANES samples
+    uint64_t seed, step;
+    int64_t first;                 // place of the first sample in the global batch
+    bool training;                 // false: evaluate
+    bool add;                      // parameter gradients add to what is there (all microbatches but the first)
+    const T* w;
+    const T* running;              // statistics of evaluation
+    T* collected;                  // sum over microbatches of what they would make of the statistics
+    T* dw;
+    const T* x;
+    const T* skip;
+    T* y;
+    T* dy;                         // may be altered by a backward
+    T* dx;                         // null: nobody needs it
+    T* dskip;
+    bool dx_add, dskip_add;        // somebody else has written there before
+    T* kept;                       // what the forward keeps for the backward, `kept` elements a block
+    uint8_t* marks;                // the same in bytes, `marks` a block
+    T* scratch;
+    std::vector<Term<T>>* terms;
+
+    int valid(int block) const { return samples - block * LANES < LANES ? samples - block * LANES : LANES; }
+};
+
+template <class T>
+class Layer {
+  public:
+    explicit Layer(const Spec& spec) : spec(spec) {}
+    virtual ~Layer() = default;
+    virtual void forward(const Pass<T>& p) const = 0;
+    virtual void backward(const Pass<T>& p) const = 0;
+    // Move a tensor of the state_dict ("weight", "bias", "running_mean" ...) into or out of the flat buffers.
+    virtual void pack(const std::string& part, const T* tensor, T* w, T* running) const;
+    virtual void unpack(const std::string& part, const T* w, const T* running, T* tensor) const;
+    // (part, elements) of every tensor it has in a state_dict.
+    virtual std::vector<std::pair<std::string, int64_t>> parts() const { return {}; }
+
+    Spec spec;
+    size_t parameters = 0, statistics = 0;  // elements of the flat buffers
+    size_t kept = 0, marks = 0;             // elements and bytes a block
+    // Elements of scratch for so many blocks.
+    virtual size_t scratch(int) const { return 0; }
+};
+
+// One layer after its description; throws std::invalid_argument for a kind that is not known.
+template <class T>
+std::unique_ptr<Layer<T>> make_layer(const Spec& spec);
+
+template <class T>
+std::unique_ptr<Layer<T>> make_affine(const Spec& spec);
+template <class T>
+std::unique_ptr<Layer<T>> make_norm(const Spec& spec);
+template <class T>
+std::unique_ptr<Layer<T>> make_pool(const Spec& spec);
+template <class T>
+std::unique_ptr<Layer<T>> make_pointwise(const Spec& spec);
+
+}  // namespace paraxis

@@ -1,0 +1,44 @@
+// Zeroed memory on cache lines of its own; large pieces ask for huge pages, which save the page walks of long strides.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace paraxis {
+
+template <class T>
+class Memory {
+  public:
+    Memory() = default;
+    explicit Memory(size_t count) : count(count) {
+        if (!count) return;
+        const size_t bytes = count * sizeof(T), page = bytes >= (2u << 20) ? 2u << 20 : 128u;
+        start = static_cast<T*>(std::aligned_alloc(page, (bytes + page - 1) / page * page));
+        if (!start) throw std::bad_alloc();
+#if defined(__linux__)
+        if (page > 128) madvise(start, bytes, MADV_HUGEPAGE);
+#endif
+        std::memset(static_cast<void*>(start), 0, bytes);
+    }
+    Memory(Memory&& other) noexcept : start(other.start), count(other.count) { other.start = nullptr; }
+    Memory& operator=(Memory&& other) noexcept {
+        std::swap(start, other.start);
+        std::swap(count, other.count);
+        return *this;
+    }
+    ~Memory() { std::free(start); }
+
+    T* data() const { return start; }
+    size_t size() const { return count; }
+    T& operator[](size_t i) const { return start[i]; }
+
+  private:
+    T* start = nullptr;
+    size_t count = 0;
+};
+
+}  // namespace paraxis

@@ -1,0 +1,217 @@
+// Batch normalisation over the samples of a microbatch and all positions; layer normalisation over a sample's features.
+#include <algorithm>
+#include <cmath>
+
+#include "layer.h"
+
+namespace paraxis {
+namespace {
+
+// Of padded lanes: 1 for a real sample, 0 for padding.
+template <class T>
+void mask_of(const Pass<T>& p, int block, T* mask) {
+    for (int lane = 0; lane < LANES; ++lane) mask[lane] = lane < p.valid(block) ? T(1) : T(0);
+}
+
+// Running statistics are [mean c][variance c]. Every microbatch adds what it alone would make of them to `collected`.
+template <class T>
+class BatchNorm final : public Layer<T> {
+  public:
+    explicit BatchNorm(const Spec& s) : Layer<T>(s) {
+        this->parameters = (2 * s.out.c + LANES - 1) / LANES * LANES;
+        this->statistics = 2 * s.out.c;
+        this->kept = 2 * s.out.c;  // mean and inverse deviation; those of block 0 hold for all
+    }
+
+    void forward(const Pass<T>& p) const override {
+        const int c = this->spec.out.c;
+        T *mean = p.kept, *inverse = p.kept + c;
+        if (p.training) {
+            measure(p, mean, inverse);
+        } else {
+            for (int f = 0; f < c; ++f) {
+                mean[f] = p.running[f];
+                inverse[f] = T(1 / std::sqrt(double(p.running[c + f]) + this->spec.epsilon));
+            }
+        }
+        std::vector<T> scale(c), shift(c);
+        for (int f = 0; f < c; ++f) {
+            scale[f] = p.w[f] * inverse[f];
+            shift[f] = p.w[c + f] - mean[f] * scale[f];
+        }
+        const size_t size = size_t(this->spec.in.size()) * LANES;
+        for (int b = 0; b < p.blocks; ++b)
+            p.kernels->normalise(this->spec.in.positions(), c, scale.data(), shift.data(),
+                                 p.skip ? p.skip + b * size : nullptr, this->spec.relu, p.x + b * size, p.y + b * size);
+    }
+
+    void backward(const Pass<T>& p) const override {
+        const int c = this->spec.out.c, positions = this->spec.in.positions();
+        const size_t size = size_t(this->spec.in.size()) * LANES;
+        const T *mean = p.kept, *inverse = p.kept + c;
+        const double count = double(p.samples) * positions;
+        if (this->spec.relu) p.kernels->relu_back(ptrdiff_t(p.blocks) * size, p.y, p.dy, p.dy);
+        std::vector<T> factor(c), slope(c), shift(c);
+        for (int f = 0; f < c; ++f) {
+            double sum = 0, product = 0, part[2];
+            for (int b = 0; b < p.blocks; ++b) {
+                p.kernels->norm_sums(positions, c, f, p.x + b * size, p.dy + b * size, mean[f], part);
+                sum += part[0], product += part[1];
+            }
+            const double scaled = product * double(inverse[f]);
+            p.dw[f] = (p.add ? p.dw[f] : T(0)) + T(scaled);
+            p.dw[c + f] = (p.add ? p.dw[c + f] : T(0)) + T(sum);
+            factor[f] = p.w[f] * inverse[f];
+            slope[f] = T(-double(factor[f]) * scaled / count * double(inverse[f]));
+            shift[f] = T(-double(factor[f]) * sum / count - double(slope[f]) * double(mean[f]));
+        }
+        if (p.skip && p.dskip) pass_on(p, size);
+        if (!p.dx) return;
+        for (int b = 0; b < p.blocks; ++b) {
+            T mask[LANES];
+            mask_of(p, b, mask);
+            p.kernels->norm_back(positions, c, factor.data(), slope.data(), shift.data(), mask, p.x + b * size,
+                                 p.dy + b * size, p.dx + b * size, p.dx_add);
+        }
+    }
+
+    std::vector<std::pair<std::string, int64_t>> parts() const override {
+        const int64_t c = this->spec.out.c;
+        return {{"weight", c}, {"bias", c}, {"running_mean", c}, {"running_var", c}};
+    }
+
+    void pack(const std::string& part, const T* tensor, T* w, T* running) const override {
+        std::copy(tensor, tensor + this->spec.out.c, place(part, w, running));
+    }
+
+    void unpack(const std::string& part, const T* w, const T* running, T* tensor) const override {
+        const T* from = place(part, w, running);
+        std::copy(from, from + this->spec.out.c, tensor);
+    }
+
+  private:
+    template <class P>
+    P place(const std::string& part, P w, P running) const {
+        const int c = this->spec.out.c;
+        return part == "weight" ? w : part == "bias" ? w + c : part == "running_mean" ? running : running + c;
+    }
+
+    void measure(const Pass<T>& p, T* mean, T* inverse) const {
+        const int c = this->spec.out.c, positions = this->spec.in.positions();
+        const size_t size = size_t(this->spec.in.size()) * LANES;
+        const double count = double(p.samples) * positions, momentum = this->spec.momentum;
+        for (int f = 0; f < c; ++f) {
+            double first = 0, second = 0, pivot = 0, part[3];
+            for (int b = 0; b < p.blocks; ++b) {
+                T mask[LANES];
+                mask_of(p, b, mask);
+                p.kernels->moments(positions, c, f, p.x + b * size, mask, part);
+                // Each block has its own pivot: bring its sums over to that of the first one.
+                if (!b) pivot = part[2];
+                const double moved = part[2] - pivot, n = double(p.valid(b)) * positions;
+                second += part[1] + 2 * moved * part[0] + n * moved * moved;
+                first += part[0] + n * moved;
+            }
+            const double centre = first / count, variance = std::max(0.0, second / count - centre * centre);
+            mean[f] = T(pivot + centre);
+            inverse[f] = T(1 / std::sqrt(variance + this->spec.epsilon));
+            const double unbiased = variance * count / std::max(1.0, count - 1);
+            p.collected[f] += T((1 - momentum) * double(p.running[f]) + momentum * (pivot + centre));
+            p.collected[c + f] += T((1 - momentum) * double(p.running[c + f]) + momentum * unbiased);
+        }
+    }
+
+    void pass_on(const Pass<T>& p, size_t size) const {
+        if (p.dskip_add)
+            p.kernels->add_into(ptrdiff_t(p.blocks) * size, p.dy, p.dskip);
+        else
+            std::copy(p.dy, p.dy + p.blocks * size, p.dskip);
+    }
+};
+
+template <class T>
+class LayerNorm final : public Layer<T> {
+  public:
+    explicit LayerNorm(const Spec& s) : Layer<T>(s) {
+        this->parameters = (2 * s.in.size() + LANES - 1) / LANES * LANES;
+        this->kept = 2 * LANES;
+    }
+
+    void forward(const Pass<T>& p) const override {
+        const int n = this->spec.in.size();
+        for (int b = 0; b < p.blocks; ++b) {
+            const T* x = p.x + size_t(b) * n * LANES;
+            T* y = p.y + size_t(b) * n * LANES;
+            T *mean = p.kept + size_t(b) * this->kept, *inverse = mean + LANES;
+            for (int lane = 0; lane < LANES; ++lane) {
+                double sum = 0, square = 0;
+                for (int f = 0; f < n; ++f) sum += double(x[f * LANES + lane]);
+                for (int f = 0; f < n; ++f) square += std::pow(double(x[f * LANES + lane]) - sum / n, 2);
+                mean[lane] = T(sum / n);
+                inverse[lane] = T(1 / std::sqrt(square / n + this->spec.epsilon));
+            }
+            for (int f = 0; f < n; ++f)
+                for (int lane = 0; lane < LANES; ++lane)
+                    y[f * LANES + lane] =
+                        (x[f * LANES + lane] - mean[lane]) * inverse[lane] * p.w[f] + p.w[n + f];
+        }
+    }
+
+    void backward(const Pass<T>& p) const override {
+        const int n = this->spec.in.size();
+        if (!p.add) std::fill(p.dw, p.dw + 2 * n, T(0));
+        for (int b = 0; b < p.blocks; ++b) {
+            const size_t at = size_t(b) * n * LANES;
+            const T *x = p.x + at, *dy = p.dy + at, *mean = p.kept + size_t(b) * this->kept, *inverse = mean + LANES;
+            double sum[LANES] = {}, product[LANES] = {};
+            for (int f = 0; f < n; ++f)
+                for (int lane = 0; lane < LANES; ++lane) {
+                    const T unit = (x[f * LANES + lane] - mean[lane]) * inverse[lane], g = dy[f * LANES + lane];
+                    p.dw[f] += g * unit;
+                    p.dw[n + f] += g;
+                    sum[lane] += double(g * p.w[f]);
+                    product[lane] += double(g * p.w[f] * unit);
+                }
+            if (!p.dx) continue;
+            for (int f = 0; f < n; ++f)
+                for (int lane = 0; lane < LANES; ++lane) {
+                    const size_t i = f * LANES + lane;
+                    const double unit = double((x[i] - mean[lane]) * inverse[lane]);
+                    const T dx = T((double(dy[i] * p.w[f]) - sum[lane] / n - unit * product[lane] / n) *
+                                   double(inverse[lane]));
+                    p.dx[at + i] = p.dx_add ? p.dx[at + i] + dx : dx;
+                }
+        }
+    }
+
+    std::vector<std::pair<std::string, int64_t>> parts() const override {
+        return {{"weight", this->spec.in.size()}, {"bias", this->spec.in.size()}};
+    }
+
+    void pack(const std::string& part, const T* tensor, T* w, T*) const override {
+        each(part, [&](size_t flat, size_t torch) { w[flat] = tensor[torch]; });
+    }
+
+    void unpack(const std::string& part, const T* w, const T*, T* tensor) const override {
+        each(part, [&](size_t flat, size_t torch) { tensor[torch] = w[flat]; });
+    }
+
+  private:
+    template <class F>
+    void each(const std::string& part, F f) const {
+        const int n = this->spec.in.size();
+        for (int i = 0; i < n; ++i) f((part == "bias" ? n : 0) + i, this->spec.in.torch_index(i));
+    }
+};
+
+}  // namespace
+
+template <class T>
+std::unique_ptr<Layer<T>> make_norm(const Spec& spec) {
+    if (spec.kind == "batch_norm") return std::make_unique<BatchNorm<T>>(spec);
+    return std::make_unique<LayerNorm<T>>(spec);
+}
+template std::unique_ptr<Layer<float>> make_norm(const Spec&);
+template std::unique_ptr<Layer<double>> make_norm(const Spec&);
+
+}  // namespace paraxis

@@ -1,0 +1,113 @@
+// Maximum and average over windows of positions; what lies in the padding takes no part in a maximum.
+#include <algorithm>
+
+#include "layer.h"
+
+namespace paraxis {
+namespace {
+
+// Input positions under every output position.
+std::vector<std::vector<int>> windows_of(const Spec& s) {
+    std::vector<std::vector<int>> found;
+    for (int oy = 0; oy < s.out.h; ++oy)
+        for (int ox = 0; ox < s.out.w; ++ox) {
+            auto& window = found.emplace_back();
+            for (int ky = 0; ky < s.kernel_h; ++ky)
+                for (int kx = 0; kx < s.kernel_w; ++kx) {
+                    int iy = oy * s.stride - s.padding + ky, ix = ox * s.stride - s.padding + kx;
+                    if (iy >= 0 && iy < s.in.h && ix >= 0 && ix < s.in.w) window.push_back(iy * s.in.w + ix);
+                }
+        }
+    return found;
+}
+
+template <class T>
+class MaxPool final : public Layer<T> {
+  public:
+    explicit MaxPool(const Spec& s) : Layer<T>(s), windows(windows_of(s)) { this->marks = s.out.size() * LANES; }
+
+    void forward(const Pass<T>& p) const override {
+        const Spec& s = this->spec;
+        const int line = s.out.c * LANES;
+        std::vector<const T*> from;
+        for (int b = 0; b < p.blocks; ++b) {
+            const T* x = p.x + size_t(b) * s.in.size() * LANES;
+            T* y = p.y + size_t(b) * s.out.size() * LANES;
+            uint8_t* winner = p.marks + size_t(b) * this->marks;
+            for (const auto& window : windows) {
+                from.clear();
+                for (int position : window) from.push_back(x + position * line);
+                p.kernels->window_max(s.out.c, int(from.size()), from.data(), s.relu, y, winner);
+                y += line, winner += line;
+            }
+        }
+    }
+
+    void backward(const Pass<T>& p) const override {
+        const Spec& s = this->spec;
+        const size_t line = size_t(s.out.c) * LANES;
+        if (!p.dx) return;
+        for (int b = 0; b < p.blocks; ++b) {
+            T* dx = p.dx + size_t(b) * s.in.size() * LANES;
+            if (!p.dx_add) std::fill(dx, dx + size_t(s.in.size()) * LANES, T(0));
+            for (size_t o = 0; o < windows.size(); ++o) {
+                const size_t at = (size_t(b) * windows.size() + o) * line;
+                for (size_t n = 0; n < windows[o].size(); ++n)
+                    p.kernels->window_max_back(s.out.c, int(n), p.marks + at, p.y + at, s.relu, p.dy + at,
+                                               dx + windows[o][n] * line);
+            }
+        }
+    }
+
+  private:
+    std::vector<std::vector<int>> windows;
+};
+
+template <class T>
+class AveragePool final : public Layer<T> {
+  public:
+    explicit AveragePool(const Spec& s) : Layer<T>(s), windows(windows_of(s)) {}
+
+    void forward(const Pass<T>& p) const override {
+        each(p, p.y, [&](const T* x, T* y, size_t line, const std::vector<int>& window, T share) {
+            std::fill(y, y + line, T(0));
+            for (int position : window) p.kernels->fused_add(line, share, x + position * line, y);
+        });
+    }
+
+    void backward(const Pass<T>& p) const override {
+        const Spec& s = this->spec;
+        if (!p.dx) return;
+        if (!p.dx_add) std::fill(p.dx, p.dx + size_t(p.blocks) * s.in.size() * LANES, T(0));
+        each(p, p.dy, [&](const T* x, T* dy, size_t line, const std::vector<int>& window, T share) {
+            T* dx = p.dx + (x - p.x);
+            for (int position : window) p.kernels->fused_add(line, share, dy, dx + position * line);
+        });
+    }
+
+  private:
+    std::vector<std::vector<int>> windows;
+
+    template <class F>
+    void each(const Pass<T>& p, T* out, F f) const {
+        const Spec& s = this->spec;
+        const size_t line = size_t(s.out.c) * LANES;
+        const T share = T(1) / (s.kernel_h * s.kernel_w);
+        for (int b = 0; b < p.blocks; ++b)
+            for (size_t o = 0; o < windows.size(); ++o)
+                f(p.x + size_t(b) * s.in.size() * LANES, out + (size_t(b) * windows.size() + o) * line, line, windows[o],
+                  share);
+    }
+};
+
+}  // namespace
+
+template <class T>
+std::unique_ptr<Layer<T>> make_pool(const Spec& spec) {
+    if (spec.kind == "max_pool") return std::make_unique<MaxPool<T>>(spec);
+    return std::make_unique<AveragePool<T>>(spec);
+}
+template std::unique_ptr<Layer<float>> make_pool(const Spec&);
+template std::unique_ptr<Layer<double>> make_pool(const Spec&);
+
+}  // namespace paraxis

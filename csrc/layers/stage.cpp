@@ -1,0 +1,163 @@
+#include "stage.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace paraxis {
+
+template <class T>
+Stage<T>::Stage(const std::vector<Spec>& specs, int slice, int microbatches, bool head, bool tail,
+                const Kernels<T>& kernels, uint64_t seed)
+    : slice(slice), microbatches(microbatches), head(head), tail(tail), kernels(kernels), seed(seed),
+      blocks((slice + LANES - 1) / LANES) {
+    if (specs.empty() || slice < 1 || microbatches < 1) throw std::invalid_argument("a stage needs layers and samples");
+    elements.push_back(size_t(blocks) * specs[0].in.size() * LANES);
+    size_t most = 0;
+    for (const Spec& spec : specs) {
+        if (spec.y != int(elements.size()) || spec.x < 0 || spec.x >= spec.y || spec.skip >= spec.y)
+            throw std::invalid_argument(spec.name + ": its activations are not numbered in order");
+        if (elements[spec.x] != size_t(blocks) * spec.in.size() * LANES)
+            throw std::invalid_argument(spec.name + ": its input has another shape than what is in front of it");
+        layers.push_back(make_layer<T>(spec));
+        places.push_back({parameters, statistics});
+        parameters += layers.back()->parameters;
+        statistics += layers.back()->statistics;
+        most = std::max(most, layers.back()->scratch(blocks));
+        elements.push_back(size_t(blocks) * spec.out.size() * LANES);
+    }
+    if (tail && specs.back().out.positions() != 1) throw std::invalid_argument("the last layer must give one row a sample");
+    gradients = Memory<T>(parameters);
+    collected = Memory<T>(statistics);
+    scratch = Memory<T>(most);
+    for (size_t id = 0; id < elements.size(); ++id)
+        grads.emplace_back(id && !(tail && id + 1 == elements.size()) ? elements[id] : 0);
+    for (int m = 0; m < microbatches; ++m) {
+        Slot& slot = slots.emplace_back();
+        for (size_t id = 0; id < elements.size(); ++id) slot.acts.emplace_back(id || head ? elements[id] : 0);
+        for (const auto& layer : layers) {
+            slot.kept.emplace_back(blocks * layer->kept);
+            slot.marks.emplace_back(blocks * layer->marks);
+        }
+        slot.entering = Memory<T>(head ? 0 : elements[0]);
+        slot.given = slot.acts[0].data();
+        slot.targets.resize(slice);
+        slot.valid = slice;
+    }
+    plan_gradients();
+}
+
+// An activation that several layers read has a sum for its gradient: the one that comes first in the backward writes it,
+// the others add.
+template <class T>
+void Stage<T>::plan_gradients() {
+    std::vector<bool> written(elements.size(), false);
+    dx_add.resize(layers.size());
+    dskip_add.resize(layers.size());
+    for (size_t n = layers.size(); n-- > 0;) {
+        const Spec& spec = layers[n]->spec;
+        // A residual sum hands its gradient on before its main input: the order is that of the calls in a backward.
+        if (spec.kind == "batch_norm" && spec.skip >= 0) {
+            dskip_add[n] = written[spec.skip];
+            written[spec.skip] = true;
+        }
+        dx_add[n] = written[spec.x];
+        written[spec.x] = true;
+        if (spec.kind != "batch_norm" && spec.skip >= 0) {
+            dskip_add[n] = written[spec.skip];
+            written[spec.skip] = true;
+        }
+    }
+}
+
+template <class T>
+T* Stage<T>::grad(int m, int id) {
+    if (!id) return slots[m].entering.data();
+    if (id + 1 == int(elements.size())) return tail ? slots[m].acts.back().data() : slots[m].gradient;
+    return grads[id].data();
+}
+
+template <class T>
+Pass<T> Stage<T>::pass(size_t n, int m, uint64_t step, int64_t first, bool training) {
+    const Spec& spec = layers[n]->spec;
+    Slot& slot = slots[m];
+    const bool first_layer = head && spec.x == 0;
+    return {
+        .kernels = &kernels, .blocks = blocks, .samples = slot.valid, .seed = seed, .step = step, .first = first,
+        .training = training, .add = backwards > 0, .w = weights->params.data() + places[n].weights,
+        .running = weights->running.data() + places[n].statistics, .collected = collected.data() + places[n].statistics,
+        .dw = gradients.data() + places[n].weights, .x = act(m, spec.x),
+        .skip = spec.skip >= 0 ? act(m, spec.skip) : nullptr, .y = act(m, spec.y), .dy = grad(m, spec.y),
+        .dx = first_layer ? nullptr : grad(m, spec.x),
+        .dskip = spec.skip > 0 || (spec.skip == 0 && !head) ? grad(m, spec.skip) : nullptr, .dx_add = dx_add[n],
+        .dskip_add = dskip_add[n], .kept = slot.kept[n].data(), .marks = slot.marks[n].data(),
+        .scratch = scratch.data(), .terms = &terms,
+    };
+}
+
+template <class T>
+void Stage<T>::load(int m, const Samples& samples, int64_t step, int64_t first) {
+    Slot& slot = slots[m];
+    const int64_t* index = samples.index + step * samples.batch + first;
+    slot.valid = int(std::clamp<int64_t>(samples.size - (step * samples.batch + first), 0, slice));
+    if (tail)
+        for (int i = 0; i < slot.valid; ++i) slot.targets[i] = samples.targets[index[i]];
+    if (!head) return;
+    const int features = features_in();
+    for (int b = 0; b < blocks; ++b) {
+        T* x = slot.acts[0].data() + size_t(b) * features * LANES;
+        const int valid = std::clamp(slot.valid - b * LANES, 0, LANES);
+        if (!valid)
+            std::fill(x, x + features * LANES, T(0));
+        else if (samples.bytes)
+            kernels.gather_bytes(features, valid, static_cast<const uint8_t*>(samples.inputs), index + b * LANES,
+                                 T(samples.scale), x);
+        else
+            kernels.gather(features, valid, static_cast<const T*>(samples.inputs), index + b * LANES, x);
+    }
+}
+
+template <class T>
+void Stage<T>::forward(int m, uint64_t step, int64_t first, bool training) {
+    for (size_t n = 0; n < layers.size(); ++n) layers[n]->forward(pass(n, m, step, first, training));
+    if (tail) lose(m, training);
+}
+
+template <class T>
+void Stage<T>::backward(int m, uint64_t step, int64_t first) {
+    for (size_t n = layers.size(); n-- > 0;) layers[n]->backward(pass(n, m, step, first, true));
+    ++backwards;
+}
+
+template <class T>
+void Stage<T>::lose(int m, bool training) {
+    Slot& slot = slots[m];
+    const int classes = layers.back()->spec.out.size();
+    Score& score = training ? step_score : evaluation;
+    for (int b = 0; b < blocks; ++b) {
+        T* y = slot.acts.back().data() + size_t(b) * classes * LANES;
+        for (int lane = 0; lane < LANES; ++lane) {
+            const int i = b * LANES + lane;
+            if (i >= slot.valid) {
+                for (int c = 0; c < classes; ++c) y[c * LANES + lane] = 0;
+                continue;
+            }
+            int best = 0;
+            for (int c = 1; c < classes; ++c)
+                if (y[c * LANES + lane] > y[best * LANES + lane]) best = c;
+            const T top = y[best * LANES + lane], own = y[slot.targets[i] * LANES + lane];
+            T sum = 0;
+            for (int c = 0; c < classes; ++c) sum += y[c * LANES + lane] = std::exp(y[c * LANES + lane] - top);
+            score.loss += double(std::log(sum) + (top - own));
+            score.weight += 1;
+            score.hits += best == slot.targets[i];
+            const T share = 1 / sum;
+            for (int c = 0; c < classes; ++c) y[c * LANES + lane] *= share;
+            y[slot.targets[i] * LANES + lane] -= 1;
+        }
+    }
+}
+
+template class Stage<float>;
+template class Stage<double>;
+
+}  // namespace paraxis

@@ -1,0 +1,94 @@
+// One rank's stage: its layers, the activations of every microbatch in flight, and gradients.
+#pragma once
+
+#include "layer.h"
+#include "memory.h"
+
+namespace paraxis {
+
+// Samples in memory and which of them a run of steps takes: step s has index[s * batch + i], i < batch. Those from number
+// `size` on are padding (of an evaluation's last batch).
+struct Samples {
+    const void* inputs = nullptr;
+    const int64_t* targets = nullptr;
+    const int64_t* index = nullptr;
+    int64_t batch = 0, size = 0;
+    bool bytes = false;
+    double scale = 1;
+};
+
+// What several ranks may share: parameters, running statistics and the optimiser's state of one stage.
+template <class T>
+struct Weights {
+    Weights(size_t parameters, size_t statistics)
+        : params(parameters), running(statistics), first(parameters), second(parameters) {}
+    Memory<T> params, running, first, second;
+};
+
+struct Score {
+    double loss = 0, weight = 0, hits = 0;
+};
+
+template <class T>
+class Stage {
+  public:
+    // `slice`: samples of a microbatch; `head`: takes samples in; `tail`: ends in the loss. Throws std::invalid_argument.
+    Stage(const std::vector<Spec>& specs, int slice, int microbatches, bool head, bool tail, const Kernels<T>& kernels,
+          uint64_t seed);
+
+    void load(int microbatch, const Samples& samples, int64_t step, int64_t first);
+    void forward(int microbatch, uint64_t step, int64_t first, bool training);
+    void backward(int microbatch, uint64_t step, int64_t first);
+    // Softmax cross-entropy of the output, which it turns into its gradient when training.
+    void lose(int microbatch, bool training);
+
+    size_t input_elements() const { return elements.front(); }
+    size_t output_elements() const { return elements.back(); }
+    T* output(int m) { return slots[m].acts.back().data(); }
+    T* input(int m) { return slots[m].given; }
+    void give_input(int m, T* x) { slots[m].given = x; }
+    void give_gradient(int m, T* dy) { slots[m].gradient = dy; }
+    T* input_gradient(int m) { return slots[m].entering.data(); }
+    int features_in() const { return layers.front()->spec.in.size(); }
+
+    struct Place {
+        size_t weights, statistics;
+    };
+    std::vector<std::unique_ptr<Layer<T>>> layers;
+    std::vector<Place> places;  // of each layer's parameters and statistics in the flat buffers
+    size_t parameters = 0, statistics = 0;
+    std::shared_ptr<Weights<T>> weights;
+    Memory<T> gradients, collected;
+    Score step_score, evaluation;
+    int backwards = 0;  // of this step; the first one overwrites the gradients
+    const int slice, microbatches;
+    const bool head, tail;
+    const Kernels<T>& kernels;
+
+  private:
+    struct Slot {
+        std::vector<Memory<T>> acts;  // acts[0] only where samples come in
+        std::vector<Memory<T>> kept;
+        std::vector<Memory<uint8_t>> marks;
+        Memory<T> entering;  // gradient of the input
+        T* given = nullptr;
+        T* gradient = nullptr;
+        std::vector<int64_t> targets;
+        int valid = 0;
+    };
+    std::vector<Slot> slots;
+    std::vector<Memory<T>> grads;   // of every activation but the input; no two microbatches are in a backward at once
+    std::vector<size_t> elements;   // of every activation
+    std::vector<bool> dx_add, dskip_add;
+    Memory<T> scratch;
+    std::vector<Term<T>> terms;
+    uint64_t seed;
+    int blocks;
+
+    void plan_gradients();
+    Pass<T> pass(size_t layer, int m, uint64_t step, int64_t first, bool training);
+    T* act(int m, int id) { return id ? slots[m].acts[id].data() : slots[m].given; }
+    T* grad(int m, int id);
+};
+
+}  // namespace paraxis

@@ -1,0 +1,91 @@
+// All ranks of a program as the threads of one process, with the stages that they compute.
+#pragma once
+
+#include <functional>
+#include <memory>
+
+#include "../layers/stage.h"
+#include "gate.h"
+#include "program.h"
+#include "team.h"
+
+namespace paraxis {
+
+struct Grid {
+    int dp = 1, pp = 1;
+    int size() const { return dp * pp; }
+    int dp_of(int rank) const { return rank % dp; }
+    int pp_of(int rank) const { return rank / dp; }
+    int rank(int d, int p) const { return p * dp + d; }
+};
+
+// How parameters follow their gradients; `rate` of every step comes with a run.
+struct Hyper {
+    bool adam = false, nesterov = false, decoupled = false;
+    double momentum = 0, decay = 0, beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, clip = 0;
+    double weight = 1;  // what a sum of gradients is divided by
+};
+
+constexpr int RING = 4;  // steps whose timestamps are kept
+
+template <class T>
+class Ensemble {
+  public:
+    // `shared`: replicas have one copy of the weights; otherwise each its own. Throws std::invalid_argument.
+    Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> stages, std::vector<Body> bodies, Hyper hyper,
+             bool shared, int usable_cores);
+
+    // Optimiser steps [first, first + bodies.size()), step s running body[s]; losses[s]: (sum, weight).
+    std::vector<Score> run(int64_t first, const std::vector<int>& body, const std::vector<double>& rates,
+                           const Samples& samples);
+    // A body that trains nothing, `times` times; returns the sum of all scores.
+    Score evaluate(int body, int times, const Samples& samples);
+    void settle(int body);
+    std::vector<std::vector<int64_t>> stamps(int64_t step) const;  // nanoseconds of each rank around its instructions
+
+    Stage<T>& stage(int rank) { return *stages[rank]; }
+    const Grid grid;
+    const bool shared;
+
+  private:
+    // What one rank has in hand while it runs.
+    struct Hand {
+        int rank;
+        int64_t step = 0;   // of the training
+        int64_t within = 0;  // of the samples handed over with this run
+        double rate = 0;
+        const Samples* samples = nullptr;
+    };
+    struct Links {  // between a rank and the next stage of its replica
+        Links(int room, int spin, const Abort& abort) : acts(room, spin, abort), grads(room, spin, abort) {}
+        Channel<T*> acts, grads;
+    };
+
+    std::vector<std::unique_ptr<Stage<T>>> stages;
+    std::vector<Body> bodies;
+    Hyper hyper;
+    int spin;
+    std::unique_ptr<Abort> abort;
+    std::vector<std::unique_ptr<Barrier>> replicas, pipelines;  // of each stage; of each replica
+    std::vector<std::unique_ptr<Links>> links;
+    std::vector<double> norms;
+    std::vector<std::vector<int64_t>> clocks;  // [rank * RING + step % RING]
+    std::vector<Memory<T>> strips;
+
+    void connect();
+    void start(const std::function<void(int)>& f);
+    void body(Hand& hand, const Body& body, std::vector<int64_t>* stamps);
+    void execute(Hand& hand, const Instruction& i);
+    void compute(Hand& hand, const Instruction& i);
+    void all_reduce(Hand& hand, const Instruction& i);
+    void update(Hand& hand, const Instruction& i);
+    void descend(Hand& hand);
+    void hogwild(Hand& hand);
+    void norm(Hand& hand);
+    T* buffer(int rank, Buffer which, size_t* size);
+    std::pair<size_t, size_t> share(int rank) const;  // of the parameters, that this rank updates
+    T scale(int rank) const;
+    void apply(Hand& hand, size_t begin, size_t count, const T* gradient);
+};
+
+}  // namespace paraxis

@@ -1,0 +1,43 @@
+// A program as the runtime executes it: numbers instead of words. Python's list of operations is this one.
+#pragma once
+
+#include <array>
+#include <string>
+#include <vector>
+
+namespace paraxis {
+
+inline constexpr std::array<const char*, 18> OPS = {
+    "Load", "F", "B", "Update", "SendActStart", "SendActWait", "SendGradStart", "SendGradWait", "RecvActStart",
+    "RecvActWait", "RecvGradStart", "RecvGradWait", "AllReduceStart", "AllReduceWait", "ReduceScatterStart",
+    "ReduceScatterWait", "AllGatherStart", "AllGatherWait",
+};
+enum class Op : int {
+    Load, F, B, Update, SendActStart, SendActWait, SendGradStart, SendGradWait, RecvActStart,
+    RecvActWait, RecvGradStart, RecvGradWait, AllReduceStart, AllReduceWait, ReduceScatterStart,
+    ReduceScatterWait, AllGatherStart, AllGatherWait,
+};
+enum class Rule : int { none, zero, step, norm, statistics, evaluate, hogwild };
+enum class Buffer : int { none, params, grads, totals, score, statistics, running, norm };
+enum class Axis : int { none, dp, pp, tp };
+
+inline constexpr std::array<const char*, 7> RULES = {"", "zero", "step", "norm", "statistics", "evaluate", "hogwild"};
+inline constexpr std::array<const char*, 8> BUFFERS = {"",      "params",     "grads",   "totals",
+                                                       "score", "statistics", "running", "norm"};
+inline constexpr std::array<const char*, 4> AXES = {"", "dp", "pp", "tp"};
+
+struct Instruction {
+    Op op;
+    int microbatch, slice, peer;
+    Axis axis;
+    Buffer buffer;
+    Rule rule;
+    bool mean;
+};
+
+struct Body {
+    std::string name;
+    std::vector<std::vector<Instruction>> ranks;
+};
+
+}  // namespace paraxis

@@ -1,0 +1,283 @@
+"""The native engine's front: compiles an nn.Module to the layers that C++ has, and moves weights in and out.
+
+Activations in C++ are channels-last, so images are permuted once, on their way in.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from torch import Tensor, nn
+
+from paraxis.errors import MissingError, PlanError
+from paraxis.task.randomness import KeyedDropout
+from paraxis.task.task import Task
+
+Shape = tuple[int, int, int]  # (height, width, channels)
+FUSING = ("affine", "batch_norm", "residual", "max_pool")
+
+
+@lru_cache(maxsize=1)
+def extension() -> Any:
+    """The compiled module; raises MissingError where it has not been built."""
+    if find_spec("paraxis._native") is None:
+        raise MissingError(
+            "the native engine has not been built: install a C++ compiler (g++ or clang++) and run pip install again; "
+            "engine=torch needs none"
+        )
+    _share_openmp()
+    from paraxis import _native
+
+    return _native
+
+
+def _share_openmp() -> None:
+    """Load the OpenMP library that PyTorch brings, so that there is one, whoever is imported first."""
+    spec = find_spec("torch")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for library in Path(folder, "lib").glob("libgomp*.so*"):
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+@dataclass
+class Compiler:
+    """Layers on their way to C++: `shape` and `place` are of the activation that the next one reads."""
+
+    names: dict[int, str]  # id(module) -> its name in the network
+    shape: Shape
+    flat: bool = False
+    place: int = 0
+    count: int = 0
+    specs: list[Any] = field(default_factory=list)
+
+    def add(self, kind: str, module: nn.Module, out: Shape | None = None, **fields: Any) -> None:
+        """Append a layer that reads the current activation."""
+        native = extension()
+        spec = native.Spec()
+        spec.kind, spec.name, spec.x = kind, self.names.get(id(module), ""), self.place
+        self.count += 1
+        spec.y, spec.in_ = self.count, native.Shape(*self.shape)
+        self.shape = out or self.shape
+        spec.out = native.Shape(*self.shape)
+        for key, value in fields.items():
+            setattr(spec, key, value)
+        self.specs.append(spec)
+        self.place = self.count
+
+
+def compile_layers(layers: Sequence[nn.Module], task: Task, shape: Shape, ends: bool) -> tuple[list[Any], Shape, bool]:
+    """(C++ layers, shape behind them, whether that is flat); raises PlanError naming a layer that it cannot take.
+
+    `ends`: the last of them is the network's last, whose output the loss overwrites.
+    """
+    names = {id(module): name for name, module in task.net.named_modules()}
+    compiler = Compiler(names, shape[:3], flat=len(shape) > 3)
+    for layer in layers:
+        _layer(layer, compiler)
+    if ends and compiler.specs and compiler.specs[-1].relu:
+        raise PlanError("engine=native: a ReLU cannot be the last layer; leave it to the loss")
+    return compiler.specs, compiler.shape, compiler.flat
+
+
+def _layer(module: nn.Module, c: Compiler) -> None:
+    name = c.names.get(id(module), "") or type(module).__name__
+    if type(module) in LAYERS:
+        LAYERS[type(module)](module, c, name)
+    elif isinstance(module, nn.Sequential):
+        for child in module:
+            _layer(child, c)
+    elif all(hasattr(module, part) for part in ("conv1", "bn1", "conv2", "bn2", "downsample")):
+        _basic_block(module, c)
+    else:
+        known = ", ".join(sorted(kind.__name__ for kind in LAYERS))
+        raise PlanError(f"engine=native cannot take {name} ({type(module).__name__}); it has {known}, Sequential")
+
+
+def _need(condition: bool, name: str, module: nn.Module, what: str) -> None:
+    if not condition:
+        raise PlanError(f"engine=native cannot take {name} ({type(module).__name__}): it needs {what}")
+
+
+def _frozen(module: nn.Module, name: str) -> None:
+    _need(all(p.requires_grad for p in module.parameters()), name, module, "all parameters trained")
+
+
+def _linear(m: Any, c: Compiler, name: str) -> None:
+    h, w, channels = c.shape
+    _need(c.flat and h * w * channels == m.in_features, name, m, "one row of features a sample")
+    _frozen(m, name)
+    c.add("affine", m, (1, 1, m.out_features), kernel_h=h, kernel_w=w, bias=m.bias is not None)
+
+
+def _conv(m: Any, c: Compiler, name: str) -> None:
+    h, w, channels = c.shape
+    _need(m.groups == 1 and m.dilation == (1, 1) and m.padding_mode == "zeros", name, m, "groups=1, dilation=1, zeros")
+    _need(m.stride[0] == m.stride[1] and not isinstance(m.padding, str), name, m, "one stride and a padding in numbers")
+    _need(m.padding[0] == m.padding[1] and not c.flat and m.in_channels == channels, name, m, "images, equal paddings")
+    _frozen(m, name)
+    (kh, kw), stride, padding = m.kernel_size, m.stride[0], m.padding[0]
+    out = (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1, m.out_channels
+    fields = {"kernel_h": kh, "kernel_w": kw, "stride": stride, "padding": padding, "bias": m.bias is not None}
+    c.add("affine", m, out, **fields)
+
+
+def _pool(kind: str) -> Callable[[Any, Compiler, str], None]:
+    def pool(m: Any, c: Compiler, name: str) -> None:
+        h, w, channels = c.shape
+        kernel, padding = _one(m.kernel_size), _one(m.padding)
+        stride = _one(m.stride if m.stride is not None else m.kernel_size)
+        _need(None not in (kernel, stride, padding), name, m, "square windows")
+        plain = getattr(m, "dilation", 1) == 1 and not m.ceil_mode and getattr(m, "count_include_pad", True)
+        _need(bool(plain) and not getattr(m, "divisor_override", None), name, m, "no dilation, ceil_mode or divisor")
+        out = (h + 2 * padding - kernel) // stride + 1, (w + 2 * padding - kernel) // stride + 1, channels
+        c.add(kind, m, out, kernel_h=kernel, kernel_w=kernel, stride=stride, padding=padding)
+
+    return pool
+
+
+def _one(value: Any) -> Any:
+    """The number of a square pair, None of another one."""
+    if isinstance(value, (tuple, list)):
+        return value[0] if len(set(value)) == 1 else None
+    return value
+
+
+def _global_pool(m: Any, c: Compiler, name: str) -> None:
+    h, w, channels = c.shape
+    _need(_one(m.output_size) == 1, name, m, "an output of 1x1")
+    c.add("average_pool", m, (1, 1, channels), kernel_h=h, kernel_w=w, stride=1)
+
+
+def _relu(m: nn.Module, c: Compiler, name: str) -> None:
+    last = c.specs[-1] if c.specs else None
+    if last is not None and last.kind in FUSING and last.y == c.place and not last.relu:
+        last.relu = True
+    else:
+        c.add("relu", m)
+
+
+def _pointwise(kind: str) -> Callable[[Any, Compiler, str], None]:
+    def pointwise(m: Any, c: Compiler, name: str) -> None:
+        _need(getattr(m, "approximate", "none") == "none", name, m, "approximate='none'")
+        c.add(kind, m)
+
+    return pointwise
+
+
+def _dropout(m: Any, c: Compiler, name: str) -> None:
+    if m.p > 0:
+        c.add("dropout", m, p=m.p, key=crc32(f"{name}#0".encode()))
+
+
+def _flatten(m: Any, c: Compiler, name: str) -> None:
+    _need(m.start_dim == 1 and m.end_dim in (-1, 3), name, m, "start_dim=1")
+    c.flat = True
+
+
+def _batch_norm(m: Any, c: Compiler, name: str) -> None:
+    fine = m.affine and m.track_running_stats and m.momentum is not None and m.num_features == c.shape[2]
+    _need(fine, name, m, "affine=True, running statistics and a momentum")
+    _frozen(m, name)
+    c.add("batch_norm", m, epsilon=m.eps, momentum=m.momentum)
+
+
+def _layer_norm(m: Any, c: Compiler, name: str) -> None:
+    size = c.shape[0] * c.shape[1] * c.shape[2]
+    fine = m.elementwise_affine and m.bias is not None and _product(m.normalized_shape) == size
+    _need(fine, name, m, "a weight and a bias over all features of a sample")
+    _frozen(m, name)
+    c.add("layer_norm", m, epsilon=m.eps)
+
+
+def _product(sizes: Sequence[int]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
+
+
+def _basic_block(m: Any, c: Compiler) -> None:
+    """ResNet's block: two convolutions and what goes around them; sum and ReLU are part of the second normalisation."""
+    entry, shape = c.place, c.shape
+    for part in (m.conv1, m.bn1, nn.ReLU(), m.conv2):
+        _layer(part, c)
+    main, main_shape, skip = c.place, c.shape, entry
+    if m.downsample is not None:
+        c.place, c.shape = entry, shape
+        _layer(m.downsample, c)
+        skip = c.place
+        c.place, c.shape = main, main_shape
+    _layer(m.bn2, c)
+    c.specs[-1].skip, c.specs[-1].relu = skip, True
+
+
+def _nothing(m: nn.Module, c: Compiler, name: str) -> None:
+    """It does nothing."""
+
+
+LAYERS: dict[type[nn.Module], Callable[[Any, Compiler, str], None]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv,
+    nn.MaxPool2d: _pool("max_pool"),
+    nn.AvgPool2d: _pool("average_pool"),
+    nn.AdaptiveAvgPool2d: _global_pool,
+    nn.ReLU: _relu,
+    nn.Sigmoid: _pointwise("sigmoid"),
+    nn.Tanh: _pointwise("tanh"),
+    nn.GELU: _pointwise("gelu"),
+    nn.Dropout: _dropout,
+    KeyedDropout: _dropout,
+    nn.Flatten: _flatten,
+    nn.BatchNorm2d: _batch_norm,
+    nn.BatchNorm1d: _batch_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.Identity: _nothing,
+}
+
+
+def input_shape(task: Task) -> tuple[int, ...]:
+    """(h, w, c) of a sample, with a fourth entry where it is flat; raises PlanError for what is no image or vector."""
+    inputs = task.recipe.inputs(task.train.share(0, 0, 1))
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.ndim not in (2, 4):
+        raise PlanError("engine=native takes one tensor of samples, (n, features) or (n, channels, height, width)")
+    if inputs.ndim == 2:
+        return 1, 1, inputs.shape[1], 1
+    return inputs.shape[2], inputs.shape[3], inputs.shape[1]
+
+
+def check_task(task: Task) -> None:
+    """Raises PlanError for a task whose loss, optimiser or randomness C++ does not have."""
+    own = task.recipe.own
+    for part in ("loss", "inputs"):
+        if part in own:
+            raise PlanError(
+                f"engine=native has softmax cross-entropy of batches (inputs, targets), not a {part} of yours"
+            )
+    batch = task.train.share(0, 0, 1)
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and not batch[1].is_floating_point()):
+        raise PlanError("engine=native needs batches (inputs, class numbers)")
+    if batch[1].ndim != 1:
+        raise PlanError("engine=native needs one class number a sample")
+    if task.keyed.functions or task.keyed.unkeyed or task.keyed.switched_off:
+        raise PlanError("engine=native has the randomness of nn.Dropout only")
+    hyper = task.hyper()
+    if hyper.rule == "native" or len(hyper.groups) != 1:
+        raise PlanError("engine=native has SGD, Adam and AdamW with one group of parameters")
+
+
+def stages_of(task: Task, stages: Sequence[tuple[int, int]]) -> list[list[Any]]:
+    """C++ layers of every stage; raises PlanError for what it cannot take."""
+    check_task(task)
+    shape, found = input_shape(task), []
+    for number, (first, last) in enumerate(stages):
+        specs, out, flat = compile_layers(task.chain[first:last], task, shape, number == len(stages) - 1)  # type: ignore[arg-type]
+        if not specs:
+            raise PlanError(f"engine=native: stage {number} has nothing to compute; give it more layers with split=")
+        found.append(specs)
+        shape = (*out, 1) if flat else out
+    return found

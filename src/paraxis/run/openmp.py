@@ -1,0 +1,203 @@
+"""Runs a program with threads as ranks: C++ executes it, this hands over samples and learning rates.
+
+A `Team` looks to its callers like the interpreter of a single rank, for it is one process.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paraxis.engine.native_engine import extension, stages_of
+from paraxis.engine.rules import Hyper
+from paraxis.errors import PlanError
+from paraxis.measure.machine import usable_cores
+from paraxis.program.instructions import Instruction, Program
+from paraxis.task.batches import ArraySource, Source
+from paraxis.task.task import Task
+
+AT_ONCE = 256  # steps handed over at once, so that an interruption is soon noticed
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Samples of some steps: `inputs` channels-last, `targets`, and which of them each step takes, (steps, batch)."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    index: np.ndarray
+    size: int  # samples that count
+    scale: float  # of inputs that are bytes
+
+
+@dataclass
+class Team:
+    """All ranks of a program in one process; `done` counts optimiser steps."""
+
+    task: Task
+    program: Program
+    ensemble: Any
+    hyper: Hyper
+    names: list[str]  # of the bodies, in the order of their numbers
+    done: int = 0
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    _channels_last: dict[int, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        """Threads."""
+        return self.program.mesh.size
+
+    def steps(self, count: int) -> None:
+        """`count` optimiser steps."""
+        while count:
+            feed = self._feed(self.task.train, self.done, min(count, AT_ONCE))
+            steps = len(feed.index)
+            bodies = [self.names.index(self.program.step_body(self.done + n)) for n in range(steps)]
+            rates = []
+            for _ in range(steps):
+                rates.append(float(self.hyper.groups[0]["lr"]))
+                self.hyper.advance()
+            words = feed.inputs, feed.targets, feed.index, self.task.batch, feed.scale
+            self.losses += self.ensemble.run(self.done, bodies, rates, *words)
+            self.done += steps
+            count -= steps
+
+    def run_traced(self, steps: int) -> list[tuple[str, list[list[int]]]]:
+        """Some more steps; of the last ones (body, nanoseconds around every instruction of each rank)."""
+        self.steps(steps)
+        kept = range(max(self.done - steps, self.done - extension().RING), self.done)
+        return [(self.program.step_body(n), self.ensemble.stamps(n)) for n in kept]
+
+    def settle(self) -> None:
+        """The epilogue: replicas that agree only now and then agree now."""
+        for name, times in self.program.epilogue:
+            for _ in range(times):
+                self.ensemble.settle(self.names.index(name))
+
+    def evaluate(self, source: Source) -> list[float]:
+        """[loss sum, weight, hits] over all of a source's samples."""
+        steps = source.steps_per_epoch or 0
+        index = np.minimum(np.arange(steps * source.batch), source.size - 1)  # type: ignore[attr-defined]
+        feed = self._arrays(source, index.reshape(steps, -1), source.size)  # type: ignore[attr-defined, arg-type]
+        words = feed.inputs, feed.targets, feed.index, source.batch, feed.size, feed.scale
+        return list(self.ensemble.evaluate(self.names.index("evaluate"), *words))
+
+    def state(self) -> dict[str, Tensor]:
+        """The network's state_dict; replicas with weights of their own give those of the first."""
+        state = {k: v.detach().clone() for k, v in self.task.net.state_dict().items()}
+        for rank in self._firsts():
+            for layer, part, _ in self.ensemble.parts(rank):
+                tensor = state[f"{layer}.{part}"].contiguous()
+                self.ensemble.get(rank, layer, part, tensor.numpy().reshape(-1))
+                state[f"{layer}.{part}"] = tensor
+        for name, value in state.items():
+            if name.endswith("num_batches_tracked"):
+                value += self.done
+        return state
+
+    def load(self) -> None:
+        """Give every rank the task's own weights."""
+        state = self.task.net.state_dict()
+        for rank in range(self.ranks):
+            for layer, part, _ in self.ensemble.parts(rank):
+                self.ensemble.put(rank, layer, part, state[f"{layer}.{part}"].contiguous().numpy().reshape(-1))
+
+    def buffers(self, name: str, ranks: list[int] | None = None) -> list[Tensor]:
+        """A flat buffer of some ranks (default: all), as it lies in memory."""
+        return [torch.from_numpy(self.ensemble.buffer(r, name)) for r in ranks or range(self.ranks)]
+
+    def bytes_held(self) -> int:
+        """Bytes of weights, gradients and the optimiser's state."""
+        one = sum(t.nbytes for t in self.buffers("params")) * 3
+        return one + sum(t.nbytes for t in self.buffers("grads"))
+
+    def square_sum(self) -> float:
+        """Sum of squares of all parameters, counted once."""
+        return sum(float(t.double().square().sum()) for t in self.buffers("params", self._firsts()))
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Replicas that disagree take their mean for a while, and go on as they were."""
+        kept = (
+            [t.clone() for name in ("params", "running") for t in self.buffers(name)] if self.program.epilogue else []
+        )
+        self.settle()
+        yield
+        for now, before in zip((t for name in ("params", "running") for t in self.buffers(name)), kept, strict=False):
+            now.copy_(before)
+
+    def _firsts(self) -> list[int]:
+        """One rank of each stage."""
+        return [self.program.mesh.rank(0, p) for p in range(self.program.mesh.pp)]
+
+    def _feed(self, source: Source, step: int, steps: int) -> Feed:
+        if isinstance(source, ArraySource):
+            return self._arrays(source, source.numbers(step, steps), 1 << 62)
+        inputs, targets = self.task.train.share(step, 0, self.task.batch)
+        data = _last(inputs.to(self.task.dtype)).numpy(), targets.contiguous().numpy()
+        return Feed(*data, np.arange(self.task.batch).reshape(1, -1), self.task.batch, 1.0)
+
+    def _arrays(self, source: ArraySource, index: np.ndarray, size: int) -> Feed:
+        key = id(source.inputs)
+        if key not in self._channels_last:
+            inputs = source.inputs
+            kept = inputs if inputs.dtype == torch.uint8 else inputs.to(self.task.dtype)
+            self._channels_last[key] = _last(kept).numpy()
+        return Feed(self._channels_last[key], source.targets.numpy(), np.ascontiguousarray(index), size, 1 / 255)
+
+
+def _last(x: Tensor) -> Tensor:
+    """Channels last, contiguous."""
+    return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).contiguous()
+
+
+def start(task: Task, program: Program, shared: bool) -> Team:
+    """A team with the task's initial weights; raises PlanError for what C++ cannot do."""
+    native, mesh = extension(), program.mesh
+    hyper = task.hyper()
+    if task.altering:
+        raise PlanError(
+            "engine=native: a layer works in place and alters its neighbour's output; make it inplace=False"
+        )
+    words = [(name, [[_words(i) for i in rank] for rank in ranks]) for name, ranks in program.bodies]
+    make = native.Float if task.dtype == torch.float32 else native.Double
+    replicas = mesh.dp if program.epilogue else 1
+    ensemble = make(
+        dp=mesh.dp,
+        pp=mesh.pp,
+        stages=stages_of(task, program.stages),
+        slice=task.batch // (mesh.dp * program.microbatches),
+        microbatches=program.microbatches,
+        bodies=words,
+        hyper=hyper_of(hyper, task.batch / replicas, task.spec.clip),
+        shared=shared,
+        usable_cores=usable_cores(),
+        seed=task.spec.seed,
+        naive=False,
+        whole=(0, mesh.pp),
+    )
+    team = Team(task, program, ensemble, hyper, [name for name, _ in program.bodies])
+    team.load()
+    return team
+
+
+def hyper_of(hyper: Hyper, weight: float, clip: float | None) -> Any:
+    """What C++ has to know of the optimiser; the learning rate comes with every step."""
+    group, out = hyper.groups[0], extension().Hyper()
+    out.adam = hyper.rule == "adam"
+    out.decay, out.weight, out.clip = group["weight_decay"], weight, clip or 0.0
+    if out.adam:
+        out.decoupled = bool(group.get("decoupled_weight_decay"))
+        (out.beta1, out.beta2), out.epsilon = group["betas"], group["eps"]
+    else:
+        out.momentum, out.nesterov = group["momentum"], group["nesterov"]
+    return out
+
+
+def _words(i: Instruction) -> tuple[Any, ...]:
+    return i.op, i.microbatch, i.slice, i.peer, i.axis, i.buffer, i.rule, i.reduction == "mean"
