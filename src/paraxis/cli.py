@@ -99,7 +99,7 @@ def explore(
     Parameters
     ----------
     network
-        mlp, mlp:784-1024-1024-10, cnn, or your own FILE.py[:FUNCTION].
+        mlp, mlp:784-1024-1024-10, cnn, resnet18, or your own FILE.py[:FUNCTION].
     workers
         Explore plans for 1, 2, 4 ... so many workers (default: usable cores).
     budget
@@ -152,7 +152,7 @@ def verify(
     Parameters
     ----------
     network
-        mlp, mlp:784-1024-1024-10, cnn, or your own FILE.py[:FUNCTION].
+        mlp, mlp:784-1024-1024-10, cnn, resnet18, or your own FILE.py[:FUNCTION].
     plan
         A plan such as dp=2 or pp=2,microbatches=4, or all.
     workers
@@ -212,7 +212,7 @@ def train(
     Parameters
     ----------
     network
-        mlp, mlp:784-1024-1024-10, cnn, or your own FILE.py[:FUNCTION].
+        mlp, mlp:784-1024-1024-10, cnn, resnet18, or your own FILE.py[:FUNCTION].
     plan
         serial, today, dp=2 ..., or best: what an exploration in paraxis-study recommends, else a short one now.
     epochs
