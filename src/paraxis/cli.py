@@ -44,6 +44,8 @@ class TaskOptions:
         mnist, idx:DIR, npz:FILE or synthetic:N,SHAPE,CLASSES (default: mnist, or batches() of your file).
     batch
         Samples per optimiser step over all replicas (default 128, or what batches() yields).
+    bn_group
+        Samples that batch-norm statistics cover (default: those that a plan computes at once).
     momentum
         Of sgd (default 0.9).
     clip
@@ -58,6 +60,7 @@ class TaskOptions:
 
     data: str | None = None
     batch: int | None = None
+    bn_group: int | None = None
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.05
     momentum: float | None = None
@@ -229,11 +232,8 @@ def train(
     spec, length = _spec(network, task), Length(epochs, steps, target)
     with _ranks() as joined, _progress(json_) as tell:
         chosen = _choose(plan, spec, tell, joined)
-
-        def each_epoch(epoch: dict[str, Any]) -> None:
-            tell(_epoch_line(epoch), -2)
-
-        document = train_task(spec, {}, chosen, length, out, tell, each_epoch, joined)
+        news = lambda epoch: tell(_epoch_line(epoch), -2)  # noqa: E731
+        document = train_task(spec, {}, chosen, length, out, tell, news, joined)
     if json_:
         print(json.dumps(document, indent=1))
         return 0

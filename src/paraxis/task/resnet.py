@@ -1,5 +1,7 @@
 """`resnet18`: the residual network of He et al. (2015) with torchvision's parameter names, for small grey images."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 WIDTHS = (64, 128, 256, 512)
@@ -30,21 +32,20 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """The 18-layer network: images (n, channels, h, w) -> scores (n, classes).
 
-    Its state_dict has torchvision's names and shapes, but for the first convolution's input channels.
+    Its state_dict has torchvision's names, and its shapes but for the first convolution's input channels.
     """
 
-    def __init__(self, classes: int, channels: int = 1) -> None:
+    def __init__(self, classes: int, channels: int = 1, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, WIDTHS[0], 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        inputs = widths[0]
+        self.conv1 = nn.Conv2d(channels, inputs, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(inputs)
         self.relu = nn.ReLU()  # not in place: a pipeline may cut in front of it
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        inputs = WIDTHS[0]
-        for number, width in enumerate(WIDTHS, 1):
+        for number, width in enumerate(widths, 1):
             first = Block(inputs, width, stride=1 if number == 1 else 2)
-            self.add_module(
-                f"layer{number}", nn.Sequential(first, *(Block(width, width, 1) for _ in range(BLOCKS - 1)))
-            )
+            rest = (Block(width, width, 1) for _ in range(BLOCKS - 1))
+            self.add_module(f"layer{number}", nn.Sequential(first, *rest))
             inputs = width
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
@@ -52,7 +53,7 @@ class ResNet(nn.Module):
 
     def stages(self) -> list[nn.Module]:
         """The layers in order, whose composition is the network: a pipeline may cut between any two."""
-        blocks = [block for number in range(1, len(WIDTHS) + 1) for block in self.get_submodule(f"layer{number}")]
+        blocks = [block for name, layer in self.named_children() if name[:5] == "layer" for block in layer.children()]
         return [self.conv1, self.bn1, self.relu, self.maxpool, *blocks, self.avgpool, self.flatten, self.fc]
 
     def forward(self, x: Tensor) -> Tensor:
