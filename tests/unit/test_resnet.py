@@ -1,4 +1,4 @@
-"""resnet18: torchvision's structure and names, our rule for initial weights, layers that compose; grouped batch norm."""
+"""resnet18: torchvision's structure and names, initial weights by our rule, layers that compose; grouped batch norm."""
 
 from typing import Any
 

@@ -107,6 +107,7 @@ class Duties:
 
         It computes one batch-norm group at a time, so the network's own batch norms do.
         """
+        self._activate(Running(Plan(), []))  # one thread, whatever plan this process has run before
         spec, dtype = self.spec.model_copy(update={"bn_group": None}), DTYPES[request["dtype"]]
         copies = [serial.replica(make_task(spec, self.objects, dtype)) for _ in range(request["replicas"])]
         before = {k: v.clone() for k, v in copies[0].task.net.state_dict().items()}
