@@ -75,6 +75,7 @@ def test_a_pipeline_over_gloo_is_serial_in_a_table(desk: Any) -> None:
     assert "dropout on" in done.out
 
 
+@pytest.mark.slow
 def test_batch_norm_over_groups_of_the_task(desk: Any, examples: Path) -> None:
     """Two groups a slice; a plan that has one group a slice is held to the same serial run."""
     found = [
