@@ -224,6 +224,7 @@ NB_MODULE(_native, m) {
         .def_rw("p", &Spec::p)
         .def_rw("epsilon", &Spec::epsilon)
         .def_rw("momentum", &Spec::momentum)
+        .def_rw("group", &Spec::group)
         .def_rw("key", &Spec::key);
     nb::class_<Hyper>(m, "Hyper")
         .def(nb::init<>())

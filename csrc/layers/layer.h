@@ -29,6 +29,7 @@ struct Spec {
     int kernel_h = 1, kernel_w = 1, stride = 1, padding = 0;
     bool bias = true, relu = false;
     double p = 0, epsilon = 1e-5, momentum = 0.1;
+    int group = 0;  // samples of a batch norm's group, whole blocks (0: all of a microbatch)
     uint32_t key = 0;  // of a dropout layer
 };
 
@@ -56,6 +57,7 @@ struct Pass {
     uint8_t* marks;                // the same in bytes, `marks` a block
     T* scratch;
     std::vector<Term<T>>* terms;
+    T share = 1;  // of a group among those of a microbatch
 
     int valid(int block) const { return samples - block * LANES < LANES ? samples - block * LANES : LANES; }
 };

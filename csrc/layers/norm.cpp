@@ -20,10 +20,53 @@ class BatchNorm final : public Layer<T> {
     explicit BatchNorm(const Spec& s) : Layer<T>(s) {
         this->parameters = (2 * s.out.c + LANES - 1) / LANES * LANES;
         this->statistics = 2 * s.out.c;
-        this->kept = 2 * s.out.c;  // mean and inverse deviation; those of block 0 hold for all
+        this->kept = 2 * s.out.c;  // mean and inverse deviation; those of a group's first block hold for all of it
     }
 
     void forward(const Pass<T>& p) const override {
+        each_group(p, [&](const Pass<T>& group) { forward_group(group); });
+    }
+
+    void backward(const Pass<T>& p) const override {
+        each_group(p, [&](const Pass<T>& group) { backward_group(group); });
+    }
+
+    std::vector<std::pair<std::string, int64_t>> parts() const override {
+        const int64_t c = this->spec.out.c;
+        return {{"weight", c}, {"bias", c}, {"running_mean", c}, {"running_var", c}};
+    }
+
+    void pack(const std::string& part, const T* tensor, T* w, T* running) const override {
+        std::copy(tensor, tensor + this->spec.out.c, place(part, w, running));
+    }
+
+    void unpack(const std::string& part, const T* w, const T* running, T* tensor) const override {
+        const T* from = place(part, w, running);
+        std::copy(from, from + this->spec.out.c, tensor);
+    }
+
+  private:
+    // Groups of samples are whole blocks: each is a pass of its own.
+    template <class F>
+    void each_group(const Pass<T>& p, F f) const {
+        const int blocks = this->spec.group && p.training ? this->spec.group / LANES : p.blocks;
+        const size_t size = size_t(this->spec.in.size()) * LANES;
+        for (int b = 0; b < p.blocks; b += blocks) {
+            Pass<T> part = p;
+            part.blocks = std::min(blocks, p.blocks - b);
+            part.samples = std::clamp(p.samples - b * LANES, 0, part.blocks * LANES);
+            part.share = T(1) / T((p.blocks + blocks - 1) / blocks);
+            part.add = p.add || b;
+            part.kept = p.kept + b * this->kept;
+            for (T** pointer : {&part.y, &part.dy, &part.dx, &part.dskip})
+                if (*pointer) *pointer += b * size;
+            for (const T** pointer : {&part.x, &part.skip})
+                if (*pointer) *pointer += b * size;
+            f(part);
+        }
+    }
+
+    void forward_group(const Pass<T>& p) const {
         const int c = this->spec.out.c;
         T *mean = p.kept, *inverse = p.kept + c;
         if (p.training) {
@@ -45,7 +88,7 @@ class BatchNorm final : public Layer<T> {
                                  p.skip ? p.skip + b * size : nullptr, this->spec.relu, p.x + b * size, p.y + b * size);
     }
 
-    void backward(const Pass<T>& p) const override {
+    void backward_group(const Pass<T>& p) const {
         const int c = this->spec.out.c, positions = this->spec.in.positions();
         const size_t size = size_t(this->spec.in.size()) * LANES;
         const T *mean = p.kept, *inverse = p.kept + c;
@@ -75,21 +118,6 @@ class BatchNorm final : public Layer<T> {
         }
     }
 
-    std::vector<std::pair<std::string, int64_t>> parts() const override {
-        const int64_t c = this->spec.out.c;
-        return {{"weight", c}, {"bias", c}, {"running_mean", c}, {"running_var", c}};
-    }
-
-    void pack(const std::string& part, const T* tensor, T* w, T* running) const override {
-        std::copy(tensor, tensor + this->spec.out.c, place(part, w, running));
-    }
-
-    void unpack(const std::string& part, const T* w, const T* running, T* tensor) const override {
-        const T* from = place(part, w, running);
-        std::copy(from, from + this->spec.out.c, tensor);
-    }
-
-  private:
     template <class P>
     P place(const std::string& part, P w, P running) const {
         const int c = this->spec.out.c;
@@ -116,8 +144,8 @@ class BatchNorm final : public Layer<T> {
             mean[f] = T(pivot + centre);
             inverse[f] = T(1 / std::sqrt(variance + this->spec.epsilon));
             const double unbiased = variance * count / std::max(1.0, count - 1);
-            p.collected[f] += T((1 - momentum) * double(p.running[f]) + momentum * (pivot + centre));
-            p.collected[c + f] += T((1 - momentum) * double(p.running[c + f]) + momentum * unbiased);
+            p.collected[f] += p.share * T((1 - momentum) * double(p.running[f]) + momentum * (pivot + centre));
+            p.collected[c + f] += p.share * T((1 - momentum) * double(p.running[c + f]) + momentum * unbiased);
         }
     }
 

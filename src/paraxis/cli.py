@@ -44,6 +44,8 @@ class TaskOptions:
         mnist, idx:DIR, npz:FILE or synthetic:N,SHAPE,CLASSES (default: mnist, or batches() of your file).
     batch
         Samples per optimiser step over all replicas (default 128, or what batches() yields).
+    bn_group
+        Samples that batch-norm statistics cover (default: those that a plan computes at once).
     momentum
         Of sgd (default 0.9).
     clip
@@ -58,6 +60,7 @@ class TaskOptions:
 
     data: str | None = None
     batch: int | None = None
+    bn_group: int | None = None
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.05
     momentum: float | None = None
@@ -100,7 +103,7 @@ def explore(
     Parameters
     ----------
     network
-        mlp, mlp:784-1024-1024-10, cnn, or your own FILE.py[:FUNCTION].
+        mlp, mlp:784-1024-1024-10, cnn, resnet18, or your own FILE.py[:FUNCTION].
     workers
         Explore plans for 1, 2, 4 ... so many workers (default: usable cores).
     budget
@@ -155,7 +158,7 @@ def verify(
     Parameters
     ----------
     network
-        mlp, mlp:784-1024-1024-10, cnn, or your own FILE.py[:FUNCTION].
+        mlp, mlp:784-1024-1024-10, cnn, resnet18, or your own FILE.py[:FUNCTION].
     plan
         A plan such as dp=2 or pp=2,microbatches=4, or all.
     workers
@@ -215,7 +218,7 @@ def train(
     Parameters
     ----------
     network
-        mlp, mlp:784-1024-1024-10, cnn, or your own FILE.py[:FUNCTION].
+        mlp, mlp:784-1024-1024-10, cnn, resnet18, or your own FILE.py[:FUNCTION].
     plan
         serial, today, dp=2 ..., or best: what an exploration in paraxis-study recommends, else a short one now.
     epochs
@@ -232,11 +235,8 @@ def train(
     spec, length = _spec(network, task), Length(epochs, steps, target)
     with _ranks() as joined, _progress(json_) as tell:
         chosen = _choose(plan, spec, tell, joined)
-
-        def each_epoch(epoch: dict[str, Any]) -> None:
-            tell(_epoch_line(epoch), -2)
-
-        document = train_task(spec, {}, chosen, length, out, tell, each_epoch, joined)
+        news = lambda epoch: tell(_epoch_line(epoch), -2)  # noqa: E731
+        document = train_task(spec, {}, chosen, length, out, tell, news, joined)
     if json_:
         print(json.dumps(document, indent=1))
         return 0

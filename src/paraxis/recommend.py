@@ -38,7 +38,8 @@ def command(task: dict[str, Any], plan: str, label: str) -> str:
     words = ["paraxis", "train", shlex.quote(str(task["network"])), "--plan", shlex.quote(parse(plan).short())]
     if task.get("data"):
         words += ["--data", shlex.quote(task["data"])]
-    return " ".join([*words, "--batch", str(task["batch"])])
+    words += ["--batch", str(task["batch"])]
+    return " ".join(words + (["--bn-group", str(task["bn_group"])] if task.get("bn_group") else []))
 
 
 def _sentence(study: Study, best: Result, same: list[str]) -> str:

@@ -125,7 +125,7 @@ class Session:
     def program(self, plan: Plan) -> Program:
         """The checked program of a plan for this task; raises PlanError for one that the task cannot meet."""
         facts = self.known()
-        check_divides(plan, facts.batch)
+        check_divides(plan, facts.batch, self.spec.bn_group, facts.least)
         if plan.sync == "average@epoch" and facts.steps_per_epoch is None:
             raise PlanError(
                 "sync=average@epoch: batches() does not tell how long an epoch is; use average@H with H steps"
@@ -156,6 +156,8 @@ class Session:
         facts = self.known()
         replicas = 1 if plan.exact else plan.dp
         every = 1 if plan.exact else _every(plan, facts.steps_per_epoch)
+        if not groups and self.spec.bn_group:
+            groups = facts.batch // replicas // self.spec.bn_group
         groups = groups or (plan.dp // replicas * plan.microbatches if facts.layout.statistics else 1)
         key = (steps, dtype, groups, replicas, every)
         if key not in self.oracles:
@@ -227,11 +229,11 @@ def check_early(spec: TaskSpec) -> None:
 def check_batch(spec: TaskSpec, plan: Plan) -> None:
     """What `check_divides` finds, before anything is started, where the batch is known that early."""
     if spec.batch is not None or not (spec.live or spec.own_file):
-        check_divides(plan, spec.batch or DEFAULT_BATCH)
+        check_divides(plan, spec.batch or DEFAULT_BATCH, spec.bn_group)
 
 
-def check_divides(plan: Plan, batch: int) -> None:
-    """Raises PlanError if a batch cannot be cut into equal slices."""
+def check_divides(plan: Plan, batch: int, group: int | None = None, least: int = 1) -> None:
+    """Raises PlanError if a batch cannot be cut into equal slices of whole groups and of `least` samples or more."""
     parts = plan.dp * plan.microbatches
     if batch % parts:
         fit = batch // parts * parts or parts
@@ -239,6 +241,24 @@ def check_divides(plan: Plan, batch: int) -> None:
             f"batch={batch} does not divide into dp={plan.dp} x microbatches={plan.microbatches} = {parts} equal "
             f"slices; batch={fit} would"
         )
+    size = batch // parts
+    if group and size % group:
+        common = math.gcd(group, size)
+        smaller = f"bn_group={common} or " if common > 1 else ""
+        raise PlanError(
+            f"bn_group={group} does not divide the slices of {_samples(size)} (batch={batch} over dp={plan.dp} x "
+            f"microbatches={plan.microbatches}), and statistics are not synchronised over ranks or microbatches; "
+            f"{smaller}batch={-(-batch // (parts * group)) * parts * group} would fit"
+        )
+    if size < least:
+        raise PlanError(
+            f"dp={plan.dp} x microbatches={plan.microbatches}: slices of {_samples(size)}, of which batch norm has no "
+            f"statistics; batch={parts * least} would do"
+        )
+
+
+def _samples(count: int) -> str:
+    return f"{count} sample{'s' * (count != 1)}"
 
 
 def _every(plan: Plan, steps_per_epoch: int | None) -> int:

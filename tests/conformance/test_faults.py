@@ -29,6 +29,15 @@ def fails(spec: TaskSpec, plan: Plan, fault: str) -> bool:
 MUTANTS = [(name, plan) for name in FAULTS for plan in MUTABLE if FAULTS[name].needs(plan)]
 
 
+STATISTICS = "local-statistics"  # a fault that only a network with batch norm can have
+MUTANTS = [(fault, plan) for fault, plan in MUTANTS if fault != STATISTICS]
+
+
+@pytest.mark.parametrize("plan", [plan for plan in MUTABLE if FAULTS[STATISTICS].needs(plan)], ids=Plan.short)
+def test_statistics_that_are_not_reduced_fail_the_comparison(plan: Plan, folder: Path) -> None:
+    assert fails(spec_of(folder, "batch norm", *TASKS["batch norm"]), plan, STATISTICS)
+
+
 @pytest.mark.parametrize("fault, plan", MUTANTS, ids=lambda value: value if isinstance(value, str) else value.short())
 def test_every_fault_fails_the_comparison(fault: str, plan: Plan, folder: Path) -> None:
     assert fails(spec_of(folder, "tiny", *TASKS["tiny"]), plan, fault)
@@ -37,7 +46,7 @@ def test_every_fault_fails_the_comparison(fault: str, plan: Plan, folder: Path) 
 OWN_LOSS = (parse("dp=2,pp=2,microbatches=2"), parse("dp=2,sync=average@4"))
 
 
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "mean-of-sums"])
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("mean-of-sums", STATISTICS)])
 def test_every_fault_fails_on_a_loss_of_ones_own(fault: str, folder: Path) -> None:
     spec = spec_of(folder, "transformer", *TASKS["transformer"])
     assert fails(spec, next(plan for plan in OWN_LOSS if FAULTS[fault].needs(plan)), fault)

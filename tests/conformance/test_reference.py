@@ -225,6 +225,9 @@ def wanted(spec: TaskSpec, plan: Plan) -> tuple[Outcome, float]:
     replicas = 1 if plan.exact else plan.dp
     groups = plan.dp // replicas * plan.microbatches if statistics else 1
     every = period(plan.sync, epoch) if replicas > 1 else 1
+    if spec.bn_group:  # a group at a time, through the network's own batch norm
+        groups = task(spec).batch // replicas // spec.bn_group
+        spec = spec.model_copy(update={"bn_group": None})
     return emulated(spec, replicas, groups, every)
 
 

@@ -50,6 +50,11 @@ QUICK = [  # words, what the one line must hold; none of them needs the framewor
     ("explore mlp --out /proc/nothing", "/proc/nothing", "cannot be written"),
     ("show dp=0", "dp=0"),
     ("nosuchverb", "nosuchverb"),
+    (
+        "verify resnet18 --plan dp=2,microbatches=2 --batch 16 --bn-group 6",
+        *("bn_group=6", "slices of 4 samples", "not synchronised", "bn_group=2 or batch=24 would fit"),
+    ),
+    ("verify resnet18 --bn-group 0", "bn_group=0", "at least one"),
 ]
 
 FILES = {  # contents of a network file, what the one line must hold
@@ -96,6 +101,21 @@ def test_a_network_file_that_cannot_be_used(desk: Any, name: str) -> None:
 def test_a_layer_that_cannot_be_split(desk: Any, examples: Path) -> None:
     done = desk.run("verify", examples / "lstm.py", "--plan", "pp=2,comm=gloo")
     done.refused("pp=2", "Classifier", "stages(net)", "dp takes any network")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        ("mlp serial --bn-group 4", ("bn_group=4", "mlp", "no nn.BatchNorm")),
+        ("resnet18 serial --batch 1", ("batch=1", "at least 2 samples")),
+        ("resnet18 serial --bn-group 1", ("bn_group=1", "at least 2 samples")),
+        ("resnet18 microbatches=8 --batch 8", ("slices of 1 sample", "batch=16 would do")),
+    ],
+)
+def test_batch_norms_without_enough_samples(desk: Any, words: str, parts: tuple[str, ...]) -> None:
+    network, plan, *rest = words.split()
+    desk.run("verify", network, "--plan", plan, *rest).refused(*parts)
 
 
 @pytest.mark.slow

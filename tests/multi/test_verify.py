@@ -13,6 +13,7 @@ VERIFIED = {"against", "max_relative_difference", "tolerance", "passed", "where"
 RESULT = {"plan", "label", "program", "exact", "status", "reason", "verified"}
 PLAN_OF = {  # a plan that can have the fault
     "wrong-mask": ("cnn", "dp=2"),
+    "local-statistics": ("resnet18", "dp=2"),
     "swapped-microbatch": ("mlp", "pp=2,microbatches=4"),
     "lost-backward": ("mlp", "pp=2,microbatches=4"),
     "summed-weights": ("mlp", "dp=2,sync=average@2"),
@@ -72,6 +73,23 @@ def test_a_pipeline_over_gloo_is_serial_in_a_table(desk: Any) -> None:
     row = next(line for line in done.out.splitlines() if line.startswith("pp=2 1f1b m=4 gloo"))
     assert row.split()[-1] == "yes" and "serial run" in row
     assert "dropout on" in done.out
+
+
+@pytest.mark.slow
+def test_batch_norm_over_groups_of_the_task(desk: Any, examples: Path) -> None:
+    """Two groups a slice; a plan that has one group a slice is held to the same serial run."""
+    found = [
+        proves(desk, examples / "batchnorm.py", plan, "--bn-group", "8", steps=3)
+        for plan in ("dp=2,comm=gloo", "dp=2,microbatches=2,comm=gloo")
+    ]
+    assert all(f["against"] == "serial run" for f in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["dp=2,comm=mpi", "pp=2,microbatches=2,comm=mpi", "pp=2,microbatches=2,comm=gloo"])
+@pytest.mark.parametrize("group", [(), ("--bn-group", 4)])
+def test_resnet18_is_serial(desk: Any, plan: str, group: tuple[Any, ...]) -> None:
+    proves(desk, "resnet18", plan, "--batch", 8, *group, steps=3)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in sorted(FAULTS)])

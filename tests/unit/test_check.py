@@ -323,7 +323,7 @@ def test_every_fault_changes_the_program_or_spoils_an_engine(name: str) -> None:
     able = [plan for plan in CARRIERS if fault.needs(plan)]
     assert able and fault.what
     for plan in able:
-        program = lower(plan, PLAIN)
+        program = lower(plan, RICH)
         mutated = fault.mutated(plan, program)
         assert (mutated != program) != (fault.spoil is not _nothing), "one of both, not both"
         assert [(n, len(ranks)) for n, ranks in mutated.bodies] == [(n, len(ranks)) for n, ranks in program.bodies]

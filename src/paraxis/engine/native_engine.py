@@ -15,10 +15,12 @@ from zlib import crc32
 from torch import Tensor, nn
 
 from paraxis.errors import MissingError, PlanError
+from paraxis.task.norm import GroupedNorm
 from paraxis.task.randomness import KeyedDropout
 from paraxis.task.task import Task
 
 Shape = tuple[int, int, int]  # (height, width, channels)
+LANES = 16  # samples side by side, as in csrc/kernels/kernels.h
 FUSING = ("affine", "batch_norm", "residual", "max_pool")
 
 
@@ -50,6 +52,7 @@ class Compiler:
 
     names: dict[int, str]  # id(module) -> its name in the network
     shape: Shape
+    samples: int  # of a microbatch
     flat: bool = False
     place: int = 0
     count: int = 0
@@ -70,13 +73,16 @@ class Compiler:
         self.place = self.count
 
 
-def compile_layers(layers: Sequence[nn.Module], task: Task, shape: Shape, ends: bool) -> tuple[list[Any], Shape, bool]:
+def compile_layers(
+    layers: Sequence[nn.Module], task: Task, shape: tuple[int, ...], samples: int, ends: bool
+) -> tuple[list[Any], Shape, bool]:
     """(C++ layers, shape behind them, whether that is flat); raises PlanError naming a layer that it cannot take.
 
-    `ends`: the last of them is the network's last, whose output the loss overwrites.
+    `shape` as of `input_shape`; `samples`: of a microbatch; `ends`: the last layer is the network's last, whose output
+    the loss overwrites.
     """
     names = {id(module): name for name, module in task.net.named_modules()}
-    compiler = Compiler(names, shape[:3], flat=len(shape) > 3)
+    compiler = Compiler(names, (shape[0], shape[1], shape[2]), samples, flat=len(shape) > 3)
     for layer in layers:
         _layer(layer, compiler)
     if ends and compiler.specs and compiler.specs[-1].relu:
@@ -183,7 +189,9 @@ def _batch_norm(m: Any, c: Compiler, name: str) -> None:
     fine = m.affine and m.track_running_stats and m.momentum is not None and m.num_features == c.shape[2]
     _need(fine, name, m, "affine=True, running statistics and a momentum")
     _frozen(m, name)
-    c.add("batch_norm", m, epsilon=m.eps, momentum=m.momentum)
+    group = getattr(m, "group", 0)
+    _need(group in (0, c.samples) or group % LANES == 0, name, m, f"bn_group to be a multiple of {LANES}, or the slice")
+    c.add("batch_norm", m, epsilon=m.eps, momentum=m.momentum, group=0 if group == c.samples else group)
 
 
 def _layer_norm(m: Any, c: Compiler, name: str) -> None:
@@ -235,6 +243,7 @@ LAYERS: dict[type[nn.Module], Callable[[Any, Compiler, str], None]] = {
     nn.Flatten: _flatten,
     nn.BatchNorm2d: _batch_norm,
     nn.BatchNorm1d: _batch_norm,
+    GroupedNorm: _batch_norm,
     nn.LayerNorm: _layer_norm,
     nn.Identity: _nothing,
 }
@@ -270,12 +279,13 @@ def check_task(task: Task) -> None:
         raise PlanError("engine=native has SGD, Adam and AdamW with one group of parameters")
 
 
-def stages_of(task: Task, stages: Sequence[tuple[int, int]]) -> list[list[Any]]:
-    """C++ layers of every stage; raises PlanError for what it cannot take."""
+def stages_of(task: Task, stages: Sequence[tuple[int, int]], samples: int) -> list[list[Any]]:
+    """C++ layers of every stage, for microbatches of `samples`; raises PlanError for what it cannot take."""
     check_task(task)
     shape, found = input_shape(task), []
     for number, (first, last) in enumerate(stages):
-        specs, out, flat = compile_layers(task.chain[first:last], task, shape, number == len(stages) - 1)  # type: ignore[arg-type]
+        ends = number == len(stages) - 1
+        specs, out, flat = compile_layers(task.chain[first:last], task, shape, samples, ends)
         if not specs:
             raise PlanError(f"engine=native: stage {number} has nothing to compute; give it more layers with split=")
         found.append(specs)

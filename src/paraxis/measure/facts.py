@@ -29,6 +29,7 @@ class Facts:
     notes: tuple[str, ...]
     has_test: bool
     first_batch: int  # its digest in float32
+    least: int = 1  # samples that must be computed at once, or batch norm has no statistics
 
     def as_json(self) -> dict[str, Any]:
         """As a plain dict; `facts_of` reads it back."""

@@ -8,6 +8,7 @@ import torch
 
 from paraxis.measure.facts import Facts
 from paraxis.task.batches import cut, digest, leaves, map_nest
+from paraxis.task.norm import resting
 from paraxis.task.task import Task
 from paraxis.task.trial import apply, evaluating
 
@@ -26,7 +27,8 @@ def measure_layers(task: Task, samples: int, seconds: float = 0.6) -> Facts:
     backward = tuple(median(r[k][1] for r in kept) for k in range(len(names)))
     one = task.train.share(0, 0, 1)
     task.draw.at(0, 0, 1)
-    single = [sum(f + b for f, b in _round(task, one)) for _ in range(6)] if samples > 1 else [0.0]
+    with resting(task.net):
+        single = [sum(f + b for f, b in _round(task, one)) for _ in range(6)] if samples > 1 else [0.0]
     return Facts(
         layers=tuple(names),
         layout=layout,
@@ -44,6 +46,7 @@ def measure_layers(task: Task, samples: int, seconds: float = 0.6) -> Facts:
         notes=tuple(task.notes),
         has_test=task.test is not None,
         first_batch=digest(task.train),
+        least=task.least,
     )
 
 

@@ -182,5 +182,11 @@ FAULTS: dict[str, Fault] = {
         "sync=average@H",
         _with(PARAMS, lambda p, i: replace(i, reduction="sum")),
     ),
+    "local-statistics": Fault(
+        "running statistics are not reduced",
+        _replicas,
+        "dp > 1 and a network with batch norm",
+        _without(_of("AllReduce", buffer="statistics")),
+    ),
     "never-averaged": Fault("replicas never agree", _averaging, "sync=average@H", _without(PARAMS)),
 }

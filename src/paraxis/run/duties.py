@@ -104,8 +104,13 @@ class Duties:
     # -- proof -------------------------------------------------------------------------------------------------
 
     def oracle(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
-        """Train serially (or emulate an inexact algorithm) and keep the weights in a file."""
-        copies = [serial.replica(self._task(DTYPES[request["dtype"]])) for _ in range(request["replicas"])]
+        """Train serially (or emulate an inexact algorithm) and keep the weights in a file.
+
+        It computes one batch-norm group at a time, so the network's own batch norms do.
+        """
+        self._activate(Running(Plan(), []))  # one thread, whatever plan this process has run before
+        spec, dtype = self.spec.model_copy(update={"bn_group": None}), DTYPES[request["dtype"]]
+        copies = [serial.replica(make_task(spec, self.objects, dtype)) for _ in range(request["replicas"])]
         before = {k: v.clone() for k, v in copies[0].task.net.state_dict().items()}
         losses = serial.emulate(copies, 0, request["steps"], request["groups"], request["every"])
         if request["replicas"] > 1 and request["steps"] % request["every"]:

@@ -165,13 +165,14 @@ def start(task: Task, program: Program, shared: bool) -> Team:
             "engine=native: a layer works in place and alters its neighbour's output; make it inplace=False"
         )
     words = [(name, [[_words(i) for i in rank] for rank in ranks]) for name, ranks in program.bodies]
+    samples = task.batch // (mesh.dp * program.microbatches)
     make = native.Float if task.dtype == torch.float32 else native.Double
     replicas = mesh.dp if program.epilogue else 1
     ensemble = make(
         dp=mesh.dp,
         pp=mesh.pp,
-        stages=stages_of(task, program.stages),
-        slice=task.batch // (mesh.dp * program.microbatches),
+        stages=stages_of(task, program.stages, samples),
+        slice=samples,
         microbatches=program.microbatches,
         bodies=words,
         hyper=hyper_of(hyper, task.batch / replicas, task.spec.clip),

@@ -1,4 +1,4 @@
-"""The zoo: networks that Paraxis ships, each an nn.Sequential, so that it can be cut anywhere.
+"""The zoo: networks that Paraxis ships, each an nn.Sequential or with `stages`, so that it can be cut anywhere.
 
 Initial weights depend on (seed, parameter name) alone.
 """
@@ -12,6 +12,7 @@ from torch import nn
 
 from paraxis.errors import TaskError
 from paraxis.task.randomness import splitmix64
+from paraxis.task.resnet import ResNet
 
 CLASSES = 10
 
@@ -46,10 +47,17 @@ def cnn(dropout: str = "") -> nn.Sequential:
     return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(320, 50), nn.ReLU(), *noise, nn.Linear(50, CLASSES))
 
 
-ZOO: dict[str, Callable[[str], nn.Sequential]] = {"mlp": mlp, "cnn": cnn}
+def resnet18(options: str = "") -> ResNet:
+    """18 layers with batch-norm and torchvision's parameter names, for images of one channel."""
+    if options:
+        raise TaskError(f"resnet18:{options}: it takes no options; write resnet18")
+    return ResNet(CLASSES)
 
 
-def build(name: str, seed: int) -> nn.Sequential:
+ZOO: dict[str, Callable[[str], nn.Module]] = {"mlp": mlp, "cnn": cnn, "resnet18": resnet18}
+
+
+def build(name: str, seed: int) -> nn.Module:
     """A shipped network with its initial weights; raises TaskError for an unknown name."""
     family, _, options = name.partition(":")
     if family not in ZOO:
@@ -60,10 +68,11 @@ def build(name: str, seed: int) -> nn.Sequential:
 
 
 def initialise(net: nn.Module, seed: int) -> None:
-    """PyTorch's own initial distributions, each module from a generator keyed by (seed, its name)."""
+    """PyTorch's own initial distributions, or the network's `reset`; each module draws keyed by (seed, its name)."""
+    reset = getattr(net, "reset", lambda module: module.reset_parameters())
     state = torch.random.get_rng_state()
     for name, module in net.named_modules():
         if hasattr(module, "reset_parameters"):
             torch.manual_seed(splitmix64(splitmix64(seed) ^ crc32(name.encode())) >> 1)
-            module.reset_parameters()
+            reset(module)
     torch.random.set_rng_state(state)

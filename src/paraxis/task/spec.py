@@ -4,15 +4,16 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-SHIPPED = ("mlp", "cnn")  # the families of `networks`
+SHIPPED = ("mlp", "cnn", "resnet18")  # the families of `networks`
 DEFAULT_BATCH = 128
 
 
 class TaskSpec(BaseModel):
     """A task in words. `network` is a shipped one or FILE.py[:FUNCTION]; `live` objects come by pipe instead.
 
-    `batch` is the global batch in samples (None: 128, or what the user's batches hold). `horizon` is the number
-    of steps over which a cosine falls. `validation` is the fraction of the training samples held out.
+    `batch` is the global batch in samples (None: 128, or what the user's batches hold). `bn_group` is the number of
+    consecutive samples that batch-norm statistics cover (None: those that a plan computes at once). `horizon` is the
+    number of steps over which a cosine falls. `validation` is the fraction of the training samples held out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -20,6 +21,7 @@ class TaskSpec(BaseModel):
     network: str = "cnn"
     data: str | None = None
     batch: int | None = None
+    bn_group: int | None = None
     seed: int = 0
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.05
@@ -42,6 +44,7 @@ class TaskSpec(BaseModel):
     def _check(self) -> "TaskSpec":
         bounds: list[tuple[bool, str]] = [
             (self.batch is None or self.batch >= 1, f"batch={self.batch}: it takes at least one sample"),
+            (self.bn_group is None or self.bn_group >= 1, f"bn_group={self.bn_group}: it takes at least one sample"),
             (self.lr > 0, f"lr={self.lr:g}: the learning rate must be above 0"),
             (0 <= self.sgd_momentum < 1, f"momentum={self.momentum}: it takes 0 to below 1"),
             (not self.nesterov or self.sgd_momentum > 0, "nesterov needs a momentum above 0, such as momentum=0.9"),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -15,10 +16,11 @@ from paraxis.program.lower import Layout
 from paraxis.task import data as data_module
 from paraxis.task.batches import ArraySource, Nest, Source, StreamSource, leaves, seed_everything
 from paraxis.task.networks import build
+from paraxis.task.norm import group_norms, resting
 from paraxis.task.randomness import Draw, Keyed, KeyedFunctions, key_randomness
 from paraxis.task.recipe import Recipe, from_file, from_objects
 from paraxis.task.spec import DEFAULT_BATCH, TaskSpec
-from paraxis.task.trial import apply, check_composition, one_line, running, try_forward, try_loss
+from paraxis.task.trial import apply, check_composition, least_samples, one_line, running, try_forward, try_loss
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 MANY_INPUTS = (nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.Bilinear, nn.Sequential, nn.ModuleList)
@@ -44,6 +46,7 @@ class Task:
     names: dict[int, str] = field(default_factory=dict)  # id(parameter) -> its name in the state_dict
     weight_in_data: bool = False  # only the loss function knows a batch's weight
     altering: frozenset[int] = frozenset()  # places of layers that change their input
+    least: int = 1  # samples without which its batch norms have no statistics
 
     @property
     def batch(self) -> int:
@@ -139,7 +142,7 @@ class Task:
 def make_task(
     spec: TaskSpec, objects: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32, plain: bool = False
 ) -> Task:
-    """Build the task; `plain` leaves the network's own dropout as it is. Raises TaskError for what does not fit."""
+    """Build the task; `plain` leaves its own dropout and batch norms alone. Raises TaskError for what does not fit."""
     recipe = from_objects(objects or {}) if spec.live else from_file(spec.network) if spec.own_file else _zoo(spec)
     seed_everything(spec.seed)
     net = _build_net(recipe).to(dtype)
@@ -151,10 +154,14 @@ def make_task(
     batch = train.share(0, 0, count)
     text = _data_name(spec)
     try_forward(net, recipe, batch, _in_memory(text) if text else None)
+    least = 1 if plain else _least(net, recipe, train, spec)
+    if spec.bn_group and not plain:
+        group_norms(net, spec.bn_group, draw, recipe.name)
     keyed = Keyed() if plain else _key(net, draw, recipe, train, count)
     chain, cuttable = layers_of(net, recipe)
     spread = not isinstance(net, nn.Sequential) or "stages" in recipe.own
     task = Task(spec, recipe, net, chain, cuttable, train, test, validation, dtype, draw, keyed, notes, spread, names)
+    task.least = least
     draw.at(0, 0, count)
     if len(chain) > 1 or "stages" in recipe.own:
         task.altering = check_composition(net, recipe, chain, task.call, names, batch)
@@ -171,13 +178,22 @@ def _key(net: nn.Module, draw: Draw, recipe: Recipe, source: Source, count: int)
 
     def run(samples: int) -> Tensor:
         draw.at(0, 0, samples)
-        return try_loss(net, recipe, source.share(0, 0, samples))
+        with resting(net) if samples < count else nullcontext():  # of fewer samples only the shapes matter
+            return try_loss(net, recipe, source.share(0, 0, samples))
 
     before = [b.clone() for b in net.buffers()]
     keyed = key_randomness(net, draw, run, count)
     for buffer, old in zip(net.buffers(), before, strict=True):
         buffer.copy_(old)
     return keyed
+
+
+def _least(net: nn.Module, recipe: Recipe, source: Source, spec: TaskSpec) -> int:
+    least = least_samples(net, recipe, source.share(0, 0, 1))
+    for name, size in (("batch", source.batch), ("bn_group", spec.bn_group or least)):
+        if size < least:
+            raise TaskError(f"{name}={size}: batch norm in {recipe.name} needs at least {least} samples at once")
+    return least
 
 
 def _zoo(spec: TaskSpec) -> Recipe:

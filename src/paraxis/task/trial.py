@@ -58,6 +58,22 @@ def try_loss(net: nn.Module, recipe: Recipe, batch: Nest) -> Tensor:
         raise TaskError(f"{recipe.name}: its loss failed: {type(error).__name__}: {one_line(error)}") from error
 
 
+def least_samples(net: nn.Module, recipe: Recipe, one: Nest) -> int:
+    """1, or 2 where a batch norm meets a single value of one sample, which has no variance; `one` is one sample."""
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in net.modules()):
+        return 1
+    before = [b.clone() for b in net.buffers()]
+    try:
+        with torch.no_grad():
+            apply(net, recipe.inputs(_copy(one)))
+    except ValueError:
+        return 2
+    finally:
+        for buffer, old in zip(net.buffers(), before, strict=True):
+            buffer.copy_(old)
+    return 1
+
+
 def check_composition(
     net: nn.Module,
     recipe: Recipe,
