@@ -72,7 +72,7 @@ Fed<T> feed(Ensemble<T>& e, nb::object inputs, Array<int64_t> targets, Array<int
     if (!fed.samples.bytes && !nb::try_cast(inputs, values, false))
         throw nb::value_error("inputs must be a contiguous array of bytes or of the network's own type");
     const size_t elements = fed.samples.bytes ? bytes.size() : values.size();
-    if (elements != size_t(count) * e.stage(0).features_in())
+    if (e.stage(0).head && elements != size_t(count) * e.stage(0).features_in())
         throw nb::value_error("inputs have another shape than the network takes");
     if (batch < 1 || index.size() % size_t(batch)) throw nb::value_error("the index is no whole number of batches");
     for (size_t n = 0; n < index.size(); ++n)
@@ -83,6 +83,12 @@ Fed<T> feed(Ensemble<T>& e, nb::object inputs, Array<int64_t> targets, Array<int
     fed.samples.batch = batch, fed.samples.size = size, fed.samples.scale = scale;
     fed.steps = int64_t(index.size()) / batch;
     return fed;
+}
+
+template <class T>
+int checked(Ensemble<T>& e, int microbatch) {
+    if (microbatch < 0 || microbatch >= e.stage(0).microbatches) throw std::out_of_range("no such microbatch");
+    return microbatch;
 }
 
 template <class T>
@@ -154,6 +160,60 @@ void bind(nb::module_& m, const char* name) {
         "body"_a, "inputs"_a, "targets"_a, "index"_a, "batch"_a, "size"_a, "scale"_a);
     c.def("settle", &E::settle, nb::call_guard<nb::gil_scoped_release>(), "body"_a);
     c.def("stamps", &E::stamps, "step"_a);
+    c.def("begin", &E::begin);
+    c.def(
+        "load",
+        [](E& e, int microbatch, nb::object inputs, Array<int64_t> targets, Array<int64_t> index, int64_t size,
+           double scale, int64_t first) {
+            Fed<T> fed = feed(e, inputs, targets, index, int64_t(index.size()), size, scale);
+            if (first < 0 || first + int64_t(e.stage(0).slice) * e.grid.size() > int64_t(index.size()))
+                throw nb::value_error("a slice lies outside of the batch");
+            nb::gil_scoped_release release;
+            e.load(checked(e, microbatch), fed.samples, first);
+        },
+        "microbatch"_a, "inputs"_a, "targets"_a, "index"_a, "size"_a, "scale"_a, "first"_a);
+    c.def(
+        "forward",
+        [](E& e, int microbatch, int64_t step, int64_t first, bool training) {
+            nb::gil_scoped_release release;
+            e.forward(checked(e, microbatch), step, first, training);
+        },
+        "microbatch"_a, "step"_a, "first"_a, "training"_a);
+    c.def(
+        "backward",
+        [](E& e, int microbatch, int64_t step, int64_t first) {
+            nb::gil_scoped_release release;
+            e.backward(checked(e, microbatch), step, first);
+        },
+        "microbatch"_a, "step"_a, "first"_a);
+    c.def("finish", &E::finish, nb::call_guard<nb::gil_scoped_release>(), "step"_a, "rate"_a, "scale"_a);
+    // Of one thread's samples: what a microbatch hands on, and where it takes in what others hand on.
+    c.def("output", [](nb::handle self, int rank, int m) {
+        Stage<T>& stage = nb::cast<E&>(self).stage(rank);
+        return view<T>(self, stage.output(m), stage.output_elements());
+    });
+    c.def("input_gradient", [](nb::handle self, int rank, int m) {
+        Stage<T>& stage = nb::cast<E&>(self).stage(rank);
+        return view<T>(self, stage.input_gradient(m), stage.head ? 0 : stage.input_elements());
+    });
+    c.def("give_input", [](E& e, int rank, int m, nb::ndarray<T, nb::c_contig, nb::device::cpu> x) {
+        if (x.size() != e.stage(rank).input_elements()) throw nb::value_error("an input of another size");
+        e.stage(rank).give_input(checked(e, m), x.data());
+    });
+    c.def("give_gradient", [](E& e, int rank, int m, nb::ndarray<T, nb::c_contig, nb::device::cpu> dy) {
+        if (dy.size() != e.stage(rank).output_elements()) throw nb::value_error("a gradient of another size");
+        e.stage(rank).give_gradient(checked(e, m), dy.data());
+    });
+    // (loss, weight, hits) of this step, or of the evaluation in progress, which `clear` begins anew.
+    c.def("score", [](E& e, bool training, bool clear) {
+        std::vector<double> total(3);
+        for (int rank = 0; rank < e.grid.size(); ++rank) {
+            Score& s = training ? e.stage(rank).step_score : e.stage(rank).evaluation;
+            total[0] += s.loss, total[1] += s.weight, total[2] += s.hits;
+            if (clear) s = {};
+        }
+        return total;
+    }, "training"_a, "clear"_a);
     c.def("parts", [](E& e, int rank) {
         std::vector<std::tuple<std::string, std::string, int64_t>> found;
         for (const auto& layer : e.stage(rank).layers)

@@ -124,6 +124,47 @@ std::vector<std::vector<int64_t>> Ensemble<T>::stamps(int64_t step) const {
 }
 
 template <class T>
+void Ensemble<T>::begin() {
+    for (auto& stage : stages) stage->backwards = 0, stage->step_score = {};
+}
+
+template <class T>
+void Ensemble<T>::load(int microbatch, const Samples& samples, int64_t first) {
+    start([&](int rank) { stages[rank]->load(microbatch, samples, 0, first + int64_t(rank) * stages[rank]->slice); });
+}
+
+template <class T>
+void Ensemble<T>::forward(int microbatch, int64_t step, int64_t first, bool training) {
+    start([&](int rank) {
+        stages[rank]->forward(microbatch, uint64_t(step), first + int64_t(rank) * stages[rank]->slice, training);
+    });
+}
+
+template <class T>
+void Ensemble<T>::backward(int microbatch, int64_t step, int64_t first) {
+    const bool last = stages[0]->backwards + 1 == stages[0]->microbatches;
+    start([&](int rank) {
+        Stage<T>& own = *stages[rank];
+        own.backward(microbatch, uint64_t(step), first + int64_t(rank) * own.slice);
+        if (!last || grid.dp == 1) return;
+        replicas[0]->wait(rank);
+        const auto [begin, end] = part_of(own.parameters, rank, grid.dp);
+        for (int n = 1; n < grid.dp; ++n)
+            own.kernels.add_into(ptrdiff_t(end - begin), stages[n]->gradients.data() + begin,
+                                 stages[0]->gradients.data() + begin);
+    });
+}
+
+template <class T>
+void Ensemble<T>::finish(int64_t step, double rate, double scale) {
+    start([&](int rank) {
+        Hand hand{rank, step, 0, rate, nullptr};
+        const auto [begin, end] = part_of(stages[0]->parameters, rank, grid.dp);
+        apply(hand, begin, end - begin, stages[0]->gradients.data() + begin, T(scale));
+    });
+}
+
+template <class T>
 void Ensemble<T>::body(Hand& hand, const Body& body, std::vector<int64_t>* stamps) {
     const auto& instructions = body.ranks[hand.rank];
     if (stamps) {
@@ -260,15 +301,14 @@ void Ensemble<T>::descend(Hand& hand) {
             stage.kernels.sum_parts(ptrdiff_t(count), parts, from.data(), strips[hand.rank].data());
             gradient = strips[hand.rank].data();
         }
-        apply(hand, at, count, gradient);
+        apply(hand, at, count, gradient, scale(hand.rank));
     }
 }
 
 template <class T>
-void Ensemble<T>::apply(Hand& hand, size_t at, size_t count, const T* gradient) {
+void Ensemble<T>::apply(Hand& hand, size_t at, size_t count, const T* gradient, T by) {
     Stage<T>& stage = *stages[hand.rank];
     Weights<T>& weights = *stage.weights;
-    const T by = scale(hand.rank);
     if (hyper.adam) {
         const double t = double(hand.step + 1);
         const Adam<T> rule{T(hand.rate), T(hyper.beta1), T(hyper.beta2), T(hyper.epsilon), T(hyper.decay), by,

@@ -43,6 +43,14 @@ class Ensemble {
     void settle(int body);
     std::vector<std::vector<int64_t>> stamps(int64_t step) const;  // nanoseconds of each rank around its instructions
 
+    // Driven from outside, as one rank of a larger mesh: the replicas here are the threads of that rank, which share
+    // the samples of every microbatch and add their gradients up in those of the first.
+    void load(int microbatch, const Samples& samples, int64_t first);
+    void forward(int microbatch, int64_t step, int64_t first, bool training);
+    void backward(int microbatch, int64_t step, int64_t first);
+    void finish(int64_t step, double rate, double scale);
+    void begin();
+
     Stage<T>& stage(int rank) { return *stages[rank]; }
     const Grid grid;
     const bool shared;
@@ -85,7 +93,7 @@ class Ensemble {
     T* buffer(int rank, Buffer which, size_t* size);
     std::pair<size_t, size_t> share(int rank) const;  // of the parameters, that this rank updates
     T scale(int rank) const;
-    void apply(Hand& hand, size_t begin, size_t count, const T* gradient);
+    void apply(Hand& hand, size_t begin, size_t count, const T* gradient, T scale);
 };
 
 }  // namespace paraxis

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from paraxis.engine.native_rank import NativeEngine
 from paraxis.engine.torch_engine import TorchEngine
 from paraxis.errors import RankError, TaskError
 from paraxis.measure.layers import coupled, measure_layers
@@ -167,7 +168,11 @@ class Duties:
             running.rank = openmp.start(task, program, shared(plan))
             return {"program": program.digest(), "bytes": running.rank.bytes_held(), "batch": digest(task.train)}
         world: Any = self.world.group(range(plan.mesh.size)) if self.world else _Alone()
-        engine = TorchEngine(task, program, self.rank)
+        engine: Any
+        if plan.engine == "native":
+            engine = NativeEngine(task, program, self.rank, plan.threads)
+        else:
+            engine = TorchEngine(task, program, self.rank)
         if fault and self.rank == plan.mesh.size - 1:
             fault.spoil(engine)
         running.rank = Rank(program, self.rank, engine, world)

@@ -13,25 +13,15 @@ import torch
 from torch import Tensor
 
 from paraxis.engine.native_engine import extension, stages_of
+from paraxis.engine.native_task import feed_of, get_weights, hyper_of, put_weights
 from paraxis.engine.rules import Hyper
 from paraxis.errors import PlanError
 from paraxis.measure.machine import usable_cores
 from paraxis.program.instructions import Instruction, Program
-from paraxis.task.batches import ArraySource, Source
+from paraxis.task.batches import Source
 from paraxis.task.task import Task
 
 AT_ONCE = 256  # steps handed over at once, so that an interruption is soon noticed
-
-
-@dataclass(frozen=True)
-class Feed:
-    """Samples of some steps: `inputs` channels-last, `targets`, and which of them each step takes, (steps, batch)."""
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    index: np.ndarray
-    size: int  # samples that count
-    scale: float  # of inputs that are bytes
 
 
 @dataclass
@@ -45,7 +35,7 @@ class Team:
     names: list[str]  # of the bodies, in the order of their numbers
     done: int = 0
     losses: list[tuple[float, float]] = field(default_factory=list)
-    _channels_last: dict[int, np.ndarray] = field(default_factory=dict)
+    _cache: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
     def ranks(self) -> int:
@@ -55,7 +45,7 @@ class Team:
     def steps(self, count: int) -> None:
         """`count` optimiser steps."""
         while count:
-            feed = self._feed(self.task.train, self.done, min(count, AT_ONCE))
+            feed = feed_of(self.task, self.task.train, self.done, min(count, AT_ONCE), self._cache)
             steps = len(feed.index)
             bodies = [self.names.index(self.program.step_body(self.done + n)) for n in range(steps)]
             rates = []
@@ -81,31 +71,13 @@ class Team:
 
     def evaluate(self, source: Source) -> list[float]:
         """[loss sum, weight, hits] over all of a source's samples."""
-        steps = source.steps_per_epoch or 0
-        index = np.minimum(np.arange(steps * source.batch), source.size - 1)  # type: ignore[attr-defined]
-        feed = self._arrays(source, index.reshape(steps, -1), source.size)  # type: ignore[attr-defined, arg-type]
+        feed = feed_of(self.task, source, 0, source.steps_per_epoch or 0, self._cache)
         words = feed.inputs, feed.targets, feed.index, source.batch, feed.size, feed.scale
         return list(self.ensemble.evaluate(self.names.index("evaluate"), *words))
 
     def state(self) -> dict[str, Tensor]:
         """The network's state_dict; replicas with weights of their own give those of the first."""
-        state = {k: v.detach().clone() for k, v in self.task.net.state_dict().items()}
-        for rank in self._firsts():
-            for layer, part, _ in self.ensemble.parts(rank):
-                tensor = state[f"{layer}.{part}"].contiguous()
-                self.ensemble.get(rank, layer, part, tensor.numpy().reshape(-1))
-                state[f"{layer}.{part}"] = tensor
-        for name, value in state.items():
-            if name.endswith("num_batches_tracked"):
-                value += self.done
-        return state
-
-    def load(self) -> None:
-        """Give every rank the task's own weights."""
-        state = self.task.net.state_dict()
-        for rank in range(self.ranks):
-            for layer, part, _ in self.ensemble.parts(rank):
-                self.ensemble.put(rank, layer, part, state[f"{layer}.{part}"].contiguous().numpy().reshape(-1))
+        return get_weights(self.ensemble, self.task, self._firsts(), self.done)
 
     def buffers(self, name: str, ranks: list[int] | None = None) -> list[Tensor]:
         """A flat buffer of some ranks (default: all), as it lies in memory."""
@@ -135,26 +107,6 @@ class Team:
         """One rank of each stage."""
         return [self.program.mesh.rank(0, p) for p in range(self.program.mesh.pp)]
 
-    def _feed(self, source: Source, step: int, steps: int) -> Feed:
-        if isinstance(source, ArraySource):
-            return self._arrays(source, source.numbers(step, steps), 1 << 62)
-        inputs, targets = self.task.train.share(step, 0, self.task.batch)
-        data = _last(inputs.to(self.task.dtype)).numpy(), targets.contiguous().numpy()
-        return Feed(*data, np.arange(self.task.batch).reshape(1, -1), self.task.batch, 1.0)
-
-    def _arrays(self, source: ArraySource, index: np.ndarray, size: int) -> Feed:
-        key = id(source.inputs)
-        if key not in self._channels_last:
-            inputs = source.inputs
-            kept = inputs if inputs.dtype == torch.uint8 else inputs.to(self.task.dtype)
-            self._channels_last[key] = _last(kept).numpy()
-        return Feed(self._channels_last[key], source.targets.numpy(), np.ascontiguousarray(index), size, 1 / 255)
-
-
-def _last(x: Tensor) -> Tensor:
-    """Channels last, contiguous."""
-    return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).contiguous()
-
 
 def start(task: Task, program: Program, shared: bool) -> Team:
     """A team with the task's initial weights; raises PlanError for what C++ cannot do."""
@@ -183,21 +135,8 @@ def start(task: Task, program: Program, shared: bool) -> Team:
         whole=(0, mesh.pp),
     )
     team = Team(task, program, ensemble, hyper, [name for name, _ in program.bodies])
-    team.load()
+    put_weights(ensemble, task, range(mesh.size))
     return team
-
-
-def hyper_of(hyper: Hyper, weight: float, clip: float | None) -> Any:
-    """What C++ has to know of the optimiser; the learning rate comes with every step."""
-    group, out = hyper.groups[0], extension().Hyper()
-    out.adam = hyper.rule == "adam"
-    out.decay, out.weight, out.clip = group["weight_decay"], weight, clip or 0.0
-    if out.adam:
-        out.decoupled = bool(group.get("decoupled_weight_decay"))
-        (out.beta1, out.beta2), out.epsilon = group["betas"], group["eps"]
-    else:
-        out.momentum, out.nesterov = group["momentum"], group["nesterov"]
-    return out
 
 
 def _words(i: Instruction) -> tuple[Any, ...]:

@@ -1,0 +1,269 @@
+// The whole runtime under a sanitizer, layers and fast kernels included: ensemble [--seed-fault missing-barrier]
+//
+// One small network is trained alone, by two replicas with weights in common, by replicas with weights of their own,
+// by two stages, and by both at once. All must end with the same weights up to rounding.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+#include "../runtime/ensemble.h"
+
+namespace {
+
+using namespace paraxis;
+using Weight = std::pair<std::string, std::vector<float>>;
+
+constexpr int BATCH = 40, STEPS = 3, MICROBATCHES = 4, SIDE = 8, CLASSES = 3;  // slices are no multiple of LANES
+constexpr float ROUNDING = 1e-4f, APART = 1e-2f;
+bool seeded = false;
+
+Spec layer(const char* kind, const char* name, Shape in, Shape out) {
+    Spec spec;
+    spec.kind = kind, spec.name = name, spec.in = in, spec.out = out;
+    return spec;
+}
+
+Spec convolution(const char* name, Shape in, Shape out, int kernel, int stride, int padding) {
+    Spec spec = layer("affine", name, in, out);
+    spec.kernel_h = spec.kernel_w = kernel, spec.stride = stride, spec.padding = padding;
+    return spec;
+}
+
+// conv bn relu pool | conv dropout linear: a stage has its own activations, numbered from 0.
+std::vector<Spec> front() {
+    const Shape image{SIDE, SIDE, 2}, wide{SIDE, SIDE, 5}, half{SIDE / 2, SIDE / 2, 5};
+    std::vector<Spec> specs{convolution("conv", image, wide, 3, 1, 1), layer("batch_norm", "norm", wide, wide),
+                            layer("max_pool", "pool", wide, half)};
+    specs[1].relu = true;
+    specs[2].kernel_h = specs[2].kernel_w = specs[2].stride = 2;
+    return specs;
+}
+
+std::vector<Spec> back() {
+    const Shape half{SIDE / 2, SIDE / 2, 5}, small{2, 2, 7}, scores{1, 1, CLASSES};
+    std::vector<Spec> specs{convolution("second", half, small, 3, 2, 1), layer("dropout", "drop", small, small),
+                            convolution("linear", small, scores, 2, 1, 0)};
+    specs[0].relu = true;
+    specs[1].p = 0.25, specs[1].key = 7;
+    return specs;
+}
+
+std::vector<Spec> numbered(std::vector<Spec> specs) {
+    for (size_t n = 0; n < specs.size(); ++n) specs[n].x = int(n), specs[n].y = int(n) + 1;
+    return specs;
+}
+
+std::vector<Spec> joined(std::vector<Spec> specs, const std::vector<Spec>& more) {
+    specs.insert(specs.end(), more.begin(), more.end());
+    return specs;
+}
+
+struct Plan {
+    Grid grid;
+    int microbatches;
+    bool shared;
+    const Kernels<float>* kernels;
+};
+
+// Lists of instructions as Python's lowering makes them, for GPipe: all forwards, then all backwards.
+struct Lister {
+    const Plan& plan;
+    int rank;
+    std::vector<Instruction> list = {};
+
+    int stage() const { return plan.grid.pp_of(rank); }
+    bool first() const { return stage() == 0; }
+    bool last() const { return stage() == plan.grid.pp - 1; }
+
+    void add(Op op, int microbatch = 0, Axis axis = Axis::none, Buffer buffer = Buffer::none, Rule rule = Rule::none,
+             bool mean = false) {
+        const int slice = plan.grid.dp_of(rank) * plan.microbatches + microbatch;
+        list.push_back({op, microbatch, slice, -1, axis, buffer, rule, mean});
+    }
+    void update(Rule rule) { add(Op::Update, 0, Axis::none, Buffer::none, rule); }
+
+    void forwards(Rule rule) {
+        for (int m = 0; m < plan.microbatches; ++m) {
+            if (first() || last()) add(Op::Load, m);
+            if (!first()) add(Op::RecvActWait, m);
+            add(Op::F, m, Axis::none, Buffer::none, rule);
+            if (!last()) add(Op::SendActStart, m);
+        }
+    }
+
+    std::vector<Instruction> training() {
+        update(Rule::zero);
+        forwards(Rule::none);
+        for (int m = 0; m < plan.microbatches; ++m) {
+            if (!last()) add(Op::RecvGradWait, m);
+            add(Op::B, m);
+            if (!first()) add(Op::SendGradStart, m);
+        }
+        if (plan.shared && !seeded) add(Op::ReduceScatterWait, 0, Axis::dp, Buffer::grads);
+        if (!plan.shared) add(Op::AllReduceWait, 0, Axis::dp, Buffer::grads);
+        update(Rule::norm);
+        if (plan.shared) add(Op::AllReduceWait, 0, Axis::dp, Buffer::norm);
+        add(Op::AllReduceWait, 0, Axis::pp, Buffer::norm);
+        add(Op::AllReduceWait, 0, Axis::dp, Buffer::statistics, Rule::none, true);
+        update(Rule::statistics);
+        update(Rule::step);
+        if (plan.shared) add(Op::AllGatherWait, 0, Axis::dp, Buffer::params);
+        return list;
+    }
+};
+
+std::vector<Body> bodies_of(const Plan& plan) {
+    std::vector<Body> bodies{{"step", {}}, {"evaluate", {}}, {"settle", {}}};
+    for (int rank = 0; rank < plan.grid.size(); ++rank) {
+        bodies[0].ranks.push_back(Lister{plan, rank}.training());
+        Lister evaluate{plan, rank}, settle{plan, rank};
+        evaluate.forwards(Rule::evaluate);
+        settle.add(Op::AllReduceWait, 0, Axis::dp, Buffer::params, Rule::none, true);
+        bodies[1].ranks.push_back(evaluate.list);
+        bodies[2].ranks.push_back(settle.list);
+    }
+    return bodies;
+}
+
+void for_each_part(Ensemble<float>& e, int rank,
+                   const std::function<void(Layer<float>&, const std::string&, int64_t, float*, float*)>& f) {
+    Stage<float>& stage = e.stage(rank);
+    for (size_t n = 0; n < stage.layers.size(); ++n)
+        for (const auto& [part, count] : stage.layers[n]->parts())
+            f(*stage.layers[n], part, count, stage.weights->params.data() + stage.places[n].weights,
+              stage.weights->running.data() + stage.places[n].statistics);
+}
+
+// Weights that depend on the layer's name alone, so that all plans start alike.
+void initialise(Ensemble<float>& e, int rank) {
+    for_each_part(e, rank, [](Layer<float>& own, const std::string& part, int64_t count, float* w, float* running) {
+        std::vector<float> values(count);
+        for (int64_t i = 0; i < count; ++i) {
+            const uint32_t mixed = (uint32_t(i) * 2654435761u + own.spec.name[0] * 97u + part[0]) >> 8;
+            values[i] = float(mixed % 1000) / 2000 - 0.25f;
+        }
+        if (own.spec.kind == "batch_norm" && part != "bias" && part != "running_mean")
+            for (float& value : values) value += 1;
+        own.pack(part, values.data(), w, running);
+    });
+}
+
+std::vector<Weight> weights_of(Ensemble<float>& e, int dp) {
+    std::vector<Weight> found;
+    for (int stage = 0; stage < e.grid.pp; ++stage)
+        for_each_part(e, e.grid.rank(dp, stage),
+                      [&](Layer<float>& own, const std::string& part, int64_t count, float* w, float* running) {
+                          found.push_back({own.spec.name + "." + part, std::vector<float>(count)});
+                          own.unpack(part, w, running, found.back().second.data());
+                      });
+    return found;
+}
+
+struct Data {
+    std::vector<uint8_t> inputs;
+    std::vector<int64_t> targets, index;
+    Samples samples(int64_t size) const {
+        return {inputs.data(), targets.data(), index.data(), BATCH, size, true, 1.0 / 255};
+    }
+};
+
+Data made(int shift) {
+    Data data;
+    for (int n = 0; n < BATCH * 2; ++n) {
+        data.targets.push_back(n % CLASSES);
+        for (int i = 0; i < SIDE * SIDE * 2; ++i)
+            data.inputs.push_back(uint8_t((n * 31 + i * (7 + 5 * (n % CLASSES)) + shift * n * i) % 256));
+    }
+    for (int64_t n = 0; n < STEPS * BATCH; ++n) data.index.push_back(n * 37 % (BATCH * 2));
+    return data;
+}
+
+struct Result {
+    std::vector<std::vector<Weight>> weights;  // of every replica
+    std::vector<Score> scores;                 // of every step, then of an evaluation
+};
+
+Result trained(const Plan& plan, const Data& data) {
+    const int slice = BATCH / (plan.grid.dp * plan.microbatches);
+    std::vector<std::unique_ptr<Stage<float>>> stages;
+    for (int rank = 0; rank < plan.grid.size(); ++rank) {
+        const int p = plan.grid.pp_of(rank);
+        const auto specs = numbered(plan.grid.pp == 1 ? joined(front(), back()) : p ? back() : front());
+        stages.push_back(std::make_unique<Stage<float>>(specs, slice, plan.microbatches, p == 0,
+                                                        p == plan.grid.pp - 1, *plan.kernels, 5));
+    }
+    Hyper hyper;
+    hyper.momentum = 0.9, hyper.decay = 0.01, hyper.clip = 0.5, hyper.weight = BATCH;
+    Ensemble<float> e(plan.grid, std::move(stages), bodies_of(plan), hyper, plan.shared, 2);
+    for (int rank = 0; rank < plan.grid.size(); ++rank) initialise(e, rank);
+    Result result;
+    result.scores = e.run(0, {0, 0}, {0.1, 0.05}, data.samples(1 << 30));
+    Data rest = data;  // a run of its own for the last step: a team begins and ends between them
+    rest.index.erase(rest.index.begin(), rest.index.begin() + 2 * BATCH);
+    for (Score score : e.run(2, {0}, {0.05}, rest.samples(1 << 30))) result.scores.push_back(score);
+    result.scores.push_back(e.evaluate(1, STEPS, data.samples(STEPS * BATCH - 11)));  // the last batch is padded
+    if (!plan.shared) e.settle(2);
+    for (int dp = 0; dp < plan.grid.dp; ++dp) result.weights.push_back(weights_of(e, dp));
+    return result;
+}
+
+// The largest difference, of any replica from the first of `b`; infinite where one is no number.
+float difference(const Result& a, const Result& b) {
+    float worst = 0;
+    const auto see = [&](double apart) { worst = apart <= worst ? worst : std::isnan(apart) ? INFINITY : float(apart); };
+    for (const auto& replica : a.weights)
+        for (size_t n = 0; n < replica.size(); ++n)
+            for (size_t i = 0; i < replica[n].second.size(); ++i)
+                see(std::fabs(replica[n].second[i] - b.weights[0][n].second[i]));
+    for (size_t s = 0; s < a.scores.size(); ++s) {
+        see(std::fabs(a.scores[s].loss / a.scores[s].weight - b.scores[s].loss / b.scores[s].weight));
+        see(std::fabs(a.scores[s].weight - b.scores[s].weight));
+    }
+    return worst;
+}
+
+void expect(bool holds, const std::string& what) {
+    if (!holds) throw std::logic_error(what);
+}
+
+void all() {
+    // Statistics are a microbatch's own: every plan has four slices of ten samples.
+    const Data data = made(0);
+    const Plan alone{{1, 1}, MICROBATCHES, false, &naive()};
+    const Result wanted = trained(alone, data);
+    expect(wanted.scores[0].weight == BATCH && wanted.scores.back().weight == STEPS * BATCH - 11, "weights of scores");
+    expect(difference(trained(alone, made(1)), wanted) > APART, "other samples give the same result");
+    const std::vector<std::pair<const char*, Plan>> plans = {
+        {"fast kernels", {{1, 1}, 4, false, &fastest()}},
+        {"two replicas, weights in common", {{2, 1}, 2, true, &fastest()}},
+        {"four replicas, weights in common", {{4, 1}, 1, true, &fastest()}},
+        {"two replicas, weights of their own", {{2, 1}, 2, false, &fastest()}},
+        {"two stages", {{1, 2}, 4, false, &fastest()}},
+        {"two replicas of two stages, weights in common", {{2, 2}, 2, true, &fastest()}},
+    };
+    for (const auto& [name, plan] : plans) {
+        const float apart = difference(trained(plan, data), wanted);
+        expect(apart < ROUNDING, std::string(name) + ": differs by " + std::to_string(apart));
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    seeded = argc == 3 && !std::strcmp(argv[1], "--seed-fault") && !std::strcmp(argv[2], "missing-barrier");
+    if (argc != 1 && !seeded) {
+        std::fprintf(stderr, "usage: ensemble [--seed-fault missing-barrier]\n");
+        return 2;
+    }
+    try {
+        all();
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "ensemble: %s\n", error.what());
+        return 1;
+    }
+    std::puts("ensemble: all plans equal the serial run");
+}

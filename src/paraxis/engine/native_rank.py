@@ -1,0 +1,171 @@
+"""The native engine as one rank of MPI or Gloo: what `run.interpreter` asks of an engine, computed by C++.
+
+Its own threads share the samples of every microbatch; to the program they are invisible.
+"""
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paraxis.engine.native_engine import extension, stages_of
+from paraxis.engine.native_task import Feed, feed_of, get_weights, hyper_of, put_weights
+from paraxis.errors import PlanError
+from paraxis.program.instructions import Program
+from paraxis.task.batches import Source
+from paraxis.task.task import Task
+
+
+class NativeEngine:
+    """One rank's share of the computing; `step` is the optimiser step in progress."""
+
+    def __init__(self, task: Task, program: Program, rank: int, threads: int) -> None:
+        _, self.stage, _ = program.mesh.coordinates(rank)
+        if len(program.segments[self.stage]) > 1:
+            raise PlanError("engine=native reduces all gradients at once: leave out bucket_bytes")
+        self.task, self.hyper, self.threads = task, task.hyper(), threads
+        self.last_stage = self.stage == len(program.stages) - 1
+        self.slice_size = task.batch // (program.mesh.dp * program.microbatches)
+        if self.slice_size % threads:
+            raise PlanError(f"threads={threads} do not divide the {self.slice_size} samples of a microbatch")
+        if threads > 1 and task.layout().statistics:
+            raise PlanError(f"threads={threads}: a batch norm needs its samples on one thread; use dp instead")
+        self.weight = task.batch / (program.mesh.dp if program.epilogue else 1)
+        self.ensemble = self._make(program)
+        put_weights(self.ensemble, task, [0])
+        self.flat = SimpleNamespace(params=self._view("params"), grads=self._view("grads"))
+        self.running, self.statistics = self._view("running"), self._view("statistics")
+        self.norm = torch.zeros(1, dtype=torch.float64)
+        self.score = torch.zeros(3, dtype=torch.float64)
+        self.source: Source = task.train
+        self.microbatches, self.step, self.done = program.microbatches, 0, 0
+        self.losses: list[tuple[float, float]] = []
+        self.held: dict[tuple[bool, int], list[Tensor]] = {}  # what has come in lives until it has been used
+        self.leaving: dict[int, list[Tensor]] = {}
+        self.places: dict[int, int] = {}  # of each microbatch's first sample in the global batch
+        self._cache: dict[int, np.ndarray] = {}
+        self._feed: tuple[tuple[int, int], Feed] | None = None
+
+    def _make(self, program: Program) -> Any:
+        native = extension()
+        make = native.Float if self.task.dtype == torch.float32 else native.Double
+        return make(
+            dp=self.threads,
+            pp=1,
+            stages=[stages_of(self.task, program.stages, self.slice_size)[self.stage]],
+            slice=self.slice_size // self.threads,
+            microbatches=program.microbatches,
+            bodies=[],
+            hyper=hyper_of(self.hyper, self.weight, None),
+            shared=True,
+            usable_cores=len(os.sched_getaffinity(0)),
+            seed=self.task.spec.seed,
+            naive=False,
+            whole=(self.stage, len(program.stages)),
+        )
+
+    def _view(self, name: str) -> Tensor:
+        return torch.from_numpy(self.ensemble.buffer(0, name))
+
+    # -- computing ---------------------------------------------------------------------------------------------
+
+    def load(self, microbatch: int, part: int) -> None:
+        """Take samples of slice `part` of this step's global batch."""
+        key = id(self.source), self.step
+        if self._feed is None or self._feed[0] != key:
+            self._feed = key, feed_of(self.task, self.source, self.step, 1, self._cache)
+        feed = self._feed[1]
+        first = part * self.slice_size
+        self.ensemble.load(microbatch, feed.inputs, feed.targets, feed.index[0], feed.size, feed.scale, first)
+
+    def forward(self, segment: int, microbatch: int, part: int) -> None:
+        """F: keeps what its backward needs, and hands the output on, where it lies."""
+        self.places[microbatch] = part * self.slice_size
+        self.ensemble.forward(microbatch, self.step, self.places[microbatch], True)
+        self.leaving[microbatch] = self._made(self.ensemble.output, microbatch)
+
+    def evaluate(self, segment: int, microbatch: int, part: int) -> None:
+        """Forward only, without noise; the last stage adds loss, weight and hits."""
+        self.ensemble.forward(microbatch, self.step, part * self.slice_size, False)
+        self.leaving[microbatch] = self._made(self.ensemble.output, microbatch)
+        self.held.pop((False, microbatch), None)
+        if self.last_stage:
+            self.score += torch.tensor(self.ensemble.score(False, True), dtype=torch.float64)
+
+    def backward(self, segment: int, microbatch: int) -> None:
+        """B: adds to the gradients, and hands the input's gradient on."""
+        self.ensemble.backward(microbatch, self.step, self.places[microbatch])
+        self.leaving[microbatch] = self._made(self.ensemble.input_gradient, microbatch)
+        self.held.pop((False, microbatch), None)
+        self.held.pop((True, microbatch), None)
+
+    def _made(self, part: Any, microbatch: int) -> list[Tensor]:
+        """One tensor a thread; C++ writes there again only a step later."""
+        return [torch.from_numpy(part(thread, microbatch)) for thread in range(self.threads)]
+
+    def training(self, on: bool) -> None:
+        """Forget what an interrupted phase left."""
+        self.held.clear()
+        self._feed = None
+
+    # -- what crosses the stage's edges ------------------------------------------------------------------------
+
+    def incoming(self, gradient: bool) -> list[Tensor]:
+        """Empty buffers, one for each thread's samples."""
+        like = self.ensemble.output(0, 0) if gradient else self.ensemble.input_gradient(0, 0)
+        return [torch.empty(like.size, dtype=self.task.dtype) for _ in range(self.threads)]
+
+    def arrive(self, gradient: bool, microbatch: int, tensors: list[Tensor]) -> None:
+        """Take over what has been received."""
+        self.held[gradient, microbatch] = tensors
+        give = self.ensemble.give_gradient if gradient else self.ensemble.give_input
+        for thread, tensor in enumerate(tensors):
+            give(thread, microbatch, tensor.numpy())
+
+    def leave(self, microbatch: int) -> list[Tensor]:
+        """What this stage has made for a neighbour."""
+        return self.leaving.pop(microbatch)
+
+    # -- buffers and updates -----------------------------------------------------------------------------------
+
+    def buffer(self, name: str, bucket: int) -> Tensor:
+        """A declared flat buffer."""
+        named = {"grads": self.flat.grads, "params": self.flat.params, "running": self.running}
+        return (named | {"statistics": self.statistics, "norm": self.norm, "score": self.score})[name]
+
+    def zero(self) -> None:
+        """Begin a step."""
+        self.ensemble.begin()
+
+    def gradient_norm(self) -> None:
+        """Square of the gradient's norm on this stage."""
+        self.norm[0] = float(self.flat.grads.double().square().sum()) / self.weight**2
+
+    def update(self) -> None:
+        """One optimiser step."""
+        scale = 1 / self.weight
+        if self.task.spec.clip is not None:
+            scale *= min(1.0, self.task.spec.clip / (float(self.norm[0]) ** 0.5 + 1e-6))
+        self.ensemble.finish(self.step, float(self.hyper.groups[0]["lr"]), scale)
+        self.hyper.advance()
+        if self.last_stage:
+            loss, weight, _ = self.ensemble.score(True, False)
+            self.losses.append((loss, weight))
+        self.step += 1
+
+    def update_statistics(self) -> None:
+        """Running statistics become the mean of what every microbatch would have made of them."""
+        self.running.copy_(self.statistics).div_(self.microbatches)
+        self.statistics.zero_()
+        self.done += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """This stage's part of the network's state_dict."""
+        return get_weights(self.ensemble, self.task, [0], self.done)
+
+    def bytes_held(self) -> int:
+        """Bytes of weights, gradients and the optimiser's state."""
+        return 3 * self.flat.params.nbytes + self.threads * self.flat.grads.nbytes
