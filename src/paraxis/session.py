@@ -151,18 +151,21 @@ class Session:
         """Ask all processes of a plan that has been set up."""
         return self.home(plan).ask(request | {"key": key}, range(plan.processes))
 
-    def oracle(self, plan: Plan, steps: int, dtype: str, groups: int = 0) -> dict[str, Any]:
+    def oracle(self, plan: Plan, steps: int, dtype: str, groups: int = 0, seed: int | None = None) -> dict[str, Any]:
         """What a plan is proved against, made once: the serial run's losses, weights file and largest change."""
         facts = self.known()
-        replicas = 1 if plan.exact else plan.dp
+        turns = plan.dp if plan.sync == "hogwild" else 1
+        replicas = 1 if plan.exact or turns > 1 else plan.dp
+        seed = self.spec.seed if seed is None else seed
         every = 1 if plan.exact else _every(plan, facts.steps_per_epoch)
         if not groups and self.spec.bn_group:
             groups = facts.batch // replicas // self.spec.bn_group
         groups = groups or (plan.dp // replicas * plan.microbatches if facts.layout.statistics else 1)
-        key = (steps, dtype, groups, replicas, every)
+        key = (steps, dtype, groups, replicas, every, turns, seed)
         if key not in self.oracles:
             path = str(self.folder / f"oracle-{'-'.join(map(str, key))}.safetensors")
             words = {"steps": steps, "dtype": dtype, "groups": groups, "replicas": replicas, "every": every}
+            words |= {"turns": turns, "seed": seed}
             answer = self.pool("solo").ask({"do": "oracle", "file": path} | words)[0]
             self.oracles[key] = answer | {"file": path}
         return self.oracles[key]

@@ -194,8 +194,7 @@ def _check_complete(program: Program, state: _Rank, rank: int, fail: Fail, slot:
 
 def _check_shared(program: Program, state: _Rank, instructions: Sequence[Instruction], fail: Fail) -> None:
     """New weights in a buffer that others read must be waited for by all, before the next step reads them."""
-    common = any(b.name == "params" and b.scope == "shared" for b in program.buffers)
-    if common and not state.gathered and any(i.rule == "step" for i in instructions):
+    if program.common() and not state.gathered and any(i.rule == "step" for i in instructions):
         fail(len(instructions) - 1, "nobody waits for the other ranks' part of the shared weights")
 
 

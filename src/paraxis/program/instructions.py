@@ -110,6 +110,10 @@ class Program:
         """The instructions of a named body, one tuple a rank."""
         return dict(self.bodies)[name]
 
+    def common(self) -> bool:
+        """Whether replicas have one copy of the weights."""
+        return any(b.name == "params" and b.scope == "shared" for b in self.buffers)
+
     def steps_in_period(self) -> int:
         """Optimiser steps until the program repeats."""
         return sum(times for _, times in self.period)

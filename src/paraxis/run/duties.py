@@ -23,7 +23,7 @@ from paraxis.measure.layers import coupled, measure_layers
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
 from paraxis.program.faults import FAULTS, Fault
-from paraxis.program.lower import lower, shared
+from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
@@ -110,10 +110,14 @@ class Duties:
         It computes one batch-norm group at a time, so the network's own batch norms do.
         """
         self._activate(Running(Plan(), []))  # one thread, whatever plan this process has run before
-        spec, dtype = self.spec.model_copy(update={"bn_group": None}), DTYPES[request["dtype"]]
+        spec = self.spec.model_copy(update={"bn_group": None, "seed": request["seed"]})
+        dtype = DTYPES[request["dtype"]]
         copies = [serial.replica(make_task(spec, self.objects, dtype)) for _ in range(request["replicas"])]
         before = {k: v.clone() for k, v in copies[0].task.net.state_dict().items()}
-        losses = serial.emulate(copies, 0, request["steps"], request["groups"], request["every"])
+        if request["turns"] > 1:
+            losses = serial.in_turn(copies[0], request["steps"], request["turns"])
+        else:
+            losses = serial.emulate(copies, 0, request["steps"], request["groups"], request["every"])
         if request["replicas"] > 1 and request["steps"] % request["every"]:
             serial.average([c.task.net for c in copies])
         after = {k: v.clone().contiguous() for k, v in copies[0].task.net.state_dict().items()}
@@ -165,7 +169,7 @@ class Duties:
         if fault:
             program = fault.mutated(plan, program)
         if plan.engine == "native" and plan.processes == 1:
-            running.rank = openmp.start(task, program, shared(plan))
+            running.rank = openmp.start(task, program, plan.sync == "hogwild")
             return {"program": program.digest(), "bytes": running.rank.bytes_held(), "batch": digest(task.train)}
         world: Any = self.world.group(range(plan.mesh.size)) if self.world else _Alone()
         engine: Any

@@ -108,10 +108,14 @@ class Team:
         return [self.program.mesh.rank(0, p) for p in range(self.program.mesh.pp)]
 
 
-def start(task: Task, program: Program, shared: bool) -> Team:
+def start(task: Task, program: Program, hogwild: bool) -> Team:
     """A team with the task's initial weights; raises PlanError for what C++ cannot do."""
     native, mesh = extension(), program.mesh
     hyper = task.hyper()
+    if hogwild:
+        plain = hyper.rule == "sgd" and not (hyper.groups[0]["momentum"] or hyper.groups[0]["weight_decay"])
+        if not plain or task.spec.clip:
+            raise PlanError("sync=hogwild is plain SGD: give --momentum 0, no decay and no clipping")
     if task.altering:
         raise PlanError(
             "engine=native: a layer works in place and alters its neighbour's output; make it inplace=False"
@@ -128,7 +132,7 @@ def start(task: Task, program: Program, shared: bool) -> Team:
         microbatches=program.microbatches,
         bodies=words,
         hyper=hyper_of(hyper, task.batch / replicas, task.spec.clip),
-        shared=shared,
+        shared=program.common(),
         usable_cores=usable_cores(),
         seed=task.spec.seed,
         naive=False,
