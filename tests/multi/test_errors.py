@@ -36,7 +36,7 @@ QUICK = [  # words, what the one line must hold; none of them needs the framewor
     ("verify mlp --lr -1", "lr=-1", "above 0"),
     ("verify mlp --lr nan", "lr"),
     ("verify mlp --batch 0", "batch=0", "at least one"),
-    ("verify mlp --workers 0", "workers"),
+    ("verify mlp --workers 0", "workers=0", "at least one"),
     ("train cnn --plan serial --target 98", "target=98", "0.98"),
     ("explore mlp --budget 0", "budget"),
     ("verify mlp --nosuch 1", "--nosuch", "--help"),

@@ -44,7 +44,6 @@ class Running:
     plain: serial.Replica | None = None  # ... the framework's own loop
     done: int = 0
     before: int = 0  # resident bytes before it was set up
-    counted_from: int = 0  # the step since which sent bytes are counted
     losses: list[tuple[float, float]] = field(default_factory=list)  # of the framework's own loop
 
 
@@ -126,8 +125,6 @@ class Duties:
         if running.rank is not None and request["steps"] % running.rank.program.steps_in_period():
             running.rank.settle()
         wanted, state = load_file(request["file"]), self._state(running)
-        if running.rank is not None:  # what the proof has sent does not count as the plan's traffic
-            running.rank.context.sent[0], running.counted_from = 0, running.rank.done
         worst, where = 0.0, ""
         for name, value in state.items():
             if name in wanted and value.is_floating_point():
@@ -185,13 +182,14 @@ class Duties:
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "traces": traces, "losses": self._losses(running)}
 
-    def traffic(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
-        """Bytes this rank has sent for the plan so far, over how many steps, and its peak of resident memory."""
-        running = self.plans[request["key"]]
-        sent = running.rank.context.sent[0] if running.rank is not None else 0
-        steps = running.rank.done - running.counted_from if running.rank is not None else 0
-        others = max(0, running.before - self.base)  # what plans set up before this one hold
-        return {"sent": sent, "steps": steps, "peak": _peak_bytes() - others}
+    def traffic(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
+        """Bytes that this rank sends in a step."""
+        running = self._ready(request["key"])
+        return running.rank.sent_in_a_step() if running.rank is not None else 0.0
+
+    def memory(self, request: dict[str, Any], blob: bytes, tell: Tell) -> int:
+        """The peak of resident bytes since the plan was set up, less what plans set up before it hold."""
+        return _peak_bytes() - max(0, self.plans[request["key"]].before - self.base)
 
     def norm(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """Sum of squares of this rank's parameters."""
