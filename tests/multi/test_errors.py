@@ -68,6 +68,8 @@ FILES = {  # contents of a network file, what the one line must hold
     ),
     "exits": ("import sys\nsys.exit('usage: mine.py DATA')\n", "mine.py", "SystemExit"),
     "bad stages": (NET + DATA + "def stages(net): return [net[0], net[2]]\n", "stages", "compose"),
+    "no optimiser": (NET + DATA + "def optimizer(p): return 0.1\n", "mine.py", "optimizer(parameters)", "float"),
+    "stages raise": (NET + DATA + "def stages(net): return net.parts\n", "mine.py", "stages()", "AttributeError"),
     "optimiser raises": (NET + DATA + "def optimizer(p): return torch.optim.SGD(p, lr=-1)\n", "optimizer", "mine.py"),
 }
 

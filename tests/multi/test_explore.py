@@ -129,7 +129,7 @@ def test_more_workers_than_cores(desk: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt.py", "lstm.py", "batchnorm.py"])
 def test_the_examples_can_be_explored(desk: Any, examples: Any, name: str) -> None:
-    done = desk.run("explore", examples / name, "--workers", 2, "--budget", 20, "--json", limit=150)
+    done = desk.run("explore", examples / name, "--workers", 2, "--budget", 45, "--json", limit=150)
     assert done.rc == 0, done.err
     assert not [r["reason"] for r in done.document["results"] if r["status"] == "failed"]
     assert any(r["mesh"]["dp"] == 2 and r["verified"]["passed"] for r in ok_rows(done.document))
