@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paraxis.engine.torch_engine import TorchEngine
-from paraxis.errors import RankError, TaskError
+from paraxis.errors import Diverged, RankError
 from paraxis.measure.layers import coupled, measure_layers
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
@@ -297,9 +297,7 @@ class Duties:
         out, engine.losses = engine.losses, []
         for number, (loss, _) in enumerate(out, running.rank.done - len(out) + 1):
             if not math.isfinite(loss):
-                error = TaskError(
-                    f"the loss is {loss} on rank {self.rank} in step {number}: lower lr or clip gradients"
-                )
+                error = Diverged(f"the loss is {loss} on rank {self.rank} in step {number}: lower lr or clip gradients")
                 error.step = number
                 raise error
         return out

@@ -212,7 +212,15 @@ def start(transport: str, size: int, oversubscribed: bool = False) -> "Starting"
     commands = _commands(transport, size)
     folder = tempfile.TemporaryDirectory(prefix="paraxis-")
     server = socket.socket(socket.AF_UNIX)
-    server.bind(f"{folder.name}/line")
+    try:
+        server.bind(f"{folder.name}/line")
+    except OSError as error:  # such as a path of more than 107 bytes
+        server.close()
+        folder.cleanup()
+        raise MissingError(
+            f"TMPDIR={tempfile.gettempdir()}: no socket can be made there ({error}); set it to a short local folder "
+            "such as /tmp"
+        ) from None
     server.listen(size)
     token, log = secrets.token_hex(16), Path(folder.name) / "log"
     words = [transport, f"{folder.name}/line", token, *commands[1]]
