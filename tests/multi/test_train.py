@@ -175,6 +175,10 @@ def test_both_axes_reach_the_accuracy_of_the_serial_run(desk: Any) -> None:
     serial = train(desk, *words, "--plan", "serial", "--out", "one", limit=400)
     parallel = train(desk, *words, "--plan", "dp=2,comm=mpi", "--out", "two", limit=400)
     assert serial["test"]["accuracy"] > 0.98 and parallel["test"]["accuracy"] > 0.98
-    assert apart(serial["losses"][:100], parallel["losses"][:100]) < 1e-3
-    for a, b in zip(serial["epochs"], parallel["epochs"], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+    assert apart(serial["losses"][:10], parallel["losses"][:10]) < 1e-5
+    # From about step 25 on float32 curves part, because another order of the same sum tips a ReLU or a maximum over.
+    # A serial run that adds in the order of the replicas has their very losses, so nothing else is different.
+    halves = train(
+        desk, *words[:1], "--steps", 400, *words[3:], "--plan", "microbatches=2", "--out", "three", limit=200
+    )
+    assert halves["losses"] == parallel["losses"][:400]
