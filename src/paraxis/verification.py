@@ -60,10 +60,10 @@ def verify_task(
 def _check_words(workers: int | None, steps: int, dtype: str, fault: str | None) -> None:
     from paraxis.program.faults import FAULTS
 
-    if workers is not None and workers < 1:
-        raise TaskError(f"workers={workers}: a plan takes at least one worker")
     if steps < 1:
         raise TaskError(f"steps={steps}: a proof takes at least one step")
+    if workers is not None and workers < 1:
+        raise TaskError(f"workers={workers}: a plan takes at least one worker")
     if dtype not in DTYPES:
         raise TaskError(f"dtype={dtype}: it takes {' or '.join(DTYPES)}")
     if fault is not None and fault not in FAULTS:
