@@ -20,7 +20,7 @@ from rich.markup import escape
 
 from paraxis import __version__
 from paraxis.errors import ParaxisError
-from paraxis.run.joined import JoinedPool, join, launched
+from paraxis.run.joined import JoinedPool, joined_ranks, let_the_first_speak
 from paraxis.session import Tell
 
 app = App(
@@ -125,7 +125,7 @@ def explore(
 
     spec = _spec(network, task)
     save = save_to(writable(out))
-    with _ranks() as joined, _progress(json_) as tell:
+    with joined_ranks() as joined, _progress(json_) as tell:
         study = explore_task(spec, {}, workers, budget, COMMS[engine], tell, save, joined)
     from paraxis.report.page import write as write_page
 
@@ -171,7 +171,7 @@ def verify(
     from paraxis.verification import verify_task
 
     spec = _spec(network, task)
-    with _ranks() as joined, _progress(json_) as tell:
+    with joined_ranks() as joined, _progress(json_) as tell:
         document = verify_task(spec, {}, plan, workers, steps, dtype, tell, joined, fault)
     if json_:
         print(json.dumps(document, indent=1))
@@ -233,7 +233,7 @@ def train(
     from paraxis.training import Length, train_task
 
     spec, length = _spec(network, task), Length(epochs, steps, target)
-    with _ranks() as joined, _progress(json_) as tell:
+    with joined_ranks() as joined, _progress(json_) as tell:
         chosen = _choose(plan, spec, tell, joined)
         news = lambda epoch: tell(_epoch_line(epoch), -2)  # noqa: E731
         document = train_task(spec, {}, chosen, length, out, tell, news, joined)
@@ -315,28 +315,6 @@ def doctor(*, json_: Json = False) -> int:
 
 
 @contextmanager
-def _ranks() -> Iterator[JoinedPool | None]:
-    """Join ranks that a launcher has started; those but the first serve, and end here."""
-    transport, launcher, size = launched(os.environ)
-    if size == 1:
-        yield None
-        return
-    pool = join(transport, launcher, size)
-    if pool is None:
-        raise SystemExit(0)
-    try:
-        yield pool
-    except ParaxisError:
-        pool.close()
-        raise
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            err.print("paraxis: interrupted")
-        pool.kill()
-        raise
-
-
-@contextmanager
 def _progress(quiet_end: bool) -> Iterator[Tell]:
     """What is being done, on standard error: one line that changes on a terminal, a line a phase elsewhere."""
     start, last = time.monotonic(), [""]
@@ -393,6 +371,7 @@ def _reader_gone() -> int:
 
 
 def _fail(text: str) -> None:
+    let_the_first_speak(os.environ)
     err.print(f"paraxis: {text}", markup=False)
 
 

@@ -30,6 +30,12 @@ class Deadlock(ParaxisError, RuntimeError):
     exit_code = 1
 
 
+class Diverged(ParaxisError, ArithmeticError):
+    """The loss is no longer a number; the message names the step."""
+
+    exit_code = 1
+
+
 class RankError(ParaxisError, RuntimeError):
     """A rank raised, died or stopped answering; the message names it and says why."""
 

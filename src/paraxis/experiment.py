@@ -265,8 +265,7 @@ def _choose_chunks(live: list[Row], clock: Clock, rounds: int) -> None:
 def _memory(session: Session, row: Row) -> None:
     """Peak resident bytes of the rank that needs most, as if the plan were alone in its process."""
     if row.live:
-        answers = session.ask(row.key, row.plan, {"do": "traffic"})
-        row.result.peak_memory_bytes = max(a["peak"] for a in answers)
+        row.result.peak_memory_bytes = max(session.ask(row.key, row.plan, {"do": "memory"}))
 
 
 def _traffic(session: Session, rows: list[Row]) -> None:
@@ -276,7 +275,7 @@ def _traffic(session: Session, rows: list[Row]) -> None:
             answers = session.ask(row.key, row.plan, {"do": "traffic"})
         except ParaxisError:
             continue
-        row.result.bytes_communicated = round(sum(a["sent"] / max(1, a["steps"]) for a in answers))
+        row.result.bytes_communicated = round(sum(answers))
 
 
 def _publish(study: Study, session: Session, today: Row, rows: list[Row], save: Save) -> None:

@@ -170,17 +170,21 @@ class Session:
             self.oracles[key] = answer | {"file": path}
         return self.oracles[key]
 
+    def _own(self) -> list[Pool]:
+        """Joined ranks outlive a session: another may follow, and whoever joined them has still to say how it ended."""
+        return [pool for pool in self.pools.values() if isinstance(pool, Pool)]
+
     def close(self) -> None:
-        """Let all ranks go."""
-        for pool in self.pools.values():
+        """Let all ranks go that were started here."""
+        for pool in self._own():
             pool.close()
         for starting in self.starting.values():
             starting.kill()
         self.pools, self.starting = {}, {}
 
     def kill(self) -> None:
-        """End all ranks now."""
-        for pool in self.pools.values():
+        """End all ranks now that were started here."""
+        for pool in self._own():
             pool.kill()
         for starting in self.starting.values():
             starting.kill()

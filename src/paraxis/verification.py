@@ -29,7 +29,7 @@ def verify_task(
 
     Raises PlanError for a single plan that cannot be met; in `all` such plans are listed as refused.
     """
-    _check_words(steps, dtype, fault)
+    _check_words(workers, steps, dtype, fault)
     if plan == "today":
         raise PlanError(
             "today is the framework's own loop; there is nothing parallel to prove: try serial, dp=2 or all"
@@ -58,11 +58,13 @@ def verify_task(
     return {"passed": not failed and not coupling and not unmeasured, "results": results, "notes": notes}
 
 
-def _check_words(steps: int, dtype: str, fault: str | None) -> None:
+def _check_words(workers: int | None, steps: int, dtype: str, fault: str | None) -> None:
     from paraxis.program.faults import FAULTS
 
     if steps < 1:
         raise TaskError(f"steps={steps}: a proof takes at least one step")
+    if workers is not None and workers < 1:
+        raise TaskError(f"workers={workers}: a plan takes at least one worker")
     if dtype not in DTYPES:
         raise TaskError(f"dtype={dtype}: it takes {' or '.join(DTYPES)}")
     if fault is not None and fault not in FAULTS:

@@ -362,3 +362,16 @@ def test_the_null_interpreter_is_told_everything_and_does_nothing(plan: Plan, fo
         assert calls["evaluate"] == plan.microbatches * len(program.segments[plan.mesh.coordinates(rank)[1]])
         assert calls["update"] == steps and ran.done == steps
         assert not ran.context.open, "no token stays open"
+
+
+@pytest.mark.parametrize("text", ["dp=2", "dp=2,sync=average@4", "dp=2,sync=average@epoch", "dp=2,sync=average@1"])
+@pytest.mark.parametrize("steps", [0, 1, 5, 8])
+def test_bytes_of_a_step_are_those_of_the_whole_period_however_little_of_it_was_run(text: str, steps: int) -> None:
+    program = lower(parse(text), Layout(parameters=(2, 3)), steps_per_epoch=1000)
+    engine = null.NullEngine()
+    engine.empty = torch.zeros(100)  # every buffer: two ranks that reduce 400 bytes send 400 each
+    ran = Rank(program, 0, engine, null.NullComm(0, 2))
+    ran.steps(steps)
+    reductions = sum(i.op == "AllReduceStart" for i in program.body(program.period[-1][0])[0])
+    assert reductions > 0
+    assert ran.sent_in_a_step() == pytest.approx(reductions * 400 / program.steps_in_period(), rel=1e-12)

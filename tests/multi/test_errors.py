@@ -36,7 +36,7 @@ QUICK = [  # words, what the one line must hold; none of them needs the framewor
     ("verify mlp --lr -1", "lr=-1", "above 0"),
     ("verify mlp --lr nan", "lr"),
     ("verify mlp --batch 0", "batch=0", "at least one"),
-    ("verify mlp --workers 0", "workers"),
+    ("verify mlp --workers 0", "workers=0", "at least one"),
     ("train cnn --plan serial --target 98", "target=98", "0.98"),
     ("explore mlp --budget 0", "budget"),
     ("verify mlp --nosuch 1", "--nosuch", "--help"),
@@ -73,6 +73,8 @@ FILES = {  # contents of a network file, what the one line must hold
     ),
     "exits": ("import sys\nsys.exit('usage: mine.py DATA')\n", "mine.py", "SystemExit"),
     "bad stages": (NET + DATA + "def stages(net): return [net[0], net[2]]\n", "stages", "compose"),
+    "no optimiser": (NET + DATA + "def optimizer(p): return 0.1\n", "mine.py", "optimizer(parameters)", "float"),
+    "stages raise": (NET + DATA + "def stages(net): return net.parts\n", "mine.py", "stages()", "AttributeError"),
     "optimiser raises": (NET + DATA + "def optimizer(p): return torch.optim.SGD(p, lr=-1)\n", "optimizer", "mine.py"),
 }
 

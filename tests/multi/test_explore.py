@@ -33,6 +33,19 @@ def check_rows(study: dict[str, Any]) -> None:
         assert row["program"] and row["program_text"] and row["timeline"] and row["simulated"]
         assert (row["bytes_communicated"] > 0) == (plan.mesh.size > 1)
         assert all(loss == loss and loss < 10 for loss in row["losses"])
+    check_bytes(study)
+
+
+def check_bytes(study: dict[str, Any]) -> None:
+    """Averaging every H steps sends what replicas of every step send, an Hth as often, although no epoch may end."""
+    every = {"gradient": 1, "average@8": 8, "average@epoch": study["task"]["steps_per_epoch"]}
+    found: dict[int, list[float]] = {}
+    for row in ok_rows(study):
+        plan = parse(row["plan"])
+        if plan.dp > 1 and plan.pp == 1:
+            found.setdefault(plan.dp, []).append(row["bytes_communicated"] * every[plan.sync])
+    for sent in found.values():  # a loss's own weight travels with the gradients; bytes are rounded
+        assert max(sent) == pytest.approx(min(sent), rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +114,8 @@ def test_the_budget_of_the_issue_measures_every_kind_over_both_transports(desk: 
 
 @pytest.mark.slow
 def test_more_workers_than_cores(desk: Any) -> None:
-    done = desk.run("explore", "cnn", "--workers", 8, "--budget", 60, "--json", limit=230)
+    # Two cores with a neighbour take 60 s for the proofs of 7 plans, some of 8 ranks each: the budget is for 8 of them.
+    done = desk.run("explore", "cnn", "--workers", 8, "--budget", 120, "--json", limit=230)
     assert done.rc == 0, done.err
     rows = ok_rows(done.document)
     check_rows(done.document)
@@ -115,7 +129,7 @@ def test_more_workers_than_cores(desk: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt.py", "lstm.py", "batchnorm.py"])
 def test_the_examples_can_be_explored(desk: Any, examples: Any, name: str) -> None:
-    done = desk.run("explore", examples / name, "--workers", 2, "--budget", 20, "--json", limit=150)
+    done = desk.run("explore", examples / name, "--workers", 2, "--budget", 45, "--json", limit=150)
     assert done.rc == 0, done.err
     assert not [r["reason"] for r in done.document["results"] if r["status"] == "failed"]
     assert any(r["mesh"]["dp"] == 2 and r["verified"]["passed"] for r in ok_rows(done.document))

@@ -168,7 +168,7 @@ def test_an_impatient_ctrl_c(desk: Any, gap: float) -> None:
 
 @pytest.mark.slow
 def test_exploring_goes_on_without_the_plan_whose_ranks_die(desk: Any) -> None:
-    running = desk.start("explore", "mlp", "--workers", 2, "--budget", 30, "--json")
+    running = desk.start("explore", "mlp", "--workers", 2, "--budget", 60, "--json")  # the start alone may take 15 s
     running.says("proving dp=2 gloo")
     desk.ranks("gloo")[0].kill()
     done = running.finish(120)

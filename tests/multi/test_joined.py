@@ -9,8 +9,8 @@ TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node", 2)
 
 
 def ours(text: str) -> list[str]:
-    """The lines that Paraxis has said itself, not the launcher."""
-    return [line for line in text.splitlines() if line.startswith("paraxis: ")]
+    """The lines that Paraxis has said itself, not the launcher, whose own words may end in a blank after a newline."""
+    return [line.lstrip() for line in text.splitlines() if line.lstrip().startswith("paraxis: ")]
 
 
 def test_mpiexec_and_a_proof(desk: Any) -> None:
@@ -50,6 +50,26 @@ def test_a_rank_that_raises_among_joined_ones(desk: Any) -> None:
     assert done.rc != 0 and done.seconds < 60
     assert any("rank 1" in line and "bad sample" in line for line in ours(done.err)), done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.slow
+def test_an_error_of_all_joined_ranks_is_said(desk: Any) -> None:
+    path = desk.write("bad.py", BAD.replace("100.0", "float('nan')"))
+    done = desk.launch(*MPIEXEC, "paraxis", "train", path, "--plan", "dp=2", "--steps", 20)
+    (line,) = ours(done.err)
+    assert "the loss is nan" in line and "step 4" in line and done.rc != 0
+    assert "ABORT" not in done.err and "Traceback" not in done.err
+
+
+@pytest.mark.slow
+def test_joined_ranks_explore_and_then_train(desk: Any) -> None:
+    path = desk.write("fine.py", BAD.replace("100.0", "1.0"))
+    done = desk.launch(*MPIEXEC, "paraxis", "train", path, "--steps", 20, "--json")  # the best plan, not yet known
+    if done.rc:  # for so small a network it may be one that these ranks cannot run, which is said
+        (line,) = ours(done.err)
+        assert "best plan: " in done.err and "of the 2 ranks that were started" in line
+    else:
+        assert len(done.document["losses"]) == 20
 
 
 @pytest.mark.slow

@@ -29,9 +29,9 @@ def batches():
 SYNTHETIC = ("mlp:20-16-4", "--data", "synthetic:2048,20,4", "--lr", "0.1")
 
 
-def train(desk: Any, *words: object) -> dict[str, Any]:
+def train(desk: Any, *words: object, limit: float = 120) -> dict[str, Any]:
     """The document of a training run that must end well."""
-    done = desk.run("train", *words, "--json")
+    done = desk.run("train", *words, "--json", limit=limit)
     assert done.rc == 0, done.err
     return done.document
 
@@ -172,9 +172,13 @@ def test_the_best_plan_is_explored_where_nothing_is_known(desk: Any) -> None:
 @pytest.mark.timeout(900)
 def test_both_axes_reach_the_accuracy_of_the_serial_run(desk: Any) -> None:
     words = ("cnn", "--epochs", 5, "--lr", 0.05, "--momentum", 0.9)
-    serial = train(desk, *words, "--plan", "serial", "--out", "one")
-    parallel = train(desk, *words, "--plan", "dp=2,comm=mpi", "--out", "two")
+    serial = train(desk, *words, "--plan", "serial", "--out", "one", limit=400)
+    parallel = train(desk, *words, "--plan", "dp=2,comm=mpi", "--out", "two", limit=400)
     assert serial["test"]["accuracy"] > 0.98 and parallel["test"]["accuracy"] > 0.98
-    assert apart(serial["losses"][:100], parallel["losses"][:100]) < 1e-3
-    for a, b in zip(serial["epochs"], parallel["epochs"], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+    assert apart(serial["losses"][:10], parallel["losses"][:10]) < 1e-5
+    # From about step 25 on float32 curves part, because another order of the same sum tips a ReLU or a maximum over.
+    # A serial run that adds in the order of the replicas has their very losses, so nothing else is different.
+    halves = train(
+        desk, *words[:1], "--steps", 400, *words[3:], "--plan", "microbatches=2", "--out", "three", limit=200
+    )
+    assert halves["losses"] == parallel["losses"][:400]

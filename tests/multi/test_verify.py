@@ -1,5 +1,6 @@
 """`paraxis verify` with real ranks: plans equal the serial run, seeded faults and wrong losses do not."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ PLAN_OF = {  # a plan that can have the fault
     "early-update": ("mlp", "dp=2,microbatches=2"),
     "stale-bucket": ("mlp", "dp=2,microbatches=2"),
 }
+PLACE = re.compile(
+    r"step (?P<step>\d+): (parameter [\w.]+\.(weight|bias) on rank [01]|the loss of step (?P=step)) differs by \S+$"
+)
 QUICK = ("dropped-reduction", "lost-update", "swapped-microbatch")
 BATCHES = """
 import torch
@@ -100,12 +104,46 @@ def test_a_seeded_fault_is_caught_and_placed(desk: Any, name: str) -> None:
     assert not done.document["passed"]
     found = proof(done.document)
     assert not found["passed"]
-    step, tensor = re.match(
-        r"step (\d+): (parameter \S+ on rank \d|the loss of step \d+) differs by ", found["where"]
-    ).groups()
-    assert 1 <= int(step) <= 3
-    if tensor.startswith("parameter"):
-        assert re.fullmatch(r"parameter \d+\.(weight|bias) on rank [01]", tensor)
+    place = PLACE.match(found["where"])
+    assert place and 1 <= int(place["step"]) <= 3, found["where"]
+
+
+EVERY_FAULT = """
+import json, sys
+from paraxis.plan.plan import parse
+from paraxis.proof import prove
+from paraxis.session import open_session
+from paraxis.task.spec import TaskSpec
+
+comm, steps, wanted = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+found, pids = {}, set()
+with open_session(TaskSpec(network="cnn"), {}, {comm: 2}, None, lambda what, done: None) as session:
+    session.begin(("solo", comm))
+    # A fault must not outlive its own proof on resident ranks, so every plan is proved without one at the end.
+    for name, text in [*wanted.items(), *((f"none: {text}", text) for text in sorted(set(wanted.values())))]:
+        plan = session.settled(parse(text))
+        proof = prove(session, plan, steps, "float64", None if name.startswith("none") else name)
+        found[name] = [proof.verified.passed, proof.verified.where]
+        pids.add(tuple(session.pool(comm).pids))
+print(json.dumps([found, sorted(pids)]))
+"""
+LATER = {"unzeroed": 2, "never-averaged": 2, "summed-weights": 2}  # the step that a fault spoils, if not the first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comm", ["mpi", "gloo"])
+def test_every_seeded_fault_on_the_same_resident_ranks(desk: Any, comm: str) -> None:
+    wanted = {name: f"{PLAN_OF.get(name, ('', 'dp=2'))[1]},comm={comm}" for name in FAULTS}
+    done = desk.launch("python", desk.write("every.py", EVERY_FAULT), comm, 3, json.dumps(wanted), limit=230)
+    assert done.rc == 0, done.err
+    found, pids = json.loads(done.out)
+    assert len(FAULTS) >= 12 and [len(ranks) for ranks in pids] == [2], "the same two processes throughout"
+    assert set(found) == {*FAULTS, *(f"none: {plan}" for plan in wanted.values())}
+    for name, (passed, where) in found.items():
+        assert passed == name.startswith("none: "), (name, where)
+    for name in FAULTS:
+        place = PLACE.match(found[name][1])
+        assert place and int(place["step"]) == LATER.get(name, 1), (name, found[name][1])
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from paraxis.engine.native_rank import NativeEngine
 from paraxis.engine.torch_engine import TorchEngine
-from paraxis.errors import RankError, TaskError
+from paraxis.errors import Diverged, RankError
 from paraxis.measure.layers import coupled, measure_layers
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
@@ -46,7 +46,6 @@ class Running:
     plain: serial.Replica | None = None  # ... the framework's own loop
     done: int = 0
     before: int = 0  # resident bytes before it was set up
-    counted_from: int = 0  # the step since which sent bytes are counted
     losses: list[tuple[float, float]] = field(default_factory=list)  # of the framework's own loop
 
 
@@ -137,8 +136,6 @@ class Duties:
         if running.rank is not None and request["steps"] % running.rank.program.steps_in_period():
             running.rank.settle()
         wanted, state = load_file(request["file"]), self._state(running)
-        if isinstance(running.rank, Rank):  # what the proof has sent does not count as the plan's traffic
-            running.rank.context.sent[0], running.counted_from = 0, running.rank.done
         worst, where = 0.0, ""
         for name, value in state.items():
             if name in wanted and value.is_floating_point():
@@ -199,13 +196,14 @@ class Duties:
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "traces": traces, "losses": self._losses(running)}
 
-    def traffic(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
-        """Bytes this rank has sent for the plan so far, over how many steps, and its peak of resident memory."""
-        running = self.plans[request["key"]]
-        sent = running.rank.context.sent[0] if isinstance(running.rank, Rank) else 0
-        steps = running.rank.done - running.counted_from if isinstance(running.rank, Rank) else 0
-        others = max(0, running.before - self.base)  # what plans set up before this one hold
-        return {"sent": sent, "steps": steps, "peak": _peak_bytes() - others}
+    def traffic(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
+        """Bytes that this rank sends in a step."""
+        running = self._ready(request["key"])
+        return running.rank.sent_in_a_step() if isinstance(running.rank, Rank) else 0.0
+
+    def memory(self, request: dict[str, Any], blob: bytes, tell: Tell) -> int:
+        """The peak of resident bytes since the plan was set up, less what plans set up before it hold."""
+        return _peak_bytes() - max(0, self.plans[request["key"]].before - self.base)
 
     def norm(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """Sum of squares of this rank's parameters."""
@@ -314,9 +312,7 @@ class Duties:
         out, keeper.losses = keeper.losses, []
         for number, (loss, _) in enumerate(out, running.rank.done - len(out) + 1):
             if not math.isfinite(loss):
-                error = TaskError(
-                    f"the loss is {loss} on rank {self.rank} in step {number}: lower lr or clip gradients"
-                )
+                error = Diverged(f"the loss is {loss} on rank {self.rank} in step {number}: lower lr or clip gradients")
                 error.step = number
                 raise error
         return out

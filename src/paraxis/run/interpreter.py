@@ -202,6 +202,7 @@ class Rank:
         self.context = Context(engine, world, axes, {}, [0])
         self.blocking = blocking
         self.bodies = {name: self.bind(ranks[rank]) for name, ranks in program.bodies}
+        self.sent: dict[str, int] = {}  # bytes that the last pass over a body has sent
         self.done = 0  # optimiser steps
 
     def bind(self, instructions: Sequence[Instruction]) -> list[Action]:
@@ -219,8 +220,10 @@ class Rank:
 
     def run(self, name: str) -> None:
         """One pass over a body."""
+        before = self.context.sent[0]
         for action in self.bodies[name]:
             action()
+        self.sent[name] = self.context.sent[0] - before
 
     def run_traced(self, steps: int) -> list[tuple[str, list[list[int]]]]:
         """Steps with the clock read between instructions: (body, one list of nanoseconds) each."""
@@ -240,6 +243,18 @@ class Rank:
         for _ in range(count):
             self.run(self.program.step_body(self.done))
             self.done += 1
+
+    def sent_in_a_step(self) -> float:
+        """Bytes that this rank sends in a step, averaged over the whole period, however much of it has been run.
+
+        A body whose turn has not come yet, such as the one that ends a long epoch, is run once out of turn for it.
+        """
+        for name, _ in self.program.period:
+            if name not in self.sent:
+                self.run(name)
+                self.done += 1
+        total = sum(times * self.sent[name] for name, times in self.program.period)
+        return total / self.program.steps_in_period()
 
     def settle(self) -> None:
         """The epilogue: replicas that agree only now and then agree now."""

@@ -5,14 +5,17 @@ Requests travel over the transport itself; between them every rank but the drive
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 from paraxis import errors
-from paraxis.errors import MissingError, ParaxisError, RankError
+from paraxis.errors import MissingError, ParaxisError
 
 LAUNCHED_BY = {
     "OMPI_COMM_WORLD_SIZE": ("mpi", "mpiexec"),
@@ -21,6 +24,7 @@ LAUNCHED_BY = {
     "TORCHELASTIC_RUN_ID": ("gloo", "torchrun"),
     "SLURM_NTASKS": ("mpi", "srun"),
 }
+RANK_IN = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "RANK", "SLURM_PROCID")
 
 
 def launched(env: Mapping[str, str]) -> tuple[str, str, int]:
@@ -32,6 +36,14 @@ def launched(env: Mapping[str, str]) -> tuple[str, str, int]:
         if size.isdecimal() and int(size) > 1:
             return transport, launcher, int(size)
     return "", "", 1
+
+
+def let_the_first_speak(env: Mapping[str, str]) -> None:
+    """Before an error is said: ranks that fail alike say it once. Returns on rank 0, and elsewhere if it is still there
+    after a while in which launchers end what is left of a world whose first rank has failed."""
+    if launched(env)[2] > 1 and any(env.get(name, "0") != "0" for name in RANK_IN):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(1.0)
 
 
 @dataclass
@@ -74,8 +86,8 @@ class JoinedPool:
         answers = [json.loads(text) for text in _gather(self.duties, json.dumps(answer).encode())]
         failed = [a["error"] for a in answers if a and "error" in a]
         if failed:
-            kind = getattr(errors, failed[0]["type"], ParaxisError) if failed[0]["ours"] else RankError
-            raise kind(failed[0]["text"])
+            first = min(failed, key=lambda error: error["step"] or 1 << 62)  # later steps suffer from it
+            raise getattr(errors, first["type"], ParaxisError)(first["text"])
         return [answers[rank]["answer"] for rank in chosen]
 
     def close(self) -> None:
@@ -88,6 +100,33 @@ class JoinedPool:
             sys.stderr.flush()
             self.duties.world.comm.Abort(1)
         os._exit(1)
+
+
+@contextmanager
+def joined_ranks() -> Iterator[JoinedPool | None]:
+    """The ranks that a launcher has started, or None; those but the first serve, and end here.
+
+    What a user's file prints meanwhile goes to standard error: standard output is for our document.
+    """
+    transport, launcher, size = launched(os.environ)
+    if size == 1:
+        yield None
+        return
+    with redirect_stdout(sys.stderr):
+        pool = join(transport, launcher, size)
+        if pool is None:
+            raise SystemExit(0)
+        try:
+            yield pool
+        except ParaxisError:
+            pool.close()
+            raise
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                print("paraxis: interrupted")
+            pool.kill()
+            raise
+        pool.close()
 
 
 def join(transport: str, launcher: str, size: int) -> JoinedPool | None:
@@ -129,7 +168,10 @@ def _perform(duties: Any, request: dict[str, Any], news: Callable[[dict[str, Any
     words = {key: value for key, value in request.items() if key != "ranks"}
     answer, _ = perform(duties, words, b"", news or (lambda _: None))
     if "error" in answer and not answer["error"]["ours"]:
-        print(f"paraxis: rank {duties.rank}: {answer['error']['text']}", file=sys.stderr, flush=True)
+        # In one piece, and a moment before the abort: a launcher drops, or mixes with its own words, what comes later.
+        sys.stderr.write(f"paraxis: rank {duties.rank}: {answer['error']['text']}\n")
+        sys.stderr.flush()
+        time.sleep(0.3)
         JoinedPool(duties.transport, duties).kill()
     return answer
 

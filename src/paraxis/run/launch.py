@@ -33,6 +33,8 @@ from paraxis.run import wire
 Request = dict[str, Any]
 START_LIMIT = 180.0  # seconds for ranks to start: a cold import of the framework takes 24 s, times the oversubscription
 SILENCE = 30.0  # seconds without a sign of life, which a working rank gives every two
+WORD = 3.0  # seconds that a launcher has to say how a rank ended
+SIGNAL = re.compile(r"SIG(?:KILL|SEGV|TERM|BUS|ABRT|ILL)|signal (\d+)")
 GRACE = 2.0  # seconds that ranks have to answer after one of them has failed
 
 
@@ -139,9 +141,13 @@ class Pool:
             code = process.wait(1.0) if process else 0
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
-        time.sleep(0 if process else 0.3)  # the launcher's own word on it comes a moment later
-        text = self.log.read_text(errors="replace")
-        found = re.search(r"SIG(?:KILL|SEGV|TERM|BUS|ABRT|ILL)|signal (\d+)", text)
+        end = time.monotonic() + (0 if process else WORD)
+        while True:
+            over = time.monotonic() >= end or all(p.poll() is not None for p in self.processes)
+            found = SIGNAL.search(self.log.read_text(errors="replace"))
+            if found or over:
+                break
+            time.sleep(0.05)
         name = signal.Signals(int(found[1])).name if found and found[1] else found[0] if found else ""
         return f"was killed by {name}" if name else "died without a word (out of memory?)"
 
@@ -212,7 +218,15 @@ def start(transport: str, size: int, oversubscribed: bool = False) -> "Starting"
     commands = _commands(transport, size)
     folder = tempfile.TemporaryDirectory(prefix="paraxis-")
     server = socket.socket(socket.AF_UNIX)
-    server.bind(f"{folder.name}/line")
+    try:
+        server.bind(f"{folder.name}/line")
+    except OSError as error:  # such as a path of more than 107 bytes
+        server.close()
+        folder.cleanup()
+        raise MissingError(
+            f"TMPDIR={tempfile.gettempdir()}: no socket can be made there ({error}); set it to a short local folder "
+            "such as /tmp"
+        ) from None
     server.listen(size)
     token, log = secrets.token_hex(16), Path(folder.name) / "log"
     words = [transport, f"{folder.name}/line", token, *commands[1]]

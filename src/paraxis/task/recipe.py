@@ -26,6 +26,15 @@ class Recipe:
     net: Callable[[], nn.Module]
     own: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """The answer of one of the user's own functions; raises TaskError with what it has raised."""
+        try:
+            return self.own[name](*arguments)
+        except TaskError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise TaskError(f"{self.name}: {name}() failed: {type(error).__name__}: {_one_line(error)}") from error
+
     def inputs(self, batch: Nest) -> Any:
         """What the network is called with: a tensor, a tuple of arguments or a dict of keyword arguments."""
         if "inputs" in self.own:

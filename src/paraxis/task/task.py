@@ -80,7 +80,13 @@ class Task:
         """The user's or the chosen optimiser over all parameters; it carries the hyperparameters of each group."""
         parameters = [p for p in self.net.parameters() if p.requires_grad]
         if "optimizer" in self.recipe.own:
-            return self.recipe.own["optimizer"](parameters)
+            made = self.recipe.ask("optimizer", parameters)
+            if not isinstance(made, torch.optim.Optimizer):
+                raise TaskError(
+                    f"{self.recipe.name}: optimizer(parameters) must return a torch.optim.Optimizer, "
+                    f"not {type(made).__name__}"
+                )
+            return made
         s = self.spec
         if s.optimizer == "sgd":
             return torch.optim.SGD(parameters, s.lr, s.sgd_momentum, 0, s.weight_decay, s.nesterov)
@@ -90,7 +96,7 @@ class Task:
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """A learning-rate scheduler, stepped once per optimiser step, or None for a constant rate."""
         if "scheduler" in self.recipe.own:
-            return self.recipe.own["scheduler"](optimizer)
+            return self.recipe.ask("scheduler", optimizer)
         factor = self.rate_factor()
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor) if factor else None
 
@@ -258,8 +264,8 @@ def _in_memory(text: str) -> data_module.Data:
 
 def layers_of(net: nn.Module, recipe: Recipe) -> tuple[list[nn.Module], str]:
     """(layers in order, why they cannot be split or "")."""
-    stages = recipe.own.get("stages") or (lambda n: n.stages() if callable(getattr(n, "stages", None)) else None)
-    parts = stages(net)
+    method = getattr(net, "stages", None)
+    parts = recipe.ask("stages", net) if "stages" in recipe.own else method() if callable(method) else None
     if parts is not None:
         parts = list(parts)
         odd = [type(part).__name__ for part in parts if not isinstance(part, nn.Module)]
