@@ -151,6 +151,7 @@ static void strip_dots(int rows, int width, int terms, const Term<float>* term, 
     int r = 0;
     for (; r + R <= rows; r += R)
         tile_dots<R, N>(width, terms, term, r * LANES, o * LANES, add, c + r * width + o);
+    if (r + 3 <= rows) tile_dots<3, N>(width, terms, term, r * LANES, o * LANES, add, c + r * width + o), r += 3;
     for (; r < rows; ++r) tile_dots<1, N>(width, terms, term, r * LANES, o * LANES, add, c + r * width + o);
 }
 

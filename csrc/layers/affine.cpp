@@ -13,6 +13,12 @@ namespace {
 struct Run {
     int entry, feature, length;
 };
+// What a slab of entries adds to an output position; the first adds to the bias, the last ends in the activation.
+struct Cell {
+    int position;
+    bool first, last;
+    std::vector<Run> runs;
+};
 // One entry (kernel place, first channel) with the output position that it leads to.
 struct Tap {
     int entry, position;
@@ -23,8 +29,11 @@ struct Use {
     std::vector<std::pair<int, int>> at;
 };
 
-constexpr int CHUNK = 16;  // positions whose gradients stay in the second cache while a panel's gradient is summed
-constexpr int FEW = 8;     // entry runs shorter than this have their gradient summed by dot products
+// Sizes for which weights and samples of a kernel call stay in the first cache.
+constexpr int SLAB = 96;    // entries, or outputs
+constexpr int WHOLE = 320;  // entries up to which a panel is not cut into slabs
+constexpr int CHUNK = 4;    // output positions times blocks of a weight gradient
+constexpr int FEW = 8;      // shorter stretches of entries have their gradient summed by dot products
 
 template <class T>
 class Affine final : public Layer<T> {
@@ -40,26 +49,16 @@ class Affine final : public Layer<T> {
         bias_at = total;
         this->parameters = (total + (s.bias ? s.out.c : 0) + LANES - 1) / LANES * LANES;
         windows();
+        cut();
         inverse();
         uses();
     }
 
     void forward(const Pass<T>& p) const override {
-        const Spec& s = this->spec;
-        auto& terms = *p.terms;
         for (const Panel& panel : panels)
-            for (int b = 0; b < p.blocks; ++b) {
-                const T* x = p.x + size_t(b) * s.in.size() * LANES;
-                T* y = p.y + (size_t(b) * s.out.size() + panel.first) * LANES;
-                for (int position = 0; position < s.out.positions(); ++position, y += s.out.c * LANES) {
-                    terms.clear();
-                    for (const Run& run : window[position])
-                        terms.push_back({p.w + panel.at + size_t(run.entry) * panel.width, x + run.feature * LANES,
-                                         run.length});
-                    Tile<T> tile{s.bias ? p.w + bias_at + panel.first : nullptr, false, s.relu};
-                    p.kernels->rows(panel.outputs, int(terms.size()), terms.data(), 1, panel.width, tile, y);
-                }
-            }
+            for (const auto& slab : slabs)
+                for (int b = 0; b < p.blocks; ++b)
+                    for (const Cell& cell : slab) add_cell(p, panel, b, cell);
     }
 
     void backward(const Pass<T>& p) const override {
@@ -71,7 +70,8 @@ class Affine final : public Layer<T> {
                 p.kernels->sum_lanes(s.out.positions(), s.out.c, p.dy + size_t(b) * s.out.size() * LANES, p.add || b,
                                      p.dw + bias_at);
         if (p.dx)
-            for (int b = 0; b < p.blocks; ++b) input_gradient(p, b);
+            for (int position = 0; position < s.in.positions(); ++position)
+                for (int c = 0; c < s.in.c; c += PANEL) input_gradient(p, position, c);
     }
 
     size_t scratch(int blocks) const override {
@@ -102,8 +102,10 @@ class Affine final : public Layer<T> {
     size_t bias_at;
     std::vector<Panel> panels;
     std::vector<std::vector<Run>> window;   // of every output position
+    std::vector<std::vector<Cell>> slabs;   // the same, cut by entries
     std::vector<std::vector<Tap>> sources;  // of every input position
     std::vector<Use> used;
+    bool twice = false;  // whether entries belong to several uses
 
     void windows() {
         const Spec& s = this->spec;
@@ -126,6 +128,38 @@ class Affine final : public Layer<T> {
             }
     }
 
+    void cut() {
+        const int size = entries <= WHOLE ? entries : SLAB;
+        for (int begin = 0; begin < entries; begin += size) {
+            auto& slab = slabs.emplace_back();
+            for (int position = 0; position < this->spec.out.positions(); ++position) {
+                const auto& runs = window[position];
+                Cell cell{position, false, false, {}};
+                for (const Run& run : runs) {
+                    const int from = std::max(begin, run.entry), to = std::min(begin + size, run.entry + run.length);
+                    if (from < to) cell.runs.push_back({from, run.feature + from - run.entry, to - from});
+                }
+                // A window that lies in the padding altogether has a value, too: its bias.
+                cell.first = runs.empty() ? begin == 0 : begin <= runs[0].entry && runs[0].entry < begin + size;
+                const int end = runs.empty() ? 0 : runs.back().entry + runs.back().length;
+                cell.last = runs.empty() ? begin == 0 : begin < end && end <= begin + size;
+                if (!cell.runs.empty() || cell.first) slab.push_back(std::move(cell));
+            }
+        }
+    }
+
+    void add_cell(const Pass<T>& p, const Panel& panel, int block, const Cell& cell) const {
+        const Spec& s = this->spec;
+        const T* x = p.x + size_t(block) * s.in.size() * LANES;
+        T* y = p.y + ((size_t(block) * s.out.positions() + cell.position) * s.out.c + panel.first) * LANES;
+        p.terms->clear();
+        for (const Run& run : cell.runs)
+            p.terms->push_back({p.w + panel.at + size_t(run.entry) * panel.width, x + run.feature * LANES, run.length});
+        const T* bias = s.bias && cell.first ? p.w + bias_at + panel.first : nullptr;
+        p.kernels->rows(panel.outputs, int(p.terms->size()), p.terms->data(), 1, panel.width,
+                        {bias, !cell.first, s.relu && cell.last}, y);
+    }
+
     void inverse() {
         const Spec& s = this->spec;
         sources.resize(s.in.positions());
@@ -135,60 +169,86 @@ class Affine final : public Layer<T> {
                     sources[(run.feature + k) / s.in.c].push_back({run.entry + k, position});
     }
 
-    // Rows of the kernel that meet the same stretch of input at every output position are summed as one, so that they
-    // make tall tiles; where padding cuts some of them short, every kernel place is taken alone.
+    // Where it is met in full, a row of the kernel is summed as one, for tall tiles. In a padded image some positions meet
+    // a part of it: with many channels every kernel place is taken alone then, with few ones only at those positions.
     void uses() {
         const Spec& s = this->spec;
-        int length = s.padding ? s.in.c : s.kernel_w == s.in.w ? entries : s.kernel_w * s.in.c;
-        for (int entry = 0; entry < entries; entry += length) {
-            Use use{entry, length, {}};
-            for (int position = 0; position < s.out.positions(); ++position)
-                for (const Run& run : window[position])
-                    if (run.entry <= entry && entry + length <= run.entry + run.length)
-                        use.at.push_back({run.feature + entry - run.entry, position});
-            used.push_back(std::move(use));
-        }
+        const int row = s.kernel_w == s.in.w && !s.padding ? entries : s.kernel_w * s.in.c;
+        const bool alone = s.padding && s.in.c >= FEW;
+        for (int length : alone ? std::vector{s.in.c} : s.padding ? std::vector{row, s.in.c} : std::vector{row})
+            for (int entry = 0; entry < entries; entry += length) {
+                Use use{entry, length, {}};
+                for (int position = 0; position < s.out.positions(); ++position)
+                    for (const Run& run : window[position]) {
+                        const bool inside = run.entry <= entry && entry + length <= run.entry + run.length;
+                        const bool full = covers(position, entry / row * row, row);
+                        if (inside && (alone || length == row || !full))
+                            use.at.push_back({run.feature + entry - run.entry, position});
+                    }
+                if (!use.at.empty()) used.push_back(std::move(use));
+            }
+        twice = !alone && s.padding;
     }
 
+    bool covers(int position, int entry, int length) const {
+        for (const Run& run : window[position])
+            if (run.entry <= entry && entry + length <= run.entry + run.length) return true;
+        return false;
+    }
+
+    // Entries that no position meets keep the zero they were born with.
     void weight_gradient(const Pass<T>& p, const Panel& panel) const {
         const Spec& s = this->spec;
         const int positions = s.out.positions();
-        const bool few = used[0].length < FEW && positions * p.blocks >= 4 * CHUNK;
+        const bool few = used[0].length < FEW && positions * p.blocks >= 64;
         if (!few)
             for (int i = 0; i < p.blocks * positions; ++i)
                 p.kernels->transpose(panel.outputs, panel.width, p.dy + (size_t(i) * s.out.c + panel.first) * LANES,
                                      p.scratch + size_t(i) * LANES * panel.width);
-        auto& terms = *p.terms;
-        const int chunk = few ? positions * p.blocks : std::max(CHUNK, p.blocks);
-        for (const Use& use : used) {
-            T* dw = p.dw + panel.at + size_t(use.entry) * panel.width;
-            if (use.at.empty() && !p.add) std::fill(dw, dw + size_t(use.length) * panel.width, T(0));
+        if (twice && !p.add)
+            std::fill_n(p.dw + panel.at, size_t(entries) * panel.width, T(0));
+        if (few) {
+            for (int b = 0; b < p.blocks; ++b)
+                for (const Use& use : used) sum_dots(p, panel, use, b);
+            if (!p.add && !twice) clear_margin(p, panel);
+            return;
         }
-        for (int begin = 0; begin < positions; begin += std::max(1, chunk / p.blocks)) {
-            const int end = begin + std::max(1, chunk / p.blocks);
-            for (const Use& use : used) {
-                terms.clear();
-                bool before = false;  // whether an earlier chunk has begun the sum
-                for (auto [feature, position] : use.at) {
-                    before |= position < begin;
-                    if (position < begin || position >= end) continue;
-                    for (int b = 0; b < p.blocks; ++b) {
-                        const T* x = p.x + (size_t(b) * s.in.size() + feature) * LANES;
-                        const size_t at = size_t(b) * positions + position;
-                        terms.push_back({x, few ? p.dy + (at * s.out.c + panel.first) * LANES
-                                                : p.scratch + at * LANES * panel.width, LANES});
-                    }
-                }
-                if (terms.empty()) continue;
-                T* dw = p.dw + panel.at + size_t(use.entry) * panel.width;
-                if (few)
-                    p.kernels->dots(use.length, panel.outputs, panel.width, int(terms.size()), terms.data(),
-                                    p.add || before, dw);
-                else
-                    p.kernels->outer(use.length, panel.width, int(terms.size()), terms.data(), p.add || before, dw);
+        const int most = positions * p.blocks;
+        for (int begin = 0; begin < most; begin += CHUNK)
+            for (const Use& use : used) sum_outer(p, panel, use, begin, begin + CHUNK);
+    }
+
+    // The terms of a stretch of entries at (position, block) number begin .. end - 1, blocks fastest.
+    void sum_outer(const Pass<T>& p, const Panel& panel, const Use& use, int begin, int end) const {
+        const Spec& s = this->spec;
+        p.terms->clear();
+        const int from = begin / p.blocks, to = (end - 1) / p.blocks;
+        auto at = std::lower_bound(use.at.begin(), use.at.end(), from,
+                                   [](const auto& pair, int position) { return pair.second < position; });
+        bool before = at != use.at.begin();
+        for (; at != use.at.end() && at->second <= to; ++at)
+            for (int b = 0; b < p.blocks; ++b) {
+                const int number = at->second * p.blocks + b;
+                if (number < begin) before = true;
+                if (number < begin || number >= end) continue;
+                const size_t place = size_t(b) * s.out.positions() + at->second;
+                p.terms->push_back({p.x + (size_t(b) * s.in.size() + at->first) * LANES,
+                                    p.scratch + place * LANES * panel.width, LANES});
             }
-        }
-        if (few && !p.add) clear_margin(p, panel);
+        if (!p.terms->empty())
+            p.kernels->outer(use.length, panel.width, int(p.terms->size()), p.terms->data(), p.add || twice || before,
+                             p.dw + panel.at + size_t(use.entry) * panel.width);
+    }
+
+    void sum_dots(const Pass<T>& p, const Panel& panel, const Use& use, int block) const {
+        const Spec& s = this->spec;
+        const T* x = p.x + size_t(block) * s.in.size() * LANES;
+        const T* dy = p.dy + (size_t(block) * s.out.size() + panel.first) * LANES;
+        p.terms->clear();
+        for (auto [feature, position] : use.at)
+            p.terms->push_back({x + feature * LANES, dy + position * s.out.c * LANES, LANES});
+        p.kernels->dots(use.length, panel.outputs, panel.width, int(p.terms->size()), p.terms->data(),
+                        p.add || twice || block, p.dw + panel.at + size_t(use.entry) * panel.width);
     }
 
     // Dot products leave what is beyond the outputs alone.
@@ -197,34 +257,34 @@ class Affine final : public Layer<T> {
             for (int o = panel.outputs; o < panel.width; ++o) p.dw[panel.at + size_t(entry) * panel.width + o] = 0;
     }
 
-    void input_gradient(const Pass<T>& p, int block) const {
+    // Of a stretch of channels of one position: slab by slab of outputs, whose weights serve all blocks.
+    void input_gradient(const Pass<T>& p, int position, int c) const {
         const Spec& s = this->spec;
-        auto& terms = *p.terms;
-        terms.clear();
-        const T* dy = p.dy + size_t(block) * s.out.size() * LANES;
-        T* dx = p.dx + size_t(block) * s.in.size() * LANES;
-        for (int position = 0; position < s.in.positions(); ++position, dx += s.in.c * LANES)
-            for (int c = 0; c < s.in.c; c += PANEL)  // a stretch of channels at a time: its weights stay near
-            {
-                const int rows = std::min(PANEL, s.in.c - c);
-                bool add = p.dx_add;
-                for (const Panel& panel : panels) {
-                    if (terms.size() && panel.width != panels[0].width) {
-                        flush(p, rows, panels[0].width, add, dx + c * LANES);
-                        add = true;
-                    }
-                    for (const Tap& tap : sources[position])
-                        terms.push_back({p.w + panel.at + size_t(tap.entry + c) * panel.width,
-                                         dy + (tap.position * s.out.c + panel.first) * LANES, panel.outputs});
-                    if (&panel == &panels.back()) flush(p, rows, panel.width, add, dx + c * LANES);
-                }
+        const int rows = std::min(PANEL, s.in.c - c);
+        T* dx = p.dx + (position * s.in.c + c) * LANES;
+        bool add = p.dx_add;
+        std::vector<Term<T>>& terms = *p.terms;
+        auto flush = [&](int width) {
+            for (int b = 0; b < p.blocks; ++b) {
+                p.kernels->rows(rows, int(terms.size()), terms.data(), width, 1, {nullptr, add, false},
+                                dx + size_t(b) * s.in.size() * LANES);
+                for (Term<T>& term : terms) term.b += size_t(s.out.size()) * LANES;
             }
-    }
-
-    // Terms of one kernel call share the distance between rows, which is their panel's width.
-    void flush(const Pass<T>& p, int rows, int width, bool add, T* dx) const {
-        p.kernels->rows(rows, int(p.terms->size()), p.terms->data(), width, 1, {nullptr, add, false}, dx);
-        p.terms->clear();
+            terms.clear();
+            add = true;
+        };
+        terms.clear();
+        int deep = 0;
+        for (const Panel& panel : panels) {
+            for (const Tap& tap : sources[position]) {
+                terms.push_back({p.w + panel.at + size_t(tap.entry + c) * panel.width,
+                                 p.dy + (tap.position * s.out.c + panel.first) * LANES, panel.outputs});
+                if ((deep += panel.outputs) >= SLAB) flush(panel.width), deep = 0;
+            }
+            const bool alike = &panel != &panels.back() && (&panel)[1].width == panel.width;
+            if (!alike && !terms.empty()) flush(panel.width), deep = 0;  // terms of a call share the distance of rows
+        }
+        if (!add) flush(panels[0].width);  // nothing leads here: zero
     }
 
     template <class F>

@@ -69,7 +69,7 @@ struct Plan {
     const Kernels<float>* kernels;
 };
 
-// Lists of instructions as Python's lowering makes them, for GPipe: all forwards, then all backwards.
+// Lists of instructions as Python's lowering makes them, for 1F1B.
 struct Lister {
     const Plan& plan;
     int rank;
@@ -86,22 +86,26 @@ struct Lister {
     }
     void update(Rule rule) { add(Op::Update, 0, Axis::none, Buffer::none, rule); }
 
-    void forwards(Rule rule) {
-        for (int m = 0; m < plan.microbatches; ++m) {
-            if (first() || last()) add(Op::Load, m);
-            if (!first()) add(Op::RecvActWait, m);
-            add(Op::F, m, Axis::none, Buffer::none, rule);
-            if (!last()) add(Op::SendActStart, m);
-        }
+    void forward(int m, Rule rule) {
+        if (first() || last()) add(Op::Load, m);
+        if (!first()) add(Op::RecvActWait, m);
+        add(Op::F, m, Axis::none, Buffer::none, rule);
+        if (!last()) add(Op::SendActStart, m);
+    }
+
+    void backward(int m) {
+        if (!last()) add(Op::RecvGradWait, m);
+        add(Op::B, m);
+        if (!first()) add(Op::SendGradStart, m);
     }
 
     std::vector<Instruction> training() {
+        const int ahead = std::min(plan.microbatches, plan.grid.pp - stage());
         update(Rule::zero);
-        forwards(Rule::none);
+        for (int m = 0; m < ahead; ++m) forward(m, Rule::none);
         for (int m = 0; m < plan.microbatches; ++m) {
-            if (!last()) add(Op::RecvGradWait, m);
-            add(Op::B, m);
-            if (!first()) add(Op::SendGradStart, m);
+            backward(m);
+            if (m + ahead < plan.microbatches) forward(m + ahead, Rule::none);
         }
         if (plan.shared && !seeded) add(Op::ReduceScatterWait, 0, Axis::dp, Buffer::grads);
         if (!plan.shared) add(Op::AllReduceWait, 0, Axis::dp, Buffer::grads);
@@ -114,16 +118,20 @@ struct Lister {
         if (plan.shared) add(Op::AllGatherWait, 0, Axis::dp, Buffer::params);
         return list;
     }
+
+    std::vector<Instruction> evaluation() {
+        for (int m = 0; m < plan.microbatches; ++m) forward(m, Rule::evaluate);
+        return list;
+    }
 };
 
 std::vector<Body> bodies_of(const Plan& plan) {
     std::vector<Body> bodies{{"step", {}}, {"evaluate", {}}, {"settle", {}}};
     for (int rank = 0; rank < plan.grid.size(); ++rank) {
         bodies[0].ranks.push_back(Lister{plan, rank}.training());
-        Lister evaluate{plan, rank}, settle{plan, rank};
-        evaluate.forwards(Rule::evaluate);
+        bodies[1].ranks.push_back(Lister{plan, rank}.evaluation());
+        Lister settle{plan, rank};
         settle.add(Op::AllReduceWait, 0, Axis::dp, Buffer::params, Rule::none, true);
-        bodies[1].ranks.push_back(evaluate.list);
         bodies[2].ranks.push_back(settle.list);
     }
     return bodies;
