@@ -82,6 +82,10 @@ Fed<T> feed(Ensemble<T>& e, nb::object inputs, Array<int64_t> targets, Array<int
     fed.samples.index = index.data();
     fed.samples.batch = batch, fed.samples.size = size, fed.samples.scale = scale;
     fed.steps = int64_t(index.size()) / batch;
+    const int64_t classes = e.stage(e.grid.size() - 1).tail ? e.stage(e.grid.size() - 1).layers.back()->spec.out.size() : 0;
+    for (size_t n = 0; classes && n < index.size(); ++n)
+        if (const int64_t label = targets.data()[index.data()[n]]; label < 0 || label >= classes)
+            throw nb::value_error(("label " + std::to_string(label) + " is none of " + std::to_string(classes) + " classes").c_str());
     return fed;
 }
 
@@ -147,7 +151,7 @@ void bind(nb::module_& m, const char* name) {
             for (const Score& s : scores) out.push_back({s.loss, s.weight});
             return out;
         },
-        "first"_a, "body"_a, "rates"_a, "inputs"_a, "targets"_a, "index"_a, "batch"_a, "scale"_a);
+        "first"_a, "body"_a, "rates"_a, "inputs"_a, "targets"_a.noconvert(), "index"_a.noconvert(), "batch"_a, "scale"_a);
     c.def(
         "evaluate",
         [](E& e, int body, nb::object inputs, Array<int64_t> targets, Array<int64_t> index, int64_t batch, int64_t size,
@@ -157,7 +161,7 @@ void bind(nb::module_& m, const char* name) {
             Score s = e.evaluate(body, int(fed.steps), fed.samples);
             return std::vector<double>{s.loss, s.weight, s.hits};
         },
-        "body"_a, "inputs"_a, "targets"_a, "index"_a, "batch"_a, "size"_a, "scale"_a);
+        "body"_a, "inputs"_a, "targets"_a.noconvert(), "index"_a.noconvert(), "batch"_a, "size"_a, "scale"_a);
     c.def("settle", &E::settle, nb::call_guard<nb::gil_scoped_release>(), "body"_a);
     c.def("stamps", &E::stamps, "step"_a);
     c.def("begin", &E::begin);
@@ -171,7 +175,7 @@ void bind(nb::module_& m, const char* name) {
             nb::gil_scoped_release release;
             e.load(checked(e, microbatch), fed.samples, first);
         },
-        "microbatch"_a, "inputs"_a, "targets"_a, "index"_a, "size"_a, "scale"_a, "first"_a);
+        "microbatch"_a, "inputs"_a, "targets"_a.noconvert(), "index"_a.noconvert(), "size"_a, "scale"_a, "first"_a);
     c.def(
         "forward",
         [](E& e, int microbatch, int64_t step, int64_t first, bool training) {

@@ -42,7 +42,7 @@ static void tile_rows(int terms, const Term<float>* term, ptrdiff_t first, ptrdi
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
             Vec y = sum[r][v];
-            if (tile.relu) y = y > 0 ? y : Vec{};
+            if (tile.relu) y = y < 0 ? Vec{} : y;  // a NaN stays one
             store(c + r * LANES + v * W, y);
         }
 }

@@ -30,8 +30,8 @@ struct Tile {
 };
 
 template <class T>
-struct Adam {
-    T rate, beta1, beta2, epsilon, decay, scale, correction1, correction2;
+struct Adam {  // rest1 and rest2 are 1 - beta: in single precision it would lose what matters
+    T rate, rest1, beta2, rest2, epsilon, decay, scale, correction1, correction2;
     bool decoupled;
 };
 
@@ -80,11 +80,12 @@ struct Kernels {
     // Keyed dropout: element[f] is a feature's number within the sample as PyTorch counts, sample[lane] its mixed key.
     void (*dropout)(int features, const uint32_t* element, const uint32_t* sample, uint32_t threshold, T scale,
                     const T* x, T* y, bool add);
-    // Normalisation over positions and lanes, a feature at a time; mask is 1 for real lanes and 0 for padding.
-    void (*moments)(int positions, int features, int feature, const T* x, const T* mask, double* sum_square_pivot);
+    // Normalisation over positions and lanes; sums are [feature][LANES] and added to. Of x - pivot, so that a large mean
+    // does not swallow the variance; mask is 1 for real lanes and 0 for padding.
+    void (*moments)(int positions, int features, const T* x, const T* pivot, const T* mask, T* sum, T* square);
     void (*normalise)(int positions, int features, const T* scale, const T* shift, const T* skip, bool relu, const T* x,
                       T* y);
-    void (*norm_sums)(int positions, int features, int feature, const T* x, const T* dy, T mean, double* sum_product);
+    void (*norm_sums)(int positions, int features, const T* x, const T* dy, const T* mean, T* sum, T* product);
     // dx = (factor * dy + slope * x + shift) * mask.
     void (*norm_back)(int positions, int features, const T* factor, const T* slope, const T* shift, const T* mask,
                       const T* x, const T* dy, T* dx, bool add);

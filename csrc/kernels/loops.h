@@ -147,8 +147,8 @@ static void adam(ptrdiff_t n, Adam<T> rule, T* w, const T* g, T* first, T* secon
     T rate = rule.rate / rule.correction1, root = 1 / sqrt_(rule.correction2);
     for (ptrdiff_t i = 0; i < n; ++i) {
         T gradient = rule.scale * g[i] + coupled * w[i];
-        T m = first[i] + (gradient - first[i]) * (1 - rule.beta1);
-        T v = rule.beta2 * second[i] + (1 - rule.beta2) * gradient * gradient;
+        T m = first[i] + (gradient - first[i]) * rule.rest1;
+        T v = rule.beta2 * second[i] + rule.rest2 * gradient * gradient;
         first[i] = m;
         second[i] = v;
         w[i] = shrink * w[i] - rate * m / (sqrt_(v) * root + rule.epsilon);
@@ -201,21 +201,21 @@ static void dropout(int features, const uint32_t* column, const uint32_t* sample
     }
 }
 
+// A feature at a time, so that its sums stay in registers.
 template <class T>
-static void moments(int positions, int features, int feature, const T* x, const T* mask, double* out) {
-    T sum[LANES] = {}, square[LANES] = {};
-    T pivot = x[ptrdiff_t(feature) * LANES];  // so that a large mean does not swallow the variance
-    for (int p = 0; p < positions; ++p) {
-        const T* v = x + (ptrdiff_t(p) * features + feature) * LANES;
-        for (int lane = 0; lane < LANES; ++lane) {
-            T d = (v[lane] - pivot) * mask[lane];
-            sum[lane] += d;
-            square[lane] += d * d;
+static void moments(int positions, int features, const T* x, const T* pivot, const T* mask, T* sum, T* square) {
+    for (int f = 0; f < features; ++f) {
+        T s[LANES] = {}, q[LANES] = {}, centre = pivot[f];
+        for (int p = 0; p < positions; ++p) {
+            const T* v = x + (ptrdiff_t(p) * features + f) * LANES;
+            for (int lane = 0; lane < LANES; ++lane) {
+                T d = (v[lane] - centre) * mask[lane];
+                s[lane] += d;
+                q[lane] += d * d;
+            }
         }
+        for (int lane = 0; lane < LANES; ++lane) sum[f * LANES + lane] += s[lane], square[f * LANES + lane] += q[lane];
     }
-    out[0] = out[1] = 0;
-    for (int lane = 0; lane < LANES; ++lane) out[0] += double(sum[lane]), out[1] += double(square[lane]);
-    out[2] = double(pivot);
 }
 
 template <class T>
@@ -236,17 +236,18 @@ static void normalise(int positions, int features, const T* scale, const T* shif
 }
 
 template <class T>
-static void norm_sums(int positions, int features, int feature, const T* x, const T* dy, T mean, double* out) {
-    T sum[LANES] = {}, product[LANES] = {};
-    for (int p = 0; p < positions; ++p) {
-        ptrdiff_t at = (ptrdiff_t(p) * features + feature) * LANES;
-        for (int lane = 0; lane < LANES; ++lane) {
-            sum[lane] += dy[at + lane];
-            product[lane] += dy[at + lane] * (x[at + lane] - mean);
+static void norm_sums(int positions, int features, const T* x, const T* dy, const T* mean, T* sum, T* product) {
+    for (int f = 0; f < features; ++f) {
+        T s[LANES] = {}, q[LANES] = {}, centre = mean[f];
+        for (int p = 0; p < positions; ++p) {
+            const ptrdiff_t at = (ptrdiff_t(p) * features + f) * LANES;
+            for (int lane = 0; lane < LANES; ++lane) {
+                s[lane] += dy[at + lane];
+                q[lane] += dy[at + lane] * (x[at + lane] - centre);
+            }
         }
+        for (int lane = 0; lane < LANES; ++lane) sum[f * LANES + lane] += s[lane], product[f * LANES + lane] += q[lane];
     }
-    out[0] = out[1] = 0;
-    for (int lane = 0; lane < LANES; ++lane) out[0] += double(sum[lane]), out[1] += double(product[lane]);
 }
 
 template <class T>

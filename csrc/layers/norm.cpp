@@ -9,6 +9,13 @@ namespace {
 
 // Of padded lanes: 1 for a real sample, 0 for padding.
 template <class T>
+double over_lanes(const T* x) {
+    double sum = 0;
+    for (int lane = 0; lane < LANES; ++lane) sum += double(x[lane]);
+    return sum;
+}
+
+template <class T>
 void mask_of(const Pass<T>& p, int block, T* mask) {
     for (int lane = 0; lane < LANES; ++lane) mask[lane] = lane < p.valid(block) ? T(1) : T(0);
 }
@@ -30,6 +37,8 @@ class BatchNorm final : public Layer<T> {
     void backward(const Pass<T>& p) const override {
         each_group(p, [&](const Pass<T>& group) { backward_group(group); });
     }
+
+    size_t scratch(int) const override { return 2 * size_t(this->spec.out.c) * LANES; }
 
     std::vector<std::pair<std::string, int64_t>> parts() const override {
         const int64_t c = this->spec.out.c;
@@ -95,12 +104,12 @@ class BatchNorm final : public Layer<T> {
         const double count = double(p.samples) * positions;
         if (this->spec.relu) p.kernels->relu_back(ptrdiff_t(p.blocks) * size, p.y, p.dy, p.dy);
         std::vector<T> factor(c), slope(c), shift(c);
+        T *sums = p.scratch, *products = sums + c * LANES;
+        std::fill_n(sums, 2 * c * LANES, T(0));
+        for (int b = 0; b < p.blocks; ++b)
+            p.kernels->norm_sums(positions, c, p.x + b * size, p.dy + b * size, mean, sums, products);
         for (int f = 0; f < c; ++f) {
-            double sum = 0, product = 0, part[2];
-            for (int b = 0; b < p.blocks; ++b) {
-                p.kernels->norm_sums(positions, c, f, p.x + b * size, p.dy + b * size, mean[f], part);
-                sum += part[0], product += part[1];
-            }
+            const double sum = over_lanes(sums + f * LANES), product = over_lanes(products + f * LANES);
             const double scaled = product * double(inverse[f]);
             p.dw[f] = (p.add ? p.dw[f] : T(0)) + T(scaled);
             p.dw[c + f] = (p.add ? p.dw[c + f] : T(0)) + T(sum);
@@ -128,23 +137,22 @@ class BatchNorm final : public Layer<T> {
         const int c = this->spec.out.c, positions = this->spec.in.positions();
         const size_t size = size_t(this->spec.in.size()) * LANES;
         const double count = double(p.samples) * positions, momentum = this->spec.momentum;
+        std::vector<T> pivot(c);
+        for (int f = 0; f < c; ++f) pivot[f] = p.x[f * LANES];
+        T *sums = p.scratch, *squares = sums + c * LANES;
+        std::fill_n(sums, 2 * c * LANES, T(0));
+        for (int b = 0; b < p.blocks; ++b) {
+            T mask[LANES];
+            mask_of(p, b, mask);
+            p.kernels->moments(positions, c, p.x + b * size, pivot.data(), mask, sums, squares);
+        }
         for (int f = 0; f < c; ++f) {
-            double first = 0, second = 0, pivot = 0, part[3];
-            for (int b = 0; b < p.blocks; ++b) {
-                T mask[LANES];
-                mask_of(p, b, mask);
-                p.kernels->moments(positions, c, f, p.x + b * size, mask, part);
-                // Each block has its own pivot: bring its sums over to that of the first one.
-                if (!b) pivot = part[2];
-                const double moved = part[2] - pivot, n = double(p.valid(b)) * positions;
-                second += part[1] + 2 * moved * part[0] + n * moved * moved;
-                first += part[0] + n * moved;
-            }
+            const double first = over_lanes(sums + f * LANES), second = over_lanes(squares + f * LANES);
             const double centre = first / count, variance = std::max(0.0, second / count - centre * centre);
-            mean[f] = T(pivot + centre);
+            mean[f] = T(double(pivot[f]) + centre);
             inverse[f] = T(1 / std::sqrt(variance + this->spec.epsilon));
             const double unbiased = variance * count / std::max(1.0, count - 1);
-            p.collected[f] += p.share * T((1 - momentum) * double(p.running[f]) + momentum * (pivot + centre));
+            p.collected[f] += p.share * T((1 - momentum) * double(p.running[f]) + momentum * (double(pivot[f]) + centre));
             p.collected[c + f] += p.share * T((1 - momentum) * double(p.running[c + f]) + momentum * unbiased);
         }
     }

@@ -311,7 +311,7 @@ void Ensemble<T>::apply(Hand& hand, size_t at, size_t count, const T* gradient, 
     Weights<T>& weights = *stage.weights;
     if (hyper.adam) {
         const double t = double(hand.step + 1);
-        const Adam<T> rule{T(hand.rate), T(hyper.beta1), T(hyper.beta2), T(hyper.epsilon), T(hyper.decay), by,
+        const Adam<T> rule{T(hand.rate), T(1 - hyper.beta1), T(hyper.beta2), T(1 - hyper.beta2), T(hyper.epsilon), T(hyper.decay), by,
                            T(1 - std::pow(hyper.beta1, t)), T(1 - std::pow(hyper.beta2, t)), hyper.decoupled};
         stage.kernels.adam(ptrdiff_t(count), rule, weights.params.data() + at, gradient, weights.first.data() + at,
                            weights.second.data() + at);

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from paraxis.errors import MissingError, PlanError
 from paraxis.task.norm import GroupedNorm
 from paraxis.task.randomness import KeyedDropout
-from paraxis.task.task import Task
+from paraxis.task.resnet import Block
+from paraxis.task.task import HOOKS, Task
 
 Shape = tuple[int, int, int]  # (height, width, channels)
 LANES = 16  # samples side by side, as in csrc/kernels/kernels.h
+LAST = ("affine", "average_pool", "batch_norm", "layer_norm", "dropout", "gelu")  # whose backward needs not its output
 FUSING = ("affine", "batch_norm", "residual", "max_pool")
 
 
@@ -57,6 +59,7 @@ class Compiler:
     place: int = 0
     count: int = 0
     specs: list[Any] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
 
     def add(self, kind: str, module: nn.Module, out: Shape | None = None, **fields: Any) -> None:
         """Append a layer that reads the current activation."""
@@ -85,19 +88,25 @@ def compile_layers(
     compiler = Compiler(names, (shape[0], shape[1], shape[2]), samples, flat=len(shape) > 3)
     for layer in layers:
         _layer(layer, compiler)
-    if ends and compiler.specs and compiler.specs[-1].relu:
-        raise PlanError("engine=native: a ReLU cannot be the last layer; leave it to the loss")
+    last = compiler.specs[-1] if ends and compiler.specs else None
+    if last is not None and (last.relu or last.kind not in LAST):
+        kind = "ReLU" if last.relu or last.kind == "relu" else last.kind
+        raise PlanError(f"engine=native: a {kind} cannot be the last layer; leave it to the loss")
     return compiler.specs, compiler.shape, compiler.flat
 
 
 def _layer(module: nn.Module, c: Compiler) -> None:
     name = c.names.get(id(module), "") or type(module).__name__
+    _need(not any(getattr(module, hooks) for hooks in HOOKS), name, module, "no hooks")
     if type(module) in LAYERS:
+        _need(id(module) not in c.seen or not any(module.parameters()), name, module, "to stand in one place")
+        _need(module.training, name, module, "to be in training mode")
+        c.seen.add(id(module))
         LAYERS[type(module)](module, c, name)
-    elif isinstance(module, nn.Sequential):
+    elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         for child in module:
             _layer(child, c)
-    elif all(hasattr(module, part) for part in ("conv1", "bn1", "conv2", "bn2", "downsample")):
+    elif isinstance(module, Block):
         _basic_block(module, c)
     else:
         known = ", ".join(sorted(kind.__name__ for kind in LAYERS))
@@ -139,6 +148,7 @@ def _pool(kind: str) -> Callable[[Any, Compiler, str], None]:
         stride = _one(m.stride if m.stride is not None else m.kernel_size)
         _need(None not in (kernel, stride, padding), name, m, "square windows")
         plain = getattr(m, "dilation", 1) == 1 and not m.ceil_mode and getattr(m, "count_include_pad", True)
+        _need(kernel * kernel <= 256, name, m, "windows of at most 256 places")
         _need(bool(plain) and not getattr(m, "divisor_override", None), name, m, "no dilation, ceil_mode or divisor")
         out = (h + 2 * padding - kernel) // stride + 1, (w + 2 * padding - kernel) // stride + 1, channels
         c.add(kind, m, out, kernel_h=kernel, kernel_w=kernel, stride=stride, padding=padding)
@@ -274,6 +284,8 @@ def check_task(task: Task) -> None:
         raise PlanError("engine=native needs one class number a sample")
     if task.keyed.functions or task.keyed.unkeyed or task.keyed.switched_off:
         raise PlanError("engine=native has the randomness of nn.Dropout only")
+    if task.layout().tied or len(dict(task.net.named_parameters(remove_duplicate=False))) != len(task.names):
+        raise PlanError("engine=native has no parameters in common; engine=torch takes them")
     hyper = task.hyper()
     if hyper.rule == "native" or len(hyper.groups) != 1:
         raise PlanError("engine=native has SGD, Adam and AdamW with one group of parameters")
