@@ -18,9 +18,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -321,12 +322,18 @@ def main() -> None:
     cases = cases_of([word for word in chosen if word not in MODES])
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.chdir(PEERS)
+    todo: dict[str, Callable[[], Result]] = {
+        f"{net} {batch}": partial(versus, net, batch, args) for net, batch in cases
+    }
+    modes = {"scaling": scaling, "crowd": crowd, "agree": agree}
+    todo |= {mode: partial(modes[mode], args) for mode in MODES if mode in chosen}
     results: Result = {}
-    for net, batch in cases:
-        results |= versus(net, batch, args)
-    for mode, run in (("scaling", scaling), ("crowd", crowd), ("agree", agree)):
-        if mode in chosen:
-            results |= run(args)
+    for name, run in todo.items():
+        try:
+            results |= run()
+        except SystemExit as error:  # a peer that dies takes only its own case with it
+            results[name] = {"failed": str(error)}
+            say(f"{name}: FAILED: {error}")
     print(json.dumps({"rounds": args.rounds, "seconds": args.seconds, "results": results}))
 
 
