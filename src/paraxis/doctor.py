@@ -23,7 +23,7 @@ def examine(tell: Tell) -> list[Finding]:
     ):
         tell(f"starting two ranks over {transport}", -1)
         findings.append(_transport(transport, mend))
-    return [*findings, _compiler(), _gpu()]
+    return [*findings, _native(), _compiler(), _gpu()]
 
 
 def _finding(name: str, ok: bool, found: str, mend: str = "", needed: bool = True) -> Finding:
@@ -59,9 +59,18 @@ def _transport(transport: str, mend: str) -> Finding:
     return _finding(transport, True, facts["library"] or f"two ranks talk (torch {facts['torch']})")
 
 
+def _native() -> Finding:
+    from paraxis.engine.native_engine import extension
+
+    try:
+        return _finding("native", True, f"threads as ranks, kernels for {extension().kernels()}", needed=False)
+    except ParaxisError as error:
+        return _finding("native", False, "not built", str(error), False)
+
+
 def _compiler() -> Finding:
     path = next((p for p in map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")) if p), None)
-    mend = "apt-get install g++, or your system's; only the native engine will need it"
+    mend = "apt-get install g++, or your system's, and install again; only the native engine needs it"
     return _finding("compiler", path is not None, path or "no C++ compiler", mend, False)
 
 

@@ -32,6 +32,8 @@ class Fault:
         """The program with the fault; raises PlanError for a plan that cannot have it."""
         if not self.needs(plan):
             raise PlanError(f"this fault ({self.what}) needs {self.wanting}")
+        if self.rewrite is None and plan.engine == "native":
+            raise PlanError(f"this fault ({self.what}) is made inside engine=torch")
         if self.rewrite is None:
             return program
         bodies = []
@@ -41,6 +43,8 @@ class Fault:
                 tuple(self.rewrite(program, rank, list(body))) if training else body for rank, body in enumerate(ranks)
             )
             bodies.append((name, spoiled))
+        if tuple(bodies) == program.bodies:
+            raise PlanError(f"this fault ({self.what}) finds nothing to spoil in {plan.short()}")
         return replace(program, bodies=tuple(bodies))
 
 
