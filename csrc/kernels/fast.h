@@ -194,3 +194,36 @@ static void transpose_fast(int outputs, int width, const float* x, float* y) {
         for (int i = outputs; i < width; ++i) y[lane * width + i] = 0;
     }
 }
+
+// Winners are as wide as a float while they are compared, and a byte where they are kept.
+using Int = int __attribute__((vector_size(BYTES)));
+using Bytes = uint8_t __attribute__((vector_size(W), aligned(1), may_alias));
+
+static void window_max_fast(int features, int window, const float* const* x, bool relu, float* y, uint8_t* winner) {
+    for (ptrdiff_t i = 0; i < ptrdiff_t(features) * LANES; i += W) {
+        Vec best = load(x[0] + i);
+        Int who{};
+        for (int p = 1; p < window; ++p) {
+            const Vec other = load(x[p] + i);
+            const Int more = other > best;
+            best = more ? other : best;
+            who = more ? Int{} + p : who;
+        }
+        if (relu) best = best < 0 ? Vec{} : best;
+        store(y + i, best);
+        *reinterpret_cast<Bytes*>(winner + i) = __builtin_convertvector(who, Bytes);
+    }
+}
+
+static void window_max_back_fast(int features, int window, const uint8_t* winner, const float* y, bool relu,
+                                 const float* dy, float* const* dx, bool add) {
+    for (ptrdiff_t i = 0; i < ptrdiff_t(features) * LANES; i += W) {
+        Vec g = load(dy + i);
+        if (relu) g = load(y + i) > 0 ? g : Vec{};
+        const Int who = __builtin_convertvector(*reinterpret_cast<const Bytes*>(winner + i), Int);
+        for (int p = 0; p < window; ++p) {
+            const Vec part = who == p ? g : Vec{};
+            store(dx[p] + i, add ? load(dx[p] + i) + part : part);
+        }
+    }
+}

@@ -76,7 +76,8 @@ struct Kernels {
     double (*square_sum)(ptrdiff_t n, const T* x);
     // Maximum over a window of positions: y and the winner's number in the window, one per feature and lane.
     void (*window_max)(int features, int window, const T* const* x, bool relu, T* y, uint8_t* winner);
-    void (*window_max_back)(int features, int number, const uint8_t* winner, const T* y, bool relu, const T* dy, T* dx);
+    void (*window_max_back)(int features, int window, const uint8_t* winner, const T* y, bool relu, const T* dy,
+                            T* const* dx, bool add);
     // Keyed dropout: element[f] is a feature's number within the sample as PyTorch counts, sample[lane] its mixed key.
     void (*dropout)(int features, const uint32_t* element, const uint32_t* sample, uint32_t threshold, T scale,
                     const T* x, T* y, bool add);

@@ -162,27 +162,6 @@ static double square_sum(ptrdiff_t n, const T* x) {
     return total;
 }
 
-template <class T>
-static void window_max(int features, int window, const T* const* x, bool relu, T* y, uint8_t* winner) {
-    for (ptrdiff_t i = 0; i < ptrdiff_t(features) * LANES; ++i) {
-        T best = x[0][i];
-        uint8_t who = 0;
-        for (int p = 1; p < window; ++p) {
-            bool more = x[p][i] > best;
-            best = more ? x[p][i] : best;
-            who = more ? uint8_t(p) : who;
-        }
-        y[i] = relu && best < 0 ? T(0) : best;
-        winner[i] = who;
-    }
-}
-
-template <class T>
-static void window_max_back(int features, int number, const uint8_t* winner, const T* y, bool relu, const T* dy, T* dx) {
-    for (ptrdiff_t i = 0; i < ptrdiff_t(features) * LANES; ++i)
-        dx[i] += winner[i] == number && !(relu && !(y[i] > 0)) ? dy[i] : T(0);
-}
-
 static inline uint32_t mix32(uint32_t x) {  // lowbias32 (Wellons 2018)
     x = (x ^ (x >> 16)) * 0x7FEB352Du;
     x = (x ^ (x >> 15)) * 0x846CA68Bu;

@@ -35,3 +35,24 @@ static void naive_dots(int rows, int outputs, int width, int terms, const Term<T
             c[i * width + o] = sum;
         }
 }
+
+template <class T>
+static void naive_window_max(int features, int window, const T* const* x, bool relu, T* y, uint8_t* winner) {
+    for (ptrdiff_t i = 0; i < ptrdiff_t(features) * LANES; ++i) {
+        int best = 0;
+        for (int p = 1; p < window; ++p)
+            if (x[p][i] > x[best][i]) best = p;
+        y[i] = relu && x[best][i] < 0 ? T(0) : x[best][i];
+        winner[i] = uint8_t(best);
+    }
+}
+
+template <class T>
+static void naive_window_max_back(int features, int window, const uint8_t* winner, const T* y, bool relu, const T* dy,
+                                  T* const* dx, bool add) {
+    for (ptrdiff_t i = 0; i < ptrdiff_t(features) * LANES; ++i)
+        for (int p = 0; p < window; ++p) {
+            const T g = winner[i] == p && !(relu && !(y[i] > 0)) ? dy[i] : T(0);
+            dx[p][i] = add ? dx[p][i] + g : g;
+        }
+}

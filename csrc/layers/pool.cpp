@@ -24,7 +24,12 @@ std::vector<std::vector<int>> windows_of(const Spec& s) {
 template <class T>
 class MaxPool final : public Layer<T> {
   public:
-    explicit MaxPool(const Spec& s) : Layer<T>(s), windows(windows_of(s)) { this->marks = s.out.size() * LANES; }
+    explicit MaxPool(const Spec& s) : Layer<T>(s), windows(windows_of(s)) {
+        this->marks = s.out.size() * LANES;
+        size_t places = 0;
+        for (const auto& window : windows) places += window.size();
+        tiled = s.stride >= s.kernel_h && places == size_t(s.in.positions());
+    }
 
     void forward(const Pass<T>& p) const override {
         const Spec& s = this->spec;
@@ -47,20 +52,23 @@ class MaxPool final : public Layer<T> {
         const Spec& s = this->spec;
         const size_t line = size_t(s.out.c) * LANES;
         if (!p.dx) return;
+        std::vector<T*> to;
         for (int b = 0; b < p.blocks; ++b) {
             T* dx = p.dx + size_t(b) * s.in.size() * LANES;
-            if (!p.dx_add) std::fill(dx, dx + size_t(s.in.size()) * LANES, T(0));
+            if (!p.dx_add && !tiled) std::fill(dx, dx + size_t(s.in.size()) * LANES, T(0));
             for (size_t o = 0; o < windows.size(); ++o) {
                 const size_t at = (size_t(b) * windows.size() + o) * line;
-                for (size_t n = 0; n < windows[o].size(); ++n)
-                    p.kernels->window_max_back(s.out.c, int(n), p.marks + at, p.y + at, s.relu, p.dy + at,
-                                               dx + windows[o][n] * line);
+                to.clear();
+                for (int position : windows[o]) to.push_back(dx + position * line);
+                p.kernels->window_max_back(s.out.c, int(to.size()), p.marks + at, p.y + at, s.relu, p.dy + at, to.data(),
+                                           p.dx_add || !tiled);
             }
         }
     }
 
   private:
     std::vector<std::vector<int>> windows;
+    bool tiled;  // every input position lies in exactly one window
 };
 
 template <class T>
