@@ -16,7 +16,7 @@ namespace paraxis {
 inline constexpr std::size_t line = 128;
 
 // Longer than a healthy rank keeps another waiting for, about what sleeping and waking costs.
-inline constexpr int usual_spin_us = 30;
+inline constexpr int usual_spin_us = 50;
 
 struct Aborted : std::runtime_error {
     Aborted() : std::runtime_error("left a wait because another rank failed") {}

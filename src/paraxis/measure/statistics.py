@@ -1,7 +1,8 @@
 """Medians with bootstrap intervals, and what can be told apart (Hoefler and Belli 2015, rules 5 to 8)."""
 
+import math
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median, stdev
 
 import numpy as np
 
@@ -40,9 +41,26 @@ def paired(first: dict[int, float], other: dict[int, float], level: float = 0.95
 def told_apart(first: dict[int, float], other: dict[int, float], level: float = 0.95) -> bool:
     """Whether the interval of the paired ratio excludes 1, in enough rounds for that to mean something.
 
-    n rounds that all agree happen by chance in 2^(1-n) of equal pairs, so fewer never tell anything apart at a level.
+    n rounds that all agree happen by chance in 2^(1-n) of equal pairs. Where a strict level would need more rounds than
+    that, six or more may do by their distance from 1: Student's t of the logarithms.
     """
     ratio = paired(first, other, level)
-    if ratio is None or 2.0 ** (1 - len(first.keys() & other.keys())) > 1 - level:
+    if ratio is None or not (ratio.low > 1 or ratio.high < 1):
         return False
-    return ratio.low > 1 or ratio.high < 1
+    rounds = first.keys() & other.keys()
+    by_chance = 2.0 ** (1 - len(rounds))
+    if by_chance > 1 - level and len(rounds) >= 6:
+        by_chance = chance([math.log(other[r] / first[r]) for r in rounds])
+    return by_chance <= 1 - level
+
+
+def chance(values: Sequence[float]) -> float:
+    """The two-sided probability by which Student's t sees a mean as far from 0; scatter below 5% is not believed."""
+    freedom = len(values) - 1
+    error = max(stdev(values), 0.05) / math.sqrt(len(values))
+    # With x = sqrt(freedom) tan(angle) the density is cos(angle)^(freedom - 1).
+    edge = math.atan(abs(fmean(values)) / error / math.sqrt(freedom))
+    tail, whole = (np.linspace(start, math.pi / 2, 4001) for start in (edge, 0.0))
+    return float(
+        np.trapezoid(np.cos(tail) ** (freedom - 1), tail) / np.trapezoid(np.cos(whole) ** (freedom - 1), whole)
+    )
