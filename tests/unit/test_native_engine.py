@@ -255,3 +255,13 @@ def test_another_rate_or_other_masks_are_seen() -> None:
     batch = samples_of((2, 3, 3), 21)
     assert mismatch(net, batch) < EXACT
     assert mismatch(net, batch, lr=0.999) > WRONG and mismatch(net, batch, seed=1) > WRONG
+
+
+def test_a_stage_of_a_flatten_alone_hands_on_what_it_is_given() -> None:
+    spec = TaskSpec(network="mlp", batch=32)
+    task = make_task(spec, dtype=torch.float64)
+    plan = parse("pp=4,microbatches=2,engine=native")
+    team = openmp.start(task, lower(plan, task.layout(), task.train.steps_per_epoch or 1), False)
+    team.steps(3)
+    losses = serial.emulate([serial.replica(make_task(spec, dtype=torch.float64))], 0, 3, 1, 1)
+    assert [loss / weight for loss, weight in team.losses] == pytest.approx(losses, rel=1e-12)

@@ -88,6 +88,8 @@ def compile_layers(
     compiler = Compiler(names, (shape[0], shape[1], shape[2]), samples, flat=len(shape) > 3)
     for layer in layers:
         _layer(layer, compiler)
+    if not compiler.specs:  # a stage of a Flatten alone hands on what it is given
+        compiler.add("average_pool", nn.Identity(), kernel_h=1, kernel_w=1, stride=1)
     last = compiler.specs[-1] if ends and compiler.specs else None
     if last is not None and (last.relu or last.kind not in LAST):
         kind = "ReLU" if last.relu or last.kind == "relu" else last.kind
@@ -298,8 +300,6 @@ def stages_of(task: Task, stages: Sequence[tuple[int, int]], samples: int) -> li
     for number, (first, last) in enumerate(stages):
         ends = number == len(stages) - 1
         specs, out, flat = compile_layers(task.chain[first:last], task, shape, samples, ends)
-        if not specs:
-            raise PlanError(f"engine=native: stage {number} has nothing to compute; give it more layers with split=")
         found.append(specs)
         shape = (*out, 1) if flat else out
     return found
