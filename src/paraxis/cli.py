@@ -7,19 +7,16 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
-from rich.markup import escape
 
 from paraxis import __version__
 from paraxis.errors import ParaxisError
+from paraxis.progress import err, progress
 from paraxis.run.joined import JoinedPool, joined_ranks, let_the_first_speak
 from paraxis.session import Tell
 
@@ -29,7 +26,6 @@ app = App(
     help="Explore, prove, measure and use parallel plans for a neural network.",
     suppress_keyboard_interrupt=False,
 )
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 STUDY = Path("paraxis-study")
 
 
@@ -125,7 +121,7 @@ def explore(
 
     spec = _spec(network, task)
     save = save_to(writable(out))
-    with joined_ranks() as joined, _progress(json_) as tell:
+    with joined_ranks() as joined, progress() as tell:
         study = explore_task(spec, {}, workers, budget, COMMS[engine], tell, save, joined)
     from paraxis.report.page import write as write_page
 
@@ -171,33 +167,15 @@ def verify(
     from paraxis.verification import verify_task
 
     spec = _spec(network, task)
-    with joined_ranks() as joined, _progress(json_) as tell:
+    with joined_ranks() as joined, progress() as tell:
         document = verify_task(spec, {}, plan, workers, steps, dtype, tell, joined, fault)
     if json_:
         print(json.dumps(document, indent=1))
     else:
-        _print_proofs(document)
+        from paraxis.report.proofs import print_proofs
+
+        print_proofs(document, Console(highlight=False))
     return 0 if document["passed"] else 1
-
-
-def _print_proofs(document: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table("plan", "against", "max difference", "tolerance", "equal", box=None, pad_edge=False)
-    for result in document["results"]:
-        proof = result["verified"]
-        if proof is None:
-            table.add_row(result["label"], f"{result['status']}: {escape(result['reason'] or '')}")
-            continue
-        worst = proof["max_relative_difference"]
-        shown = "infinite" if worst is None else f"{worst:.1e}"
-        verdict = "yes" if proof["passed"] else f"NO: {escape(proof['where'] or '')}"
-        table.add_row(result["label"], proof["against"], shown, f"{proof['tolerance']:.0e}", verdict)
-    out = Console(highlight=False)
-    out.print(table)
-    notes = {r["verified"]["note"] for r in document["results"] if r["verified"] and r["verified"]["note"]}
-    for note in [*sorted(notes), *document["notes"]]:
-        out.print(escape(note))
 
 
 @app.command
@@ -233,7 +211,7 @@ def train(
     from paraxis.training import Length, train_task
 
     spec, length = _spec(network, task), Length(epochs, steps, target)
-    with joined_ranks() as joined, _progress(json_) as tell:
+    with joined_ranks() as joined, progress() as tell:
         chosen = _choose(plan, spec, tell, joined)
         news = lambda epoch: tell(_epoch_line(epoch), -2)  # noqa: E731
         document = train_task(spec, {}, chosen, length, out, tell, news, joined)
@@ -289,7 +267,7 @@ def show(plan: str, network: str | None = None, /, *, json_: Json = False, task:
     from paraxis.showing import document_of, show_lines
 
     spec = _spec(network, task) if network else None
-    with _progress(json_) as tell:
+    with progress() as tell:
         shown = document_of(plan, spec, tell)
     if json_:
         print(json.dumps(shown, indent=1))
@@ -303,7 +281,7 @@ def doctor(*, json_: Json = False) -> int:
     """Check what this machine has for parallel training: ok, or how to mend it."""
     from paraxis.doctor import examine
 
-    with _progress(json_) as tell:
+    with progress() as tell:
         findings = examine(tell)
     if json_:
         print(json.dumps({"checks": findings, "ok": all(f["ok"] for f in findings if f["needed"])}, indent=1))
@@ -312,32 +290,6 @@ def doctor(*, json_: Json = False) -> int:
             mark = "ok     " if f["ok"] else "MISSING" if f["needed"] else "no     "
             print(f"{mark} {f['name']:<10} {f['found']}" + (f"\n        mend: {f['mend']}" if f["mend"] else ""))
     return 0 if all(f["ok"] for f in findings if f["needed"]) else 1
-
-
-@contextmanager
-def _progress(quiet_end: bool) -> Iterator[Tell]:
-    """What is being done, on standard error: one line that changes on a terminal, a line a phase elsewhere."""
-    start, last = time.monotonic(), [""]
-
-    def on_terminal(what: str, fraction: float) -> None:
-        if fraction == -2:
-            err.print(what)
-            return
-        spent = time.monotonic() - start
-        left = f", about {spent / fraction - spent:.0f} s left" if 0.05 < fraction <= 1 else ""
-        status.update(f"{escape(what)} [dim]({spent:.0f} s{left})[/dim]")
-
-    def on_pipe(what: str, fraction: float) -> None:
-        phase = what.split(",")[0] if fraction != -2 else what
-        if phase != last[0]:
-            last[0] = phase
-            err.print(f"{time.monotonic() - start:5.1f} s  {phase}", markup=False)
-
-    if not err.is_terminal:
-        yield on_pipe
-        return
-    with err.status("starting") as status:
-        yield on_terminal
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ LAYERS = [
     {"comm"},
     {"engine", "task"},
     {"run", "measure"},
-    {"session", "proof", "recommend", "report"},
+    {"session", "proof", "recommend", "report", "progress"},
     {"experiment", "verification", "training", "showing", "doctor"},
     {"api", "cli", "__init__", "__main__"},
 ]
