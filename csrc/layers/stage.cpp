@@ -83,7 +83,7 @@ Pass<T> Stage<T>::pass(size_t n, int m, uint64_t step, int64_t first, bool train
     const bool first_layer = head && spec.x == 0;
     return {
         .kernels = &kernels, .blocks = blocks, .samples = slot.valid, .seed = seed, .step = step, .first = first,
-        .training = training, .add = backwards > 0, .w = weights->params.data() + places[n].weights,
+        .training = training, .add = backwards > 0, .parted = false, .w = weights->params.data() + places[n].weights,
         .running = weights->running.data() + places[n].statistics, .collected = collected.data() + places[n].statistics,
         .dw = gradients.data() + places[n].weights, .x = act(m, spec.x),
         .skip = spec.skip >= 0 ? act(m, spec.skip) : nullptr, .y = act(m, spec.y), .dy = grad(m, spec.y),
@@ -123,9 +123,29 @@ void Stage<T>::forward(int m, uint64_t step, int64_t first, bool training) {
 }
 
 template <class T>
-void Stage<T>::backward(int m, uint64_t step, int64_t first) {
-    for (size_t n = layers.size(); n-- > 0;) layers[n]->backward(pass(n, m, step, first, true));
+void Stage<T>::backward(int m, uint64_t step, int64_t first, bool parted) {
+    for (size_t n = layers.size(); n-- > 0;) {
+        Pass<T> p = pass(n, m, step, first, true);
+        p.parted = parted;
+        layers[n]->backward(p);
+    }
     ++backwards;
+}
+
+template <class T>
+void Stage<T>::own_by(int owners) {
+    scratch = Memory<T>(scratch.size() * owners);
+}
+
+template <class T>
+void Stage<T>::own(const std::vector<Stage*>& replicas, int number) {
+    for (size_t n = layers.size(); n-- > 0;) {
+        if (!layers[n]->matrix) continue;
+        passes.clear();
+        for (Stage* stage : replicas) passes.push_back(stage->pass(n, 0, 0, 0, true));
+        passes[number].add = false;
+        layers[n]->own_gradient(passes, number);
+    }
 }
 
 template <class T>

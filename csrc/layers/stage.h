@@ -38,7 +38,11 @@ class Stage {
 
     void load(int microbatch, const Samples& samples, int64_t step, int64_t first);
     void forward(int microbatch, uint64_t step, int64_t first, bool training);
-    void backward(int microbatch, uint64_t step, int64_t first);
+    // `parted`: but for the gradient of matrices, which `own` computes.
+    void backward(int microbatch, uint64_t step, int64_t first, bool parted = false);
+    // The n-th owner's part of the gradient of matrices, over the samples of all replicas of this stage.
+    void own(const std::vector<Stage*>& replicas, int n);
+    void own_by(int owners);  // room for that; before the first step
     // Softmax cross-entropy of the output, which it turns into its gradient when training.
     void lose(int microbatch, bool training);
 
@@ -82,6 +86,7 @@ class Stage {
     std::vector<bool> dx_add, dskip_add;
     Memory<T> scratch;
     std::vector<Term<T>> terms;
+    std::vector<Pass<T>> passes;
     uint64_t seed;
     int blocks;
 
