@@ -153,28 +153,14 @@ void Stage<T>::lose(int m, bool training) {
     Slot& slot = slots[m];
     const int classes = layers.back()->spec.out.size();
     Score& score = training ? step_score : evaluation;
+    int hits = 0;
     for (int b = 0; b < blocks; ++b) {
-        T* y = slot.acts.back().data() + size_t(b) * classes * LANES;
-        for (int lane = 0; lane < LANES; ++lane) {
-            const int i = b * LANES + lane;
-            if (i >= slot.valid) {
-                for (int c = 0; c < classes; ++c) y[c * LANES + lane] = 0;
-                continue;
-            }
-            int best = 0;
-            for (int c = 1; c < classes; ++c)
-                if (y[c * LANES + lane] > y[best * LANES + lane]) best = c;
-            const T top = y[best * LANES + lane], own = y[slot.targets[i] * LANES + lane];
-            T sum = 0;
-            for (int c = 0; c < classes; ++c) sum += y[c * LANES + lane] = std::exp(y[c * LANES + lane] - top);
-            score.loss += double(std::log(sum) + (top - own));
-            score.weight += 1;
-            score.hits += best == slot.targets[i];
-            const T share = 1 / sum;
-            for (int c = 0; c < classes; ++c) y[c * LANES + lane] *= share;
-            y[slot.targets[i] * LANES + lane] -= 1;
-        }
+        const int valid = std::clamp(slot.valid - b * LANES, 0, LANES);
+        score.loss += kernels.softmax(classes, valid, slot.targets.data() + b * LANES,
+                                      slot.acts.back().data() + size_t(b) * classes * LANES, &hits);
     }
+    score.weight += slot.valid;
+    score.hits += hits;
 }
 
 template class Stage<float>;

@@ -46,8 +46,9 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
     for (const Body& body : this->bodies)
         for (const auto& list : body.ranks)
             for (const Instruction& i : list) owners |= i.op == Op::W;
-    if (owners && (!shared || stages[0]->microbatches > 1))
-        throw std::invalid_argument("owners of gradients need weights in common and one microbatch");
+    // Of a pipeline, the stage in front would overwrite what the owners behind it still read.
+    if (owners && (!shared || stages[0]->microbatches > 1 || grid.pp > 1))
+        throw std::invalid_argument("owners of gradients need weights in common, one microbatch and one stage");
     divide(owners);
     connect();
 }

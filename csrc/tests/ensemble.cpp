@@ -67,6 +67,7 @@ struct Plan {
     int microbatches;
     bool shared;
     const Kernels<float>* kernels;
+    bool owners = false;
 };
 
 // Lists of instructions as Python's lowering makes them, for 1F1B.
@@ -95,7 +96,7 @@ struct Lister {
 
     void backward(int m) {
         if (!last()) add(Op::RecvGradWait, m);
-        add(Op::B, m);
+        add(plan.owners ? Op::I : Op::B, m);
         if (!first()) add(Op::SendGradStart, m);
     }
 
@@ -107,7 +108,8 @@ struct Lister {
             backward(m);
             if (m + ahead < plan.microbatches) forward(m + ahead, Rule::none);
         }
-        if (plan.shared && !seeded) add(Op::ReduceScatterWait, 0, Axis::dp, Buffer::grads);
+        if (plan.shared && !seeded) add(plan.owners ? Op::AllGatherWait : Op::ReduceScatterWait, 0, Axis::dp, Buffer::grads);
+        if (plan.owners) add(Op::W, 0, Axis::none, Buffer::none, Rule::owner);
         if (!plan.shared) add(Op::AllReduceWait, 0, Axis::dp, Buffer::grads);
         update(Rule::norm);
         if (plan.shared) add(Op::AllReduceWait, 0, Axis::dp, Buffer::norm);
@@ -249,6 +251,7 @@ void all() {
         {"fast kernels", {{1, 1}, 4, false, &fastest()}},
         {"two replicas, weights in common", {{2, 1}, 2, true, &fastest()}},
         {"four replicas, weights in common", {{4, 1}, 1, true, &fastest()}},
+        {"four owners of gradients", {{4, 1}, 1, true, &fastest(), true}},
         {"two replicas, weights of their own", {{2, 1}, 2, false, &fastest()}},
         {"two stages", {{1, 2}, 4, false, &fastest()}},
         {"two replicas of two stages, weights in common", {{2, 2}, 2, true, &fastest()}},

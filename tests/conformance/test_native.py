@@ -97,7 +97,7 @@ PLANS = [
     *map(native, (f"pp=2,schedule={schedule},microbatches=4" for schedule in ("layerwise", "gpipe", "1f1b"))),
     *map(native, ("dp=2,pp=2,microbatches=2", "pp=3,microbatches=2", "dp=2,sync=average@2", "dp=2,sync=average@epoch")),
     native("dp=2,pp=2,microbatches=2,sync=average@4"),
-    *map(native, ("dp=2,gradients=owner", "dp=4,gradients=owner", "dp=2,pp=2,gradients=owner")),
+    *map(native, ("dp=2,gradients=owner", "dp=4,gradients=owner")),
 ]
 FEW = [native(text) for text in ("serial", "dp=2", "dp=2,gradients=owner", "dp=2,pp=2,microbatches=2")]
 HEAVY = {
