@@ -7,8 +7,8 @@ A case is a network (mlp, cnn, wide, resnet18), a network with a batch (cnn:128)
     crowd     what is left beside another process that spins on one core; 8 ranks on the cores of 2
     agree     whether we and PyTorch reach the same parameters from equal starts on equal batches
 Without a case: all networks. Ends in one JSON line. Ratios are medians of rates in the same round (above 1: ours is
-faster) with a bootstrap 95% interval; with two threads ours is the faster of dp=2 with private and with owner gradients,
-as an exploration would choose. Eager batch norm sees the whole batch, that of dp=2 (as DDP's) each rank's half.
+faster) with a bootstrap 95% interval; with two threads ours is the faster of dp=2 with private and owner gradients, as
+an exploration would choose. Eager batch norm sees the whole batch, that of dp=2 (as DDP's) each rank's half.
 """
 
 import argparse

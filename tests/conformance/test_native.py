@@ -299,6 +299,7 @@ def plainly_evaluated_whole(spec: TaskSpec, state: dict[str, torch.Tensor]) -> l
 # -- the same program in the reference interpreter -------------------------------------------------------------
 
 SHARED = [native(text) for text in ("dp=2", "dp=4", "dp=2,microbatches=2", "dp=2,pp=2,microbatches=2")]
+SHARED.append(native("dp=2,gradients=owner"))
 
 
 @pytest.mark.parametrize("plan", SHARED, ids=Plan.short)

@@ -107,9 +107,7 @@ class Plan:
             raise PlanError("sync=hogwild needs weights in common: dp=N,engine=native,comm=openmp with pp=1")
         threaded = self.engine == "native" and (self.comm or "openmp") == "openmp" and self.sync == "gradient"
         if self.gradients == "owner" and not (threaded and self.microbatches == self.pp == 1):
-            raise PlanError(
-                "gradients=owner needs dp=N,engine=native,comm=openmp with sync=gradient, microbatches=1, pp=1"
-            )
+            raise PlanError("gradients=owner needs dp=N,engine=native,comm=openmp, sync=gradient, microbatches=1, pp=1")
 
     def _check_threads(self) -> None:
         inside = self.mesh.size > 1 and self.comm not in ("", "openmp")

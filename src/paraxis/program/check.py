@@ -189,10 +189,7 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
         state.gathered |= i.buffer == "params"
     if i.rule == "step":
         if state.parted:
-            fail(
-                slot,
-                f"the update comes before the weights' gradient of microbatch {min(state.parted)[2]}: W is missing",
-            )
+            fail(slot, f"the update comes without W{min(state.parted)[2]}, its microbatch's gradient of weights")
         if any(o.buffer == "grads" for o in state.open.values()):
             fail(slot, "the update does not wait for the reduction")
         if state.gathered:

@@ -126,7 +126,7 @@ def buffers(layout: Layout, plan: Plan) -> list[Buffer]:
 
 
 def training(plan: Plan, layout: Layout, segments: Sequence[Sequence[tuple[int, int]]], rank: int, agree: str) -> Body:
-    """One optimiser step of one rank; `agree`: how replicas do in it (gradient, shared, owner, hogwild, average, none)."""
+    """One optimiser step of one rank; `agree`: how replicas do (gradient, shared, owner, hogwild, average, none)."""
     dp, stage, _ = plan.mesh.coordinates(rank)
     order = SCHEDULES[plan.schedule or "layerwise"](plan.pp, plan.microbatches, stage)
     cuts = len(segments[stage])
@@ -205,7 +205,7 @@ def add_reductions(body: Body, stage: int, cuts: int) -> Body:
 
 
 def part_weight_gradients(body: Body) -> Body:
-    """B becomes I; once all have what gradients are made of, each rank computes its own block of them: nothing to add."""
+    """B becomes I; once all have what gradients are made of, each rank computes its own block: nothing to add up."""
     own = [replace(i, op="W", rule="owner") for i in body if i.op == "B"]
     parted = [replace(i, op="I") if i.op == "B" else i for i in body]
     return [*parted, *_both("dp", "factors", "", "AllGather"), *own]
