@@ -3,10 +3,10 @@
     python benchmarks/statistics_check.py --record [--rounds 60]    measures, and writes benchmarks/data/aa-rounds.json
     python benchmarks/statistics_check.py [--trials 1000]           resamples it, prints tables, ends in one JSON line
 
-A recording holds several plans, each set up twice, measured in interleaved rounds of random order as `explore` does.
-From it, blocks of neighbouring rounds are drawn (Kuensch 1989: what one round does to the next stays in), and which of
-a plan's two copies is called the first is a coin of each block: then both are alike in truth. The second is made slower
-by a known ratio, and the functions that `explore` uses are asked. "faster" counts if said of either at a ratio of 0.
+A recording holds several plans, each set up several times, measured in interleaved rounds of random order as `explore`
+does. From it, blocks of neighbouring rounds are drawn (Kuensch 1989: what one round does to the next stays in), and a
+plan's copies are shuffled in each block: then all are alike in truth. The second is made slower by a known ratio, and
+the functions that `explore` uses are asked. "faster" counts if said of either at a ratio of 0.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import random
 import sys
 import time
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +25,7 @@ from paraxis.measure.statistics import at_a_look, clear, corrected, sort_rounds,
 from paraxis.rounds import LOOKS
 
 DATA = Path(__file__).parent / "data" / "aa-rounds.json"
-PLANS = ("engine=plain,threads=1", "engine=torch", "engine=native", "dp=2,engine=native", "dp=2,comm=mpi")
+PLANS, COPIES = ("engine=torch", "engine=native", "dp=2,engine=native", "dp=2,comm=mpi"), 4
 ROUNDS, RATIOS = (6, 10, 20, 40), (0.0, 0.01, 0.03, 0.10)
 BLOCK = 3  # rounds; of the logarithms of two copies' ratio, neighbours correlate little
 OTHERS = 20  # plans that a winner is compared with in an exploration on two cores
@@ -32,7 +33,7 @@ Times = dict[int, float]
 
 
 def record(rounds: int, seconds: float) -> dict[str, Any]:
-    """Step seconds of two copies of every plan by round, and the cores that other programs kept busy."""
+    """Step seconds of the copies of every plan by round, and the cores that other programs kept busy."""
     from paraxis.api import make_spec, silent
     from paraxis.experiment import blank
     from paraxis.measure.machine import ForeignLoad, describe
@@ -44,7 +45,7 @@ def record(rounds: int, seconds: float) -> dict[str, Any]:
     with open_session(make_spec("cnn"), {}, {"mpi": 2}, None, silent) as session:
         session.begin(("solo", "mpi"))
         rows = []
-        for copy in (0, 1):
+        for copy in range(COPIES):
             for text in PLANS:
                 plan = parse(text)
                 session.setup(f"{text}#{copy}", plan)
@@ -58,25 +59,24 @@ def record(rounds: int, seconds: float) -> dict[str, Any]:
                 answers = chunk(session, row, 1 + row.steps // 10, row.steps, 3)
                 row.measured[number] = answers[0]["seconds"] / row.steps
             foreign.append(round(load.cores(), 2))
-    half = len(PLANS)
-    pairs = {a.plan.text(): [_column(a), _column(b)] for a, b in zip(rows[:half], rows[half:], strict=True)}
+    copies = {text: [_column(row) for row in rows if row.key.startswith(f"{text}#")] for text in PLANS}
     facts = describe()
     about = {"cpu": facts.cpu, "usable_cores": facts.usable_cores, "torch": facts.torch, "network": "cnn"}
-    return about | {"recorded": time.strftime("%Y-%m-%d"), "foreign_cores": foreign, "pairs": pairs}
+    return about | {"recorded": time.strftime("%Y-%m-%d"), "foreign_cores": foreign, "copies": copies}
 
 
 def _column(row: Any) -> list[float]:
     return [float(f"{row.measured[number]:.4g}") for number in sorted(row.measured)]
 
 
-def draw(pair: Any, rounds: int, rng: np.random.Generator) -> tuple[Times, Times]:
-    """Two plans alike: blocks of a recorded pair's rounds, the copies swapped by a coin of each block."""
-    columns = np.asarray(pair)
+def draw(copies: Any, rounds: int, rng: np.random.Generator) -> list[Times]:
+    """Plans alike: blocks of the recorded rounds of a plan's copies, which are shuffled in each block."""
+    columns = np.asarray(copies)
     starts = rng.integers(0, columns.shape[1], -(-rounds // BLOCK))
     picked = ((starts[:, None] + np.arange(BLOCK)) % columns.shape[1]).ravel()[:rounds]
-    swapped = np.repeat(rng.integers(0, 2, len(starts)), BLOCK)[:rounds]
-    first, second = columns[swapped, picked], columns[1 - swapped, picked]
-    return dict(enumerate(first.tolist())), dict(enumerate(second.tolist()))
+    order = rng.permuted(np.tile(np.arange(len(columns)), (len(starts), 1)), axis=1)
+    places = np.repeat(order, BLOCK, axis=0)[:rounds].T
+    return [dict(enumerate(columns[place, picked].tolist())) for place in places]
 
 
 def verdict(first: Times, second: Times, level: float) -> int:
@@ -102,32 +102,31 @@ def slower(times: Times, ratio: float) -> Times:
     return {r: v * (1 + ratio) for r, v in times.items()}
 
 
-def rates(pairs: list[Any], rounds: int, ratio: float, trials: int, others: int, looks: bool, seed: int = 0) -> float:
+def rates(plans: list[Any], rounds: int, ratio: float, trials: int, others: int, looks: bool, seed: int = 0) -> float:
     """How often "faster" is said: of either at a ratio of 0, else of the one that is."""
     rng, said = np.random.default_rng([seed, rounds, round(1000 * ratio)]), 0
     for trial in range(trials):
-        first, second = draw(pairs[trial % len(pairs)], rounds, rng)
+        first, second, *_ = draw(plans[trial % len(plans)], rounds, rng)
         second = slower(second, ratio)
         found = at_last(first, second, others) if looks else verdict(first, second, corrected(others))
         said += found == 1 or (not ratio and found == -1)
     return said / trials
 
 
-def chosen(pairs: list[Any], rounds: int, trials: int) -> float:
-    """How often the fastest of several plans, all alike in truth, is said to be faster than the first of them."""
+def chosen(plans: list[Any], rounds: int, trials: int) -> float:
+    """How often the fastest of several plans, all alike in truth, is said to be faster than a given other."""
     rng, said = np.random.default_rng(rounds), 0
-    for _ in range(trials):
-        both = [draw(np.asarray(pair) / np.median(pair), rounds, rng) for pair in pairs]
-        plans = [times for pair in both for times in pair]
-        best = min(plans[1:], key=lambda times: median(times.values()))
-        said += verdict(best, plans[0], corrected(len(plans) - 1)) == 1
+    for trial in range(trials):
+        today, *rest = draw(plans[trial % len(plans)], rounds, rng)
+        best = min(rest, key=lambda times: median(times.values()))
+        said += verdict(best, today, corrected(len(rest))) == 1
     return said / trials
 
 
-def neighbours(pairs: list[Any]) -> list[float]:
-    """For every pair: correlation of the logarithm of its copies' ratio with that of the round before."""
-    logs = [np.log(np.asarray(first) / np.asarray(second)) for first, second in pairs]
-    return [round(float(np.corrcoef(log[1:], log[:-1])[0, 1]), 2) for log in logs]
+def neighbours(plans: list[Any]) -> list[float]:
+    """For every plan: correlation of the logarithm of two copies' ratio with that of the round before, over pairs."""
+    logs = [[np.log(np.asarray(a) / np.asarray(b)) for a, b in combinations(copies, 2)] for copies in plans]
+    return [round(float(np.mean([np.corrcoef(x[1:], x[:-1])[0, 1] for x in of])), 2) for of in logs]
 
 
 def main() -> None:
@@ -144,19 +143,19 @@ def main() -> None:
         args.data.write_text(json.dumps(record(args.rounds, args.chunk)) + "\n")
         return
     data = json.loads(args.data.read_text())
-    pairs = list(data["pairs"].values())
+    plans = list(data["copies"].values())
     result: dict[str, Any] = {"cpu": data["cpu"], "recorded": data["recorded"], "trials": args.trials}
-    result["correlation_of_neighbours"] = neighbours(pairs)
+    result["correlation_of_neighbours"] = neighbours(plans)
     for name, others, looks in (("alone", 1, False), ("corrected", OTHERS, False), ("looks", OTHERS, True)):
         print(f"{name:<10} said at " + "".join(f"{ratio:>8.0%}" for ratio in RATIOS), file=sys.stderr)
         result[name] = {}
         for rounds in ROUNDS:
             trials = args.trials // 4 if looks else args.trials
-            row = [rates(pairs, rounds, ratio, trials, others, looks) for ratio in RATIOS]
+            row = [rates(plans, rounds, ratio, trials, others, looks) for ratio in RATIOS]
             print(f"  {rounds:>3} rounds       " + "".join(f"{rate:>8.1%}" for rate in row), file=sys.stderr)
             result[name][rounds] = dict(zip(map(str, RATIOS), row, strict=True))
-    result["chosen"] = {rounds: chosen(pairs, rounds, args.trials // 4) for rounds in ROUNDS}
-    print("the fastest of 10 alike said to be faster: ", result["chosen"], file=sys.stderr)
+    result["chosen"] = {rounds: chosen(plans, rounds, args.trials) for rounds in ROUNDS}
+    print(f"the fastest of {COPIES} alike said to be faster: {result['chosen']}", file=sys.stderr)
     zeros = [row["0.0"] for name in ("alone", "corrected", "looks") for row in result[name].values()]
     result["false_faster"] = max(*zeros, *result["chosen"].values())
     print(json.dumps(result))

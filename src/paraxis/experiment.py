@@ -9,9 +9,10 @@ from paraxis import __version__
 from paraxis.errors import MissingError, ParaxisError, TaskError
 from paraxis.measure import records
 from paraxis.measure.breakdown import bound_by, events, replay, split, timelines
-from paraxis.measure.machine import describe, usable_cores
+from paraxis.measure.machine import describe, pinned, usable_cores
 from paraxis.measure.records import Baseline, MeshRecord, Result, Study
 from paraxis.measure.samples import Book
+from paraxis.measure.speed import with_speeds
 from paraxis.measure.statistics import paired
 from paraxis.plan.plan import Plan
 from paraxis.plan.space import space
@@ -79,7 +80,8 @@ def _empty(spec: TaskSpec, session: Session, workers: int) -> Study:
     facts = session.known()
     task = spec.model_dump() | {"batch": facts.batch, "parameters": facts.parameters, "workers": workers}
     task |= {"name": facts.network, "layers": len(facts.layers), "steps_per_epoch": facts.steps_per_epoch}
-    machine = describe()
+    machine = with_speeds(describe())  # the ranks are up and asleep
+    machine.pinning = pinned(session.quiet)
     return Study(
         task=task, machine=machine, today=None, baseline=None, results=[], recommendation=None, version=__version__
     )

@@ -82,9 +82,9 @@ def warm_up(samples: Sequence[float]) -> int:
     """How many leading samples are warm-up: at most half, and none of fewer than six.
 
     As long as the first is far slower than those behind it (above Tukey's outer fence of them: the upper quartile and
-    three times the distance of the quartiles, Tukey 1977) it goes, for a median hides one such sample but percentiles do
-    not. So do those before a change point to faster ones, by the rank test of Pettitt (1979). Both are strict: what is
-    cut off for being slow flatters what stays.
+    three times the distance of the quartiles, Tukey 1977) it goes, for a median hides one such sample but percentiles
+    do not. So do those before a change point to faster ones, by the rank test of Pettitt (1979). Both are strict: what
+    is cut off for being slow flatters what stays.
     """
     start = 0
     while len(samples) >= 6 and start < len(samples) // 2:
