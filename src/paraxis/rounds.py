@@ -92,7 +92,7 @@ def measure(session: Session, rows: list[Row], clock: Clock, study: Study, book:
     Plans that are far behind, or already told apart from the best, take part in every third round only: what is left
     goes into telling apart the others. A round that other programs disturbed does not count where enough calm ones do.
     """
-    first = number = 1 + max((s.round for s in book.samples), default=-1)
+    number = 1 + max((s.round for s in book.samples), default=-1)
     resting: set[str] = set()
     while number < FEWEST or clock.left() > 0:
         resting |= {row.key for row in rows if number >= FEWEST and _far_behind(row, rows)}
@@ -110,7 +110,7 @@ def measure(session: Session, rows: list[Row], clock: Clock, study: Study, book:
         number += 1
         if number in LOOKS:
             resting = settled(rows)
-            if number > first and all(row.key in resting for row in rows if row.live):
+            if all(row.key in resting for row in rows if row.live):
                 study.notes.append(f"the answer was clear after {number} rounds, {clock.left():.0f} s before the end")
                 break
     _conclude(rows, study, book)
@@ -195,8 +195,9 @@ def _conclude(rows: list[Row], study: Study, book: Book) -> None:
 
 
 def _far_behind(row: Row, rows: list[Row]) -> bool:
-    """Slower than twice the best by its own best step; today, with which the best is compared, never is."""
-    best = min((min(other.measured.values()) for other in rows if other.live and other.measured), default=0.0)
+    """Slower than twice the best exact plan by its own best step; today, with which that is compared, never is."""
+    exact = [other for other in rows if other.live and other.measured and other.result.exact]
+    best = min((min(other.measured.values()) for other in exact), default=math.inf)
     return row.plan.engine != "plain" and bool(row.measured) and min(row.measured.values()) > 2 * best
 
 
