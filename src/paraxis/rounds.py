@@ -20,7 +20,7 @@ from paraxis.session import Session, failure
 
 TRACED = 3  # steps whose instructions are timed, at the end of every chunk
 SHORTEST, LONGEST = 0.04, 0.4  # seconds of a chunk
-PLANNED, FEWEST, MOST = 20, 3, 200  # rounds: as many as the budget is cut into, at least, at most
+PLANNED, FEWEST, MOST = 20, 3, 200  # rounds: as many as the budget is cut into, at least of a plan, at most
 LOOKS = (10, 14, 20, 28, 40, 56, 80, 112, 160)  # rounds after which it may end because the answer is clear
 TODAY_WIDTH = 0.1  # relative, of the interval of the ratio to today, before the answer is clear
 DISTURBED = 0.3  # cores that other programs keep busy in a round that does not count as calm
@@ -42,6 +42,11 @@ class Row:
     def live(self) -> bool:
         """Whether it is set up and can be measured."""
         return self.result.status == "ok"
+
+    @property
+    def lacks(self) -> bool:
+        """Whether it has so few rounds that it is measured whatever the budget, and today beside it."""
+        return self.live and len(self.measured) < FEWEST
 
     @property
     def sorted(self) -> Sorted:
@@ -94,16 +99,16 @@ def measure(session: Session, rows: list[Row], clock: Clock, study: Study, book:
     """
     number = 1 + max((s.round for s in book.samples), default=-1)
     resting: set[str] = set()
-    while number < FEWEST or clock.left() > 0:
-        resting |= {row.key for row in rows if number >= FEWEST and _far_behind(row, rows)}
+    while (lacking := [row.key for row in rows if row.lacks]) or clock.left() > 0:
+        resting |= {row.key for row in rows if not row.lacks and _far_behind(row, rows)}
         live = [row for row in rows if row.live and (number % 3 == 0 or row.key not in resting)]
         if not live or number >= MOST:
             break
         _choose_chunks(live, clock, _calm(rows))
         load = ForeignLoad([pid for pool in session.pools.values() for pid in pool.pids])
         for row in random.Random(number).sample(live, len(live)):
-            if number >= FEWEST and clock.left() <= 0:
-                break
+            if clock.left() <= 0 and not (row.lacks or (lacking and row.plan.engine == "plain")):
+                continue
             session.tell(f"measuring, round {number + 1}", min(1.0, clock.spent() / clock.budget))
             _one(session, row, rows, number, load, book)
         _disturbances(rows, book)

@@ -110,6 +110,7 @@ def test_the_machine_is_described_and_measured(explored: Any) -> None:
     assert machine["versions"]["numpy"] and machine["pinning"] and machine["load_after"] is not None
 
 
+@pytest.mark.slow
 def test_going_on_keeps_the_rounds_measured_before_and_refuses_another_task(explored: Any) -> None:
     _, desk = explored
     folder = desk.folder / "paraxis-study"

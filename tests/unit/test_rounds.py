@@ -150,3 +150,14 @@ def test_three_rounds_are_measured_however_small_the_budget(monkeypatch: pytest.
     rows = three()
     run(monkeypatch, Fake({"today": 5.0, "serial": 5.0, "dp": 5.0}), rows, budget=1.0)
     assert [len(r.measured) for r in rows] == [3, 3, 3]
+
+
+def test_a_plan_that_joins_later_has_its_three_rounds_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With today in each of them, to be compared with."""
+    rows, book = three(), Book()
+    run(monkeypatch, Fake({"today": 1.0, "serial": 1.0}), rows[:2], budget=9.0, book=book)
+    late = row("pp=2,microbatches=4,comm=mpi", "pp")
+    before = len(rows[1].measured)
+    run(monkeypatch, Fake({"today": 1.0, "serial": 1.0, "pp": 1.0}), [*rows[:2], late], budget=0.5, book=book)
+    assert len(late.measured) == 3 and late.measured.keys() <= rows[0].measured.keys()
+    assert len(rows[1].measured) == before

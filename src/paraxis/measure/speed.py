@@ -20,7 +20,7 @@ import numpy as np
 from paraxis.measure.records import Machine, Rate
 
 SIDE = 512  # of the square matrices: three of them stay in a second-level cache or near it
-SLICE, SLICES = 0.05, 3  # seconds a thread works on end, and how often; the best counts, for others only slow it down
+SLICE, SLICES = 0.04, 3  # seconds a thread works on end, and how often; the best counts, for others only slow it down
 LIMIT = 15.0  # seconds that it may take in all
 ALONE = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL", "BLIS", "VECLIB_MAXIMUM")}
 HOW = {
