@@ -37,6 +37,7 @@ class Row:
     disturbed: set[int] = field(default_factory=set)
     traces: list[Trace] = field(default_factory=list)
     steps: int = 1
+    chunks: int = 0  # measured in this run; those of an earlier one have left no traces
 
     @property
     def live(self) -> bool:
@@ -45,8 +46,8 @@ class Row:
 
     @property
     def lacks(self) -> bool:
-        """Whether it has so few rounds that it is measured whatever the budget, and today beside it."""
-        return self.live and len(self.measured) < FEWEST
+        """Whether it has so few rounds, or none of this run, that it is measured whatever the budget, today beside it."""
+        return self.live and (len(self.measured) < FEWEST or not self.chunks)
 
     @property
     def sorted(self) -> Sorted:
@@ -130,6 +131,7 @@ def _one(session: Session, row: Row, rows: list[Row], number: int, load: Foreign
         if not session.home_alive(row.plan):
             lost(session, rows, row)
         return
+    row.chunks += 1
     row.measured[number] = answers[0]["seconds"] / row.steps
     book.add(
         Sample(

@@ -118,6 +118,7 @@ def test_every_sample_is_kept_and_a_later_run_goes_on(monkeypatch: pytest.Monkey
     again, more = three(), Book(book.path, list(kept))
     resume(again, more)
     assert [r.measured for r in again] == [r.measured for r in rows]
+    assert all(r.lacks for r in again), "each plan is traced anew, be it once"
     run(monkeypatch, Fake(fake.speeds, noise=0.2), again, budget=3.0, book=more)
     now = read(tmp_path / "samples.jsonl")
     assert now[: len(kept)] == kept and len(now) > len(kept)
