@@ -19,7 +19,7 @@ from paraxis.plan.space import space
 from paraxis.program.grid import draw, simplify
 from paraxis.proof import prove, steps_for
 from paraxis.recommend import recommend
-from paraxis.rounds import Clock, Row, chunk, lost, measure, resume
+from paraxis.rounds import Clock, Row, chunk, lost, measure
 from paraxis.run.joined import JoinedPool
 from paraxis.session import Session, Tell, failure, open_session
 from paraxis.task.spec import TaskSpec
@@ -64,7 +64,6 @@ def explore_task(
         rows = _rows(session, count, comms, missing, book)
         today = _today(session)
         book.agrees(study.task, study.machine, [row.plan.text() for row in (today, *rows)])
-        resume([today, *rows], book)
         try:
             _set_up(session, [today, *rows], clock, lambda: _publish(study, session, today, rows, save))
             measure(session, [today, *rows], clock, study, book)

@@ -28,13 +28,13 @@ DISTURBED = 0.3  # cores that other programs keep busy in a round that does not 
 
 @dataclass
 class Row:
-    """A plan on its way through the experiment; `measured` are step seconds by round, `foreign` cores by round."""
+    """A plan on its way through the experiment; `measured` are step seconds by round."""
 
     plan: Plan
     key: str
     result: Result
     measured: dict[int, float] = field(default_factory=dict)
-    disturbed: set[int] = field(default_factory=set)
+    disturbed: set[int] = field(default_factory=set)  # rounds in which other programs were busy
     traces: list[Trace] = field(default_factory=list)
     steps: int = 1
     chunks: int = 0  # measured in this run; those of an earlier one have left no traces
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def lacks(self) -> bool:
-        """Whether it has so few rounds, or none of this run, that it is measured whatever the budget, today beside it."""
+        """Whether it is measured whatever the budget, with today beside it: it has few rounds, or none of this run."""
         return self.live and (len(self.measured) < FEWEST or not self.chunks)
 
     @property
@@ -98,6 +98,7 @@ def measure(session: Session, rows: list[Row], clock: Clock, study: Study, book:
     Plans that are far behind, or already told apart from the best, take part in every third round only: what is left
     goes into telling apart the others. A round that other programs disturbed does not count where enough calm ones do.
     """
+    resume([row for row in rows if row.live], book)
     number = 1 + max((s.round for s in book.samples), default=-1)
     resting: set[str] = set()
     while (lacking := [row.key for row in rows if row.lacks]) or clock.left() > 0:

@@ -119,7 +119,10 @@ def test_every_sample_is_kept_and_a_later_run_goes_on(monkeypatch: pytest.Monkey
     resume(again, more)
     assert [r.measured for r in again] == [r.measured for r in rows]
     assert all(r.lacks for r in again), "each plan is traced anew, be it once"
+    for r in again:
+        r.measured = {}
     run(monkeypatch, Fake(fake.speeds, noise=0.2), again, budget=3.0, book=more)
+    assert all(r.measured.items() <= s.measured.items() for r, s in zip(rows, again, strict=True))
     now = read(tmp_path / "samples.jsonl")
     assert now[: len(kept)] == kept and len(now) > len(kept)
     assert len({(s.plan, s.round) for s in now}) == len(now)
