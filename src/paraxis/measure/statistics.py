@@ -126,7 +126,7 @@ def told_apart(first: dict[int, float], other: dict[int, float], level: float = 
     """Whether the interval of the paired ratio, by signed ranks of its logarithms, excludes 1 at this level.
 
     A bootstrap of the median would do at 95%, but at the strict levels of many comparisons its tails are too light: it
-    told plans that are alike apart five times as often as it said. Where a strict level would need more rounds than
+    tells plans that are alike apart several times as often as it says. Where a strict level would need more rounds than
     there are (n that all agree happen by chance in 2^(1-n) of pairs alike), six or more may do by their distance from
     1: Student's t of the logarithms.
     """
