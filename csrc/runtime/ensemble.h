@@ -26,7 +26,7 @@ struct Hyper {
     double weight = 1;  // what a sum of gradients is divided by
 };
 
-constexpr int RING = 4;  // steps whose timestamps are kept
+constexpr int RING = 256;  // steps whose timestamps are kept: all that are handed over at once
 
 template <class T>
 class Ensemble {

@@ -12,13 +12,13 @@ from typing import Any
 from paraxis import __version__
 from paraxis.errors import MissingError, ParaxisError, TaskError
 from paraxis.measure import records
-from paraxis.measure.breakdown import Trace, bound_by, events, replay, split, timelines
+from paraxis.measure.breakdown import Window, keep_middle, window
+from paraxis.measure.explain import explain_today, fill
 from paraxis.measure.machine import ForeignLoad, describe, usable_cores
 from paraxis.measure.records import Baseline, MeshRecord, Result, Study
 from paraxis.measure.statistics import paired, seconds
 from paraxis.plan.plan import Plan
 from paraxis.plan.space import space
-from paraxis.program.grid import draw, simplify
 from paraxis.proof import mean_losses, prove, steps_for
 from paraxis.recommend import recommend
 from paraxis.run.joined import JoinedPool
@@ -27,7 +27,7 @@ from paraxis.task.spec import TaskSpec
 
 PROOF_STEPS = 4
 REPORTING = 6.0  # seconds of the budget kept for the statistics and the report
-TRACED = 3  # steps whose instructions are timed, at the end of every chunk
+TRACED = 256  # of the last steps of every chunk, those whose instructions are accounted for
 PROOF_SHARE = 0.6  # of the budget left after start-up: what is not set up and proved by then is not reached
 SHORTEST, LONGEST = 0.04, 0.4  # seconds of a chunk
 Save = Callable[[Study], None]
@@ -41,7 +41,7 @@ class Row:
     key: str
     result: Result
     times: dict[int, float] = field(default_factory=dict)
-    traces: list[Trace] = field(default_factory=list)
+    windows: dict[int, Window] = field(default_factory=dict)  # of the rounds near the median
     steps: int = 1
 
     @property
@@ -244,8 +244,8 @@ def _measure(session: Session, rows: list[Row], clock: Clock, study: Study) -> N
                     _lost(session, rows, row)
                 continue
             row.times[rounds] = answers[0]["seconds"] / row.steps
-            traces = zip(*(a["traces"] for a in answers), strict=True)
-            row.traces = [*row.traces[-9:], *((same[0][0], [r for t in same for r in t[1]]) for same in traces)]
+            if (seen := window(answers)) is not None:
+                row.windows = keep_middle(row.windows | {rounds: seen}, row.times)
         foreign.append(load.cores())
         rounds += 1
     study.machine.foreign_cores = round(median(foreign), 2) if foreign else None
@@ -298,38 +298,27 @@ def _publish(study: Study, session: Session, today: Row, rows: list[Row], save: 
         study.baseline = Baseline(plan=best.result.plan, step_seconds=seconds(list(best.times.values())))
     for row in (today, *rows):
         one = ones.get("native" if row.plan.engine == "native" else "torch")
-        _derive(row, session, today, best, one, study.task["batch"])
+        _derive(row, session, today, best, one, study)
     study.recommendation = recommend(study, {row.result.plan: row.times for row in (today, *rows)})
     save(study)
 
 
-def _derive(row: Row, session: Session, today: Row, best: Row | None, one: Row | None, batch: int) -> None:
+def _derive(row: Row, session: Session, today: Row, best: Row | None, one: Row | None, study: Study) -> None:
     result = row.result
     if not row.times:
         return
     result.step_seconds = seconds(list(row.times.values()))
     time_of_step = result.step_seconds.median
-    result.samples_per_second = batch / time_of_step
+    result.samples_per_second = study.task["batch"] / time_of_step
     result.vs_today = paired(row.times, today.times) if today.times else None
     if best is not None:
         result.speedup = median(best.times.values()) / time_of_step
     if one is not None and one.times:
         result.efficiency = median(one.times.values()) / time_of_step / result.workers
     if row.plan.engine == "plain":
-        facts = session.known()
-        result.bound_by = "op overhead" if facts.dispatch > 0.5 * time_of_step else "compute"
-    if not row.traces:
-        return
-    program = session.program(row.plan)
-    lines = timelines(program, row.traces)
-    result.split = split(lines, time_of_step)
-    result.exposed_comm_fraction = result.split.communication / time_of_step
-    result.bubble_fraction = result.split.pipeline_wait / time_of_step
-    result.bound_by = bound_by(row.plan, result.split, session.known(), result.oversubscribed)
-    middle = sorted(lines, key=lambda line: line.makespan)[len(lines) // 2]
-    result.timeline = events(middle)
-    result.simulated = events(replay(program, lines, row.traces[-1][0]))
-    result.program_text = draw(simplify(program.body(program.period[-1][0])))
+        explain_today(result, session.known(), study.machine)
+    elif row.windows:
+        fill(result, session.program(row.plan), row.windows, row.times, session.known(), study.machine)
 
 
 def save_to(folder: Path) -> Save:
