@@ -1,8 +1,8 @@
 """From the clocks of timed steps to where a step's time goes.
 
 Every part is measured: instructions by the clocks around them, what an interpreter adds to each by an interpreter that
-does nothing else (`run.null`), what lies between steps by clocks of its own. Nothing is scaled to fit; what no clock has
-covered stays visible as the remainder.
+does nothing else (`run.null`), what lies between steps by clocks of its own. Nothing is scaled to fit; what no clock
+has covered stays visible as the remainder.
 """
 
 import itertools

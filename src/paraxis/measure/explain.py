@@ -28,6 +28,7 @@ HALF = 0.50  # of the computing: what calls, or weights on their way from memory
 UNEVEN = 0.50  # of the waiting: what uneven stages must explain of it to be the cause
 SMALL = 64 << 10  # bytes of a message up to which its time is latency
 SLOW = 0.10  # of the memory's bandwidth: a rate below it is not limited by bytes
+USUAL = 10e9  # bytes a second: the memory of one core, where it has not been measured
 CAUSES = (
     "oversubscription",
     "bubble",
@@ -43,8 +44,9 @@ CAUSES = (
 
 @dataclass(frozen=True)
 class Evidence:
-    """The figures that decide. Seconds are of one step; `layers` are forward and backward of one whole batch; `sent` are
-    bytes and messages of one rank; `dispatch` is a forward and backward of one sample; `memory` is bytes a second."""
+    """The figures that decide. Seconds are of one step; `layers` are forward and backward of one whole batch; `sent`
+    are bytes and messages of one rank; `dispatch` is a forward and backward of one sample; `memory` is bytes a second.
+    """
 
     plan: Plan
     step: float
@@ -165,8 +167,13 @@ def _communication(e: Evidence, share: float) -> Verdict:
     plan, (sent, messages) = e.plan, e.sent
     each = sent / messages if messages else 0.0
     rate = sent / e.parts.communication
-    seen = f"{messages:.0f} messages of {_bytes(each)} a step take {_ms(e.parts.communication)}, {rate / 1e9:.2g} GB/s"
-    if each <= SMALL or (e.memory is not None and rate < SLOW * e.memory):
+    seen = (
+        f"{messages:.0f} message{'s' * (messages > 1)} a step, of {_bytes(each)}, take {_ms(e.parts.communication)}: "
+        f"{rate / 1e9:.2g} GB/s"
+        if sent
+        else f"{messages:.0f} meetings of threads a step take {_ms(e.parts.communication)}"
+    )
+    if each <= SMALL or rate < SLOW * (e.memory or USUAL):
         return Verdict("latency", share, seen, _fewer_messages(plan))
     change = "a larger batch, for the bytes stay the same" if plan.dp > 1 else "a split where activations are smaller"
     if plan.comm == "gloo":
@@ -220,7 +227,7 @@ def _computing(e: Evidence) -> Verdict:
     plan, parts = e.plan, e.parts
     calls = plan.microbatches * e.dispatch / plan.pp if plan.engine in ("torch", "plain") else 0.0
     if calls > HALF * parts.compute:
-        seen = f"a forward and backward of a single sample takes {_ms(e.dispatch)} already, {calls / e.step:.0%} of the step"
+        seen = f"a forward and backward of a single sample takes {_ms(e.dispatch)}, {calls / e.step:.0%} of the step"
         return Verdict("per-call overhead", 0.0, seen, _fewer_calls(plan))
     # F and B read the weights, and B writes their gradients, once a microbatch, however few samples that has.
     moved = 3 * 4 * e.parameters / plan.pp * plan.microbatches
@@ -232,6 +239,8 @@ def _computing(e: Evidence) -> Verdict:
         return Verdict("memory bandwidth", 0.0, seen, f"{change}a larger batch, which reads them no more often")
     idle = e.cores - plan.workers
     seen = f"{parts.compute / e.step:.0%} of the step is computing"
+    if plan.engine == "plain":
+        seen = f"calls take at most {calls / e.step:.0%} of its {_ms(e.step)}"
     if idle > 0:
         return Verdict("compute", 0.0, seen, f"more workers: {idle} of {e.cores} cores are idle")
     return Verdict("compute", 0.0, seen, "more cores" + ("" if plan.engine == "native" else " or engine=native"))

@@ -1,7 +1,7 @@
 """Who did what, from when to when: the same type for a measured and a simulated step."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from paraxis.program.instructions import COLLECTIVES, RECEIVES, SENDS, Instruction, Program
@@ -103,21 +103,36 @@ def _ready(program: Program, begun: dict[tuple[object, ...], float], i: Instruct
     return begun[_name(other, i.peer)]
 
 
-def cells(timeline: Timeline, width: int) -> list[str]:
-    """The timeline as text, a line a rank: a microbatch's last digit in F (plain) and B (bracketed by shade)."""
-    scale = width / timeline.makespan if timeline.makespan else 0.0
+Box = tuple[int, float, float, str]  # rank, start, end, and the character that fills it
+
+
+def cells(timeline: Timeline, width: int, seconds: float = 0.0) -> list[str]:
+    """The timeline as text, a line a rank: a microbatch's last digit in F (plain) and B (bracketed by shade).
+
+    `seconds`: what the whole width stands for (default: this timeline), so that two can be drawn to one scale.
+    """
     zero = min((s.start for s in timeline.spans), default=0.0)
+    ordered = sorted(timeline.spans, key=lambda s: s.kind == "compute")
+    boxes = [
+        (s.rank, s.start - zero, s.end - zero, mark(s.kind, s.instruction.op, s.instruction.microbatch))
+        for s in ordered
+    ]
+    return rows(boxes, timeline.ranks, width, seconds or timeline.makespan)
+
+
+def mark(kind: str, op: str, microbatch: int) -> str:
+    """The character that stands for a span."""
+    if kind == "compute":
+        return str(microbatch % 10) if op.startswith("F") else "abcdefghij"[microbatch % 10]
+    marks = {"pipeline_wait": "·", "straggler_wait": "·", "communication": "=", "optimizer": "u", "data": "l"}
+    return marks.get(kind, "?")
+
+
+def rows(boxes: Iterable[Box], ranks: int, width: int, seconds: float) -> list[str]:
+    """A line a rank, `width` characters for `seconds`; later boxes cover earlier ones."""
+    scale = width / seconds if seconds else 0.0
     lines: dict[int, list[str]] = defaultdict(lambda: [" "] * width)
-    painters: dict[str, Callable[[Instruction], str]] = {
-        "compute": lambda i: str(i.microbatch % 10) if i.op == "F" else "abcdefghij"[i.microbatch % 10],
-        "pipeline_wait": lambda i: "·",
-        "straggler_wait": lambda i: "·",
-        "communication": lambda i: "=",
-        "optimizer": lambda i: "u",
-        "data": lambda i: "l",
-    }
-    for span in sorted(timeline.spans, key=lambda s: s.kind == "compute"):
-        first, last = round((span.start - zero) * scale), round((span.end - zero) * scale)
-        for column in range(first, min(last, width)):
-            lines[span.rank][column] = painters[span.kind](span.instruction)
-    return [f"rank {rank} |{''.join(lines[rank])}|" for rank in range(timeline.ranks)]
+    for rank, start, end, character in boxes:
+        for column in range(round(start * scale), min(round(end * scale), width)):
+            lines[rank][column] = character
+    return [f"rank {rank} |{''.join(lines[rank])}|" for rank in range(ranks)]
