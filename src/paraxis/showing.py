@@ -87,8 +87,10 @@ def show_lines(document: dict[str, Any], width: int) -> list[str]:
 
 
 def is_study(text: str) -> bool:
-    """Whether a word of the command line is a folder or file of a study, not a plan."""
-    return text not in ("serial", "today", "best") and Path(text).exists()
+    """Whether a word of the command line is a folder or file of a study, not a plan: it is there, or looks like one."""
+    if text in ("serial", "today", "best"):
+        return False
+    return Path(text).exists() or "/" in text or text.endswith(".json")
 
 
 def simulated_events(document: dict[str, Any]) -> list[Event]:

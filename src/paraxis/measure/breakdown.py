@@ -61,11 +61,11 @@ def keep_middle(windows: dict[int, Window], times: Times, count: int = KEPT) -> 
     return {r: windows[r] for r in sorted(near)}
 
 
-def middle_rounds(windows: Mapping[int, Window], times: Times) -> list[int]:
-    """The third of all rounds that stands around the median, as far as their windows were kept: their mean is close to
-    the median, and a single disturbed chunk does not decide."""
+def middle_rounds(windows: Mapping[int, Window], times: Times, wide: bool = False) -> list[int]:
+    """The round with the median time, or the two whose mean it is: their parts add up to the median step, which a mean
+    over more rounds would not. `wide`: with the third of all rounds around them, for medians of single instructions."""
     order = sorted(times, key=lambda r: times[r])
-    drop = max(0, (len(order) - 1) // 2 - max(0, len(order) // 6))
+    drop = max(0, (len(order) - 1) // 2 - wide * (len(order) // 6))
     chosen = [r for r in order[drop : len(order) - drop] if r in windows]
     return chosen or sorted(windows)[:1]
 
@@ -80,23 +80,25 @@ def timelines(program: Program, steps: Iterable[Trace]) -> list[Timeline]:
 
 
 def account(program: Program, seen: Window, lines: Sequence[Timeline]) -> list[Split]:
-    """Seconds of a step of each rank by kind, `remainder` being what no clock covers; `lines` are the window's own."""
-    ranks, steps = program.mesh.size, len(seen.steps)
-    sums: list[dict[str, float]] = [defaultdict(float) for _ in range(ranks)]
-    for line in lines:
+    """Seconds of a step of each rank by kind, `remainder` being what no clock covers; `lines` are the window's own.
+
+    What was timed is the window of the first rank, so that is what every rank has to account for.
+    """
+    steps, start, end = len(seen.steps), seen.begun[0] / 1e9, seen.ended[0] / 1e9
+    sums: list[dict[str, float]] = [defaultdict(float) for _ in seen.begun]
+    for line, (_, rows) in zip(lines, seen.steps, strict=True):
+        zero = min(row[0] for row in rows) / 1e9
         for span, last in _with_last(line.spans):
-            length = span.end - span.start
+            length = max(0.0, min(span.end + zero, end) - max(span.start + zero, start))
             cost = min(length, seen.record[span.rank] / 1e9) if last else 0.0
             sums[span.rank][span.kind] += length - cost
             sums[span.rank]["overhead"] += cost
+    out = []
     for rank, parts in enumerate(sums):
         for kind, seconds in _gaps(program, seen, rank):
             parts[kind] += seconds
-    out = []
-    for rank, parts in enumerate(sums):
         each = {kind: parts.get(kind, 0.0) / steps for kind in Split.model_fields if kind != "remainder"}
-        whole = (seen.ended[rank] - seen.begun[rank]) / 1e9 / steps
-        out.append(Split(**each, remainder=whole - sum(each.values())))
+        out.append(Split(**each, remainder=(end - start) / steps - sum(each.values())))
     return out
 
 
@@ -111,21 +113,23 @@ def _with_last(spans: Sequence[Span]) -> Iterable[tuple[Span, bool]]:
 def _gaps(program: Program, seen: Window, rank: int) -> Iterable[tuple[str, float]]:
     """(kind, seconds) of what a rank did between steps, before the first and behind the last.
 
-    A rank that has ended a run waits for the others; then come the pieces that its process has timed.
+    Where a run ends a rank waits for the others; then comes what its process has timed there, or, with a process a
+    rank, the barrier. Before its first instruction it may have left a barrier later than the first rank.
     """
-    others = "pipeline_wait" if program.mesh.pp > 1 else "straggler_wait"
+    waits = "pipeline_wait" if program.mesh.pp > 1 else "straggler_wait"
     edges = [(rows[rank][0], rows[rank][-1], max(row[-1] for row in rows)) for _, rows in seen.steps]
-    before = (seen.begun[rank], seen.begun[rank])
-    for start, end, latest in [*edges, (seen.ended[rank], 0, 0)]:
-        last = end == 0
-        own, all_done = before
-        if last or any(own <= stop < start for _, _, stop in seen.between[rank]):
-            joined = min(max(own, all_done), start)
-            yield others, (joined - own) / 1e9
+    pieces, timed_until = seen.between[rank], seen.ended[0]
+    yield waits, max(0, seen.begun[rank] - seen.begun[0]) / 1e9
+    own = all_done = max(seen.begun[0], seen.begun[rank])
+    for start, end, latest in [*edges, (timed_until, timed_until, 0)]:
+        if start == timed_until or any(own <= stop < start for _, _, stop in pieces):
+            barrier = start == timed_until and not pieces and program.mesh.size > 1
+            joined = start if barrier else min(max(own, all_done), start)
+            yield waits, max(0, joined - own) / 1e9
             own = joined
-        for kind, a, b in seen.between[rank]:
+        for kind, a, b in pieces:
             yield kind, max(0, min(b, start) - max(a, own)) / 1e9
-        before = (end, latest)
+        own, all_done = end, latest
 
 
 def mean(parts: Sequence[Split]) -> Split:

@@ -280,7 +280,7 @@ def fill(
     result.split = against(mean(ranks), step)
     result.exposed_comm_fraction = result.split.communication / step
     result.bubble_fraction = result.split.pipeline_wait / step
-    every = [line for r in chosen for line in lines[r]]
+    every = [line for r in middle_rounds(windows, times, wide=True) for line in lines[r]]
     result.work = work(program, every)
     result.records_per_step = max(len(row) for _, rows in windows[chosen[0]].steps for row in rows)
     result.record_seconds = median(windows[chosen[0]].record) / 1e9

@@ -64,7 +64,7 @@ def _uncut(text: str) -> str:
 def document_of_plan(study: Study, text: str) -> dict[str, Any]:
     """Everything that a study knows of one plan."""
     result = find(study, text)
-    measured, simulated = length(result.timeline), length(result.simulated)
+    measured, simulated = typical(result), length(result.simulated)
     dumped = result.model_dump(mode="json")
     return dumped | {
         "measured_seconds": measured or None,
@@ -72,6 +72,15 @@ def document_of_plan(study: Study, text: str) -> dict[str, Any]:
         "difference": measured / simulated - 1 if measured and simulated else None,
         "drawn": {str(width): drawn(result, width) for width in (60, 100)},
     }
+
+
+def typical(result: Result) -> float:
+    """Seconds of a step as the simulator has them: the median step, or that drawn where not all steps are alike.
+
+    A drawn step of a pipeline is longer than that: its ranks are not at the same step at the same time.
+    """
+    alike = parse(result.plan).sync in ("gradient", "hogwild")
+    return result.step_seconds.median if result.step_seconds and alike else length(result.timeline)
 
 
 def drawn(result: Result, width: int) -> dict[str, list[str]]:
@@ -173,12 +182,12 @@ def _instructions(r: Result) -> list[str]:
 
 
 def _pictures(r: Result, width: int) -> list[str]:
-    measured, simulated = length(r.timeline), length(r.simulated)
+    measured, simulated = typical(r), length(r.simulated)
     lines: list[str] = []
     for name, picture in drawn(r, 100 if width >= 110 else 60).items():
-        lines += [f"{name}: {milliseconds(measured if name == 'measured' else simulated)} ms", *picture]
+        lines += [f"{name}: {milliseconds(measured if name == 'measured' else simulated)} ms a step", *picture]
     if simulated:
         off = measured / simulated - 1
         more = "more" if off > 0 else "less"
-        lines.append(f"{abs(off):.1%} {more} than the simulator makes of the median costs of its stages")
+        lines.append(f"measured {abs(off):.1%} {more} than the simulator makes of the median costs of its stages")
     return [*lines, LEGEND]
