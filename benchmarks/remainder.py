@@ -28,7 +28,9 @@ def main() -> int:
     given = options.parse_args()
     found = {}
     for network in given.networks:
-        with open_session(make_spec(network), {}, dict.fromkeys(("mpi", "gloo"), given.workers), None, silent) as session:
+        with open_session(
+            make_spec(network), {}, dict.fromkeys(("mpi", "gloo"), given.workers), None, silent
+        ) as session:
             session.begin(("solo", "mpi", "gloo"))
             layers = len(session.known().layers)
             plans = space(given.workers, layers, ("openmp", "mpi", "gloo"))

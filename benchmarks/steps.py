@@ -1,4 +1,4 @@
-"""What benchmarks of steps share: plans of a task timed in interleaved rounds, with the clocks of their instructions."""
+"""What benchmarks of steps share: plans timed in interleaved rounds, with the clocks of their instructions."""
 
 import random
 from collections.abc import Sequence

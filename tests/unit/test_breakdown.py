@@ -1,10 +1,20 @@
-"""Every nanosecond of a window is accounted for once: by its instruction, its interpreter, what lay between, or nobody."""
+"""Every nanosecond of a window is accounted for once: instruction, interpreter, what lay between, or nobody."""
 
 import random
 
 import pytest
 
-from paraxis.measure.breakdown import Window, account, against, keep_middle, mean, middle_rounds, timelines, window, work
+from paraxis.measure.breakdown import (
+    Window,
+    account,
+    against,
+    keep_middle,
+    mean,
+    middle_rounds,
+    timelines,
+    window,
+    work,
+)
 from paraxis.measure.records import Split
 from paraxis.plan.plan import parse
 from paraxis.program.instructions import Program

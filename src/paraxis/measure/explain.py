@@ -29,17 +29,6 @@ UNEVEN = 0.50  # of the waiting: what uneven stages must explain of it to be the
 SMALL = 64 << 10  # bytes of a message up to which its time is latency
 SLOW = 0.10  # of the memory's bandwidth: a rate below it is not limited by bytes
 USUAL = 10e9  # bytes a second: the memory of one core, where it has not been measured
-CAUSES = (
-    "oversubscription",
-    "bubble",
-    "imbalance",
-    "latency",
-    "bandwidth",
-    "per-call overhead",
-    "memory bandwidth",
-    "data",
-    "compute",
-)
 
 
 @dataclass(frozen=True)

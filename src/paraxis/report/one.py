@@ -1,6 +1,7 @@
 """One plan of a study, explained on a terminal: what it costs, where that goes, what binds it and what to change."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from paraxis.errors import PlanError, TaskError
+from paraxis.errors import ParaxisError, PlanError, TaskError
 from paraxis.measure.records import Event, Result, Study, read
-from paraxis.plan.plan import parse
+from paraxis.plan.plan import Plan, parse
 from paraxis.program.timeline import Box, mark, rows
 from paraxis.report.tables import PARTS, clean, difference, interval, length, megabytes, milliseconds, ratio
 
@@ -45,20 +46,25 @@ def find(study: Study, text: str) -> Result:
         return study.today
     named = [r for r in results if text in (r.plan, r.label)]
     if not named and ("=" in text or text == "serial"):
-        wanted = parse(text)
-        plans = [(r, parse(r.plan)) for r in results]
+        wanted = _plan(text) if " " in text else parse(text)  # a label with a mistake, or a plan with one
+        plans = [(r, known) for r in results if (known := _plan(r.plan)) is not None]
         named = [r for r, plan in plans if plan == wanted]
-        named = named or [r for r, plan in plans if not wanted.split and _uncut(plan.text()) == _uncut(wanted.text())]
+        named = named or [r for r, plan in plans if wanted == replace(plan, split=())]
     if not named:
         labels = [r.label for r in results]
         close = get_close_matches(text, labels, 3, cutoff=0.3) or labels[:3]
-        raise PlanError(f"plan {text!r} is not in this study; it has {', '.join(map(repr, close))} and others")
+        raise PlanError(
+            f"plan {text!r} is not in this study; it has {', '.join(map(repr, close)) or 'none'} and others"
+        )
     return named[0]
 
 
-def _uncut(text: str) -> str:
-    """A plan's text without where its stages are cut, which a study settles."""
-    return ",".join(part for part in text.split(",") if not part.startswith("split="))
+def _plan(text: str) -> Plan | None:
+    """The plan of a record, or None where another version wrote what this one cannot read."""
+    try:
+        return parse(text)
+    except ParaxisError:
+        return None
 
 
 def document_of_plan(study: Study, text: str) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def typical(result: Result) -> float:
 
     A drawn step of a pipeline is longer than that: its ranks are not at the same step at the same time.
     """
-    alike = parse(result.plan).sync in ("gradient", "hogwild")
+    alike = "sync=average" not in result.plan
     return result.step_seconds.median if result.step_seconds and alike else length(result.timeline)
 
 
