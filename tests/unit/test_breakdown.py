@@ -11,6 +11,7 @@ from paraxis.measure.breakdown import (
     keep_middle,
     mean,
     middle_rounds,
+    replay,
     timelines,
     window,
     work,
@@ -19,6 +20,7 @@ from paraxis.measure.records import Split
 from paraxis.plan.plan import parse
 from paraxis.program.instructions import Program
 from paraxis.program.lower import Layout, lower
+from paraxis.program.simulate import Costs, simulate
 from paraxis.run import null
 from paraxis.run.interpreter import Rank
 
@@ -167,6 +169,45 @@ def test_answers_of_processes_become_one_window_and_threads_are_one_process() ->
         assert found is not None and found.steps == seen.steps
         assert found.begun == (5, 5) and found.between == ((("data", 1, 2),),) * 2 and found.record == (30.0, 30.0)
     assert window([{"window": None}]) is None and window([apart[0], {}]) is None
+
+
+def steady(program: Program, forward: list[float], backward: list[float], transfer: float, steps: int) -> Window:
+    """Two stages that run step after step without a barrier, as the simulator has them."""
+    now, out = [0.0, 0.0], []
+    seconds = {"F": forward, "B": backward}
+    for _ in range(steps):
+        # the first instruction of a rank takes until its last step has ended
+        costs = Costs(
+            lambda i, now=now: seconds[i.op][i.stage] if i.op in seconds else now[i.stage] * (i.rule == "zero"),
+            lambda i: transfer,
+        )
+        rows = []
+        for rank in range(2):
+            spans = [s for s in simulate(program, costs).spans if s.rank == rank]
+            pairs = zip(spans, [*spans[1:], None], strict=True)
+            last = [s.end for s, behind in pairs if behind is None or behind.instruction is not s.instruction]
+            rows.append([round(t * 1e9) for t in (now[rank], *last)])
+        out.append(("step", rows))
+        now = [row[-1] / 1e9 for row in rows]
+    end = max(row[-1] for row in out[-1][1])
+    return Window(tuple(out), (0, 0), (end, end), ((), ()), (0.0, 0.0))
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("m", [2, 4, 8, 16])
+@pytest.mark.parametrize("uneven", [1.0, 1.6])
+def test_the_bubble_of_a_running_pipeline_is_that_of_its_replay(schedule: str, m: int, uneven: float) -> None:
+    """Also where ranks are not at the same step at the same time; for equal stages it is the textbook's."""
+    program = lower(parse(f"pp=2,schedule={schedule},microbatches={m}"), Layout((1, 1)))
+    seen = steady(program, [1.0 / m, uneven / m], [2.0 / m, 2 * uneven / m], 0.02 / m, 8)
+    lines = timelines(program, seen.steps)
+    parts, step = mean(accounted(program, seen)), seen.ended[0] / 1e9 / 8
+    again = replay(program, lines, "step")
+    assert parts.pipeline_wait / step == pytest.approx(again.bubble_fraction(), abs=0.01)
+    assert again.makespan == pytest.approx(step, rel=0.01)
+    assert parts.remainder == pytest.approx(0, abs=1e-6)
+    above = parts.pipeline_wait / step - 1 / (m + 1)
+    assert abs(above) < 0.01 if uneven == 1 else above > 0.03
 
 
 def test_work_counts_instructions_of_a_step() -> None:

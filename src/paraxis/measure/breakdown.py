@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from paraxis.measure.records import Event, Split, Work
-from paraxis.program.instructions import Instruction, Program
+from paraxis.program.instructions import COLLECTIVES, Instruction, Program
 from paraxis.program.simulate import Costs, simulate
 from paraxis.program.timeline import Span, Timeline, classify
 
@@ -177,20 +177,24 @@ def events(line: Timeline) -> list[Event]:
 def replay(program: Program, lines: Sequence[Timeline], name: str) -> Timeline:
     """The program simulated with its own measured medians of each stage: what the schedule alone makes of them."""
     seen: dict[tuple[str, int, int, str], list[float]] = defaultdict(list)
+    carried: dict[str, list[float]] = defaultdict(list)
     for line in lines:
-        for s in line.spans:
+        for n, s in enumerate(line.spans):
+            length = s.end - s.start
             if s.kind in ("compute", "optimizer", "data"):
-                seen[_key(s.instruction, program.mesh.coordinates(s.rank)[1])].append(s.end - s.start)
+                seen[_key(s.instruction, program.mesh.coordinates(s.rank)[1])].append(length)
+            elif s.kind == "communication" and s.instruction.waits:
+                # Who comes late for a message finds it there; only who waited for its sender saw it travel.
+                waited = n > 0 and line.spans[n - 1].instruction is s.instruction
+                if waited or s.instruction.base in COLLECTIVES:
+                    carried[s.instruction.base].append(length)
     cost = {key: median(values) for key, values in seen.items()}
-    transfers = [
-        s.end - s.start for line in lines for s in line.spans if s.kind == "communication" and s.instruction.waits
-    ]
-    typical = median(transfers) if transfers else 0.0
+    transfer = {base: median(values) for base, values in carried.items()}
 
     def compute(i: Instruction) -> float:
         return cost.get(_key(i, i.stage), 0.0)
 
-    return simulate(program, Costs(compute, lambda i: typical), name)
+    return simulate(program, Costs(compute, lambda i: transfer.get(i.base, 0.0)), name)
 
 
 def _key(i: Instruction, stage: int) -> tuple[str, int, int, str]:
