@@ -171,6 +171,18 @@ def test_answers_of_processes_become_one_window_and_threads_are_one_process() ->
     assert window([{"window": None}]) is None and window([apart[0], {}]) is None
 
 
+def test_clocks_of_two_hosts_are_laid_together_at_the_barrier() -> None:
+    program = program_of("dp=2")
+    seen = ticking(program, 3)
+    end, far = seen.ended[0], 10**15
+    rest = {"between": [], "record": 0.0}
+    here = {"steps": [[n, [rows[0]]] for n, rows in seen.steps], "begun": 0, "ended": end} | rest
+    there = {"steps": [[n, [[t - far for t in rows[1]]]] for n, rows in seen.steps], "begun": -far, "ended": end - far}
+    found = window([{"window": here}, {"window": there | rest}])
+    assert found is not None and found.steps == seen.steps and found.begun == (0, 0)
+    assert all(abs(parts.remainder) < 1e-12 for parts in accounted(program, found))
+
+
 def steady(program: Program, forward: list[float], backward: list[float], transfer: float, steps: int) -> Window:
     """Two stages that run step after step without a barrier, as the simulator has them."""
     now, out = [0.0, 0.0], []

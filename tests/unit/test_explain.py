@@ -55,8 +55,8 @@ def test_imbalance_of_stages() -> None:
     layers = (3e-3, 1e-3, 1e-3, 1e-3, 0.5e-3, 0.5e-3, 0.5e-3, 0.5e-3)
     found = judge(evidence("pp=2,microbatches=4,split=4+4", *uneven, layers=layers))
     assert found.cause == "imbalance" and "split=2+6 would balance it" in found.change
-    best = judge(evidence("pp=2,microbatches=4,split=2+6", *uneven, layers=layers))
-    assert best.cause == "imbalance" and "no cut of 8 layers is more even" in best.change and "dp=2" in best.change
+    best = judge(evidence("pp=2,microbatches=4,split=1+7", *uneven, layers=layers))
+    assert best.cause == "imbalance" and "no cut of its 8 layers is more even" in best.change and "dp=2" in best.change
     even = parts(pipeline_wait=3.4), parts(pipeline_wait=3.6)
     assert judge(evidence("pp=2,microbatches=4,split=4+4", *even, layers=layers)).cause == "bubble"
 
@@ -104,6 +104,8 @@ def test_memory_bandwidth() -> None:
         and "microbatches from 4 to 2" in verdict.change
     )
     assert judge(replace(wide, memory=50e9)).cause == "compute" and judge(replace(wide, memory=None)).cause == "compute"
+    slow = judge(evidence("threads=2", parts(optimizer=3), parameters=1_000))
+    assert slow.short == "per-call overhead 30%" and "fewer threads than 2" in slow.change
     update = judge(evidence("serial", parts(optimizer=3), parameters=1_000_000))
     assert update.short == "memory bandwidth 30%" and "20 MB" in update.seen and "larger batch" in update.change
 

@@ -42,6 +42,7 @@ def window(answers: Sequence[Mapping[str, Any]]) -> Window | None:
     parts = [a["window"] for a in answers if a.get("window")]
     if len(parts) < len(answers) or not parts or not parts[0]["steps"]:
         return None
+    parts = [_on_the_clock_of(parts[0], p) for p in parts]
     steps = zip(*(p["steps"] for p in parts), strict=True)
     ranks = [len(p["steps"][0][1]) for p in parts]  # threads as ranks are one process
     spread = lambda values: tuple(v for v, n in zip(values, ranks, strict=True) for _ in range(n))  # noqa: E731
@@ -52,6 +53,17 @@ def window(answers: Sequence[Mapping[str, Any]]) -> Window | None:
         between=spread(tuple((k, a, b) for k, a, b in p["between"]) for p in parts),
         record=spread(p["record"] for p in parts),
     )
+
+
+def _on_the_clock_of(first: Mapping[str, Any], part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A process's window by the first one's clock. Processes of one machine share it; where two disagree by more than
+    the window is long, they are on two hosts, and leave the last barrier at the same time, but for its latency."""
+    shift = first["ended"] - part["ended"]
+    if abs(shift) <= first["ended"] - first["begun"]:
+        return part
+    steps = [(name, [[t + shift for t in row] for row in rows]) for name, rows in part["steps"]]
+    between = [(kind, a + shift, b + shift) for kind, a, b in part["between"]]
+    return {**part, "steps": steps, "between": between, "begun": part["begun"] + shift, "ended": first["ended"]}
 
 
 def keep_middle(windows: dict[int, Window], times: Times, count: int = KEPT) -> dict[int, Window]:

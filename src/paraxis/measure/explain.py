@@ -1,7 +1,8 @@
 """What binds a plan and what to change, decided from its measured figures by thresholds that stand here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import fmean, median
 
 from paraxis.measure.breakdown import (
@@ -26,6 +27,7 @@ from paraxis.program.lower import balanced
 BINDS = 0.20  # of the step: the largest part that is not computing binds from here on
 HALF = 0.50  # of the computing: what calls, or weights on their way from memory, must take to bind it
 UNEVEN = 0.50  # of the waiting: what uneven stages must explain of it to be the cause
+EVENER = 0.98  # of the largest stage: what another cut must be below to be worth it
 SMALL = 64 << 10  # bytes of a message up to which its time is latency
 SLOW = 0.10  # of the memory's bandwidth: a rate below it is not limited by bytes
 USUAL = 10e9  # bytes a second: the memory of one core, where it has not been measured
@@ -100,30 +102,35 @@ def _pipeline(e: Evidence, share: float) -> Verdict:
     plan = e.plan
     busy = [fmean(_busy(e.ranks[plan.mesh.rank(d, p)]) for d in range(plan.dp)) for p in range(plan.pp)]
     lost = max(busy) - fmean(busy)
-    largest = max(busy) / (sum(busy) or 1.0)
     if lost >= UNEVEN * e.parts.pipeline_wait:
         seen = f"the slowest stage computes {_ms(max(busy))} of a step, the mean stage {_ms(fmean(busy))}"
-        return Verdict("imbalance", share, seen, _even_out(e, largest))
+        return Verdict("imbalance", share, seen, _even_out(e, busy))
     m, p = plan.microbatches, plan.pp
     seen = f"ranks wait {share:.0%} of the step for the pipeline to fill and drain"
     return Verdict("bubble", share, seen, _more_microbatches(e, (p - 1) / (m + p - 1), (p - 1) / (2 * m + p - 1)))
 
 
-def _even_out(e: Evidence, largest: float) -> str:
-    plan = e.plan
-    even = balanced(e.layers, plan.pp) if len(e.layers) >= plan.pp else ()
-    limit = f"no cut of {len(e.layers)} layers is more even, so {1 / largest:.2f}x is its limit"
-    if not even or even == plan.split:
-        return f"{limit}; dp={plan.pp * plan.dp} divides the samples instead"
-    ends = [sum(even[: n + 1]) for n in range(len(even))]
-    total = sum(e.layers) or 1.0
-    shares = [sum(e.layers[a:b]) / total for a, b in zip([0, *ends], ends, strict=False)]
-    if max(shares) >= 0.98 * largest:
+def _even_out(e: Evidence, busy: Sequence[float]) -> str:
+    """The best cut by the layers' times, each stage's in proportion to what it took: engines differ in what is dear."""
+    plan, largest = e.plan, max(busy) / (sum(busy) or 1.0)
+    costs = list(e.layers)
+    if sum(plan.split) == len(costs):
+        for seconds, (first, last) in zip(busy, _ranges(plan.split), strict=True):
+            scale = seconds / (sum(costs[first:last]) or 1.0)
+            costs[first:last] = [cost * scale for cost in costs[first:last]]
+    even = balanced(costs, plan.pp) if len(costs) >= plan.pp else ()
+    best = max((sum(costs[a:b]) for a, b in _ranges(even)), default=1.0) / (sum(costs) or 1.0)
+    if not even or even == plan.split or best >= EVENER * largest:
+        limit = f"no cut of its {len(costs)} layers is more even, so {1 / largest:.2f}x is its limit"
         return f"{limit}; dp={plan.pp * plan.dp} divides the samples instead"
     text = "+".join(map(str, even))
-    return (
-        f"split={text} would balance it: its largest stage has {max(shares):.0%} of the layers' time, not {largest:.0%}"
-    )
+    return f"split={text} would balance it: {best:.0%} of the computing on its largest stage, not {largest:.0%}"
+
+
+def _ranges(split: Sequence[int]) -> list[tuple[int, int]]:
+    """Layer ranges of stages with so many layers."""
+    ends = list(accumulate(split))
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def _more_microbatches(e: Evidence, now: float, then: float) -> str:
@@ -146,7 +153,7 @@ def _straggler(e: Evidence, share: float) -> Verdict:
     slow = max(range(len(busy)), key=lambda r: busy[r])
     over = busy[slow] / fmean(busy) - 1 if sum(busy) else 0.0
     seen = f"ranks wait {share:.0%} of the step for the slowest; rank {slow} works {over:.0%} longer than the mean"
-    fewer = f"dp={max(1, e.plan.dp // 2)}"
+    fewer = f"dp={e.plan.dp // 2}" if e.plan.dp > 2 else "dp=1"
     change = "keep other programs off its core" + (f", or fewer ranks: {fewer}" if e.plan.dp > 1 else "")
     return Verdict("imbalance", share, seen, change)
 
@@ -157,10 +164,10 @@ def _communication(e: Evidence, share: float) -> Verdict:
     each = sent / messages if messages else 0.0
     rate = sent / e.parts.communication
     seen = (
-        f"{messages:.0f} message{'s' * (messages > 1)} a step, of {_bytes(each)}, take {_ms(e.parts.communication)}: "
+        f"{messages:.3g} message{'s' * (messages != 1)} a step, of {_bytes(each)}, take {_ms(e.parts.communication)}: "
         f"{rate / 1e9:.2g} GB/s"
         if sent
-        else f"{messages:.0f} meetings of threads a step take {_ms(e.parts.communication)}"
+        else f"{messages:.3g} meetings of threads a step take {_ms(e.parts.communication)}"
     )
     if each <= SMALL or rate < SLOW * (e.memory or USUAL):
         return Verdict("latency", share, seen, _fewer_messages(plan))
@@ -190,6 +197,8 @@ def _interpreter(e: Evidence, share: float) -> Verdict:
 
 
 def _fewer_calls(plan: Plan) -> str:
+    if plan.threads > 1:
+        return f"fewer threads than {plan.threads}, which meet in every call, or a larger batch"
     if plan.microbatches > 1:
         return f"lower microbatches from {plan.microbatches} to {plan.microbatches // 2}, or a larger batch"
     return "a larger batch" + (", or engine=native, whose calls cost nanoseconds" if plan.engine != "native" else "")
@@ -198,10 +207,10 @@ def _fewer_calls(plan: Plan) -> str:
 def _optimizer(e: Evidence, share: float) -> Verdict:
     """An update reads weights, gradients and momentum and writes two of them, and computes next to nothing."""
     moved = 5 * 4 * e.parameters / e.plan.pp
-    seen = (
-        f"the update takes {share:.0%} of the step and streams about {_bytes(moved)}, "
-        f"{moved / e.parts.optimizer / 1e9:.2g} GB/s"
-    )
+    rate = moved / e.parts.optimizer
+    seen = f"the update takes {share:.0%} of the step and streams about {_bytes(moved)}, {rate / 1e9:.2g} GB/s"
+    if rate < SLOW * (e.memory or USUAL):
+        return Verdict("per-call overhead", share, f"{seen}, far below what memory gives", _fewer_calls(e.plan))
     return Verdict(
         "memory bandwidth", share, seen, "a larger batch: an update costs the same for any number of samples"
     )
@@ -209,7 +218,8 @@ def _optimizer(e: Evidence, share: float) -> Verdict:
 
 def _data(e: Evidence, share: float) -> Verdict:
     seen = f"finding and copying samples takes {_ms(e.parts.data)} of a step"
-    return Verdict("data", share, seen, "keep samples in memory as bytes (--data), or a cheaper batches()")
+    change = "cheaper samples: bytes in memory (--data) rather than a batches() that computes them, or smaller ones"
+    return Verdict("data", share, seen, change)
 
 
 def _computing(e: Evidence) -> Verdict:
@@ -231,7 +241,9 @@ def _computing(e: Evidence) -> Verdict:
     if plan.engine == "plain":
         seen = f"calls take at most {calls / e.step:.0%} of its {_ms(e.step)}"
     if idle > 0:
-        return Verdict("compute", 0.0, seen, f"more workers: {idle} of {e.cores} cores are idle")
+        return Verdict(
+            "compute", 0.0, seen, f"more workers: {idle} of {e.cores} cores {'is' if idle == 1 else 'are'} idle"
+        )
     return Verdict("compute", 0.0, seen, "more cores" + ("" if plan.engine == "native" else " or engine=native"))
 
 
