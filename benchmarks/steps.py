@@ -65,7 +65,7 @@ def timed(session: Session, plans: Sequence[Plan], rounds: int, seconds: float) 
 def ask(session: Session, row: Timed, number: int, seconds: float) -> None:
     """One chunk; round -1 only finds out how long a step takes."""
     steps = max(1, min(5000, round(seconds / row.times[-1 if number < 1 else number - 1]))) if row.times else 2
-    request = {"do": "measure", "warm": 1 + steps // 10, "steps": steps, "trace": 256}
+    request = {"do": "measure", "warm": 1 + steps // 10, "steps": steps, "trace": 1024}
     answers = session.ask(row.plan.text(), row.plan, request)
     row.times[number] = answers[0]["seconds"] / steps
     seen = window(answers)

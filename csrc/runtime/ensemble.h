@@ -26,7 +26,7 @@ struct Hyper {
     double weight = 1;  // what a sum of gradients is divided by
 };
 
-constexpr int RING = 256;  // steps whose timestamps are kept: all that are handed over at once
+constexpr int RING = 1024;  // steps whose timestamps are kept: those of a chunk that is measured
 
 template <class T>
 class Ensemble {

@@ -27,7 +27,7 @@ from paraxis.task.spec import TaskSpec
 
 PROOF_STEPS = 4
 REPORTING = 6.0  # seconds of the budget kept for the statistics and the report
-TRACED = 256  # of the last steps of every chunk, those whose instructions are accounted for
+TRACED = 1024  # of the last steps of every chunk, those whose instructions are accounted for
 PROOF_SHARE = 0.6  # of the budget left after start-up: what is not set up and proved by then is not reached
 SHORTEST, LONGEST = 0.04, 0.4  # seconds of a chunk
 Save = Callable[[Study], None]

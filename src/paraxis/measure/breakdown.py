@@ -19,7 +19,7 @@ from paraxis.program.timeline import Span, Timeline, classify
 
 Trace = tuple[str, list[list[int]]]  # a body's name, and nanoseconds of every rank's instruction boundaries
 Times = Mapping[int, float]  # step seconds by round
-KEPT = 9  # windows that are kept of each plan
+KEPT = 5  # windows that are kept of each plan
 
 
 @dataclass(frozen=True)

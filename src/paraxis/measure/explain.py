@@ -285,10 +285,12 @@ def fill(
     result.work = work(program, every)
     result.records_per_step = max(len(row) for _, rows in windows[chosen[0]].steps for row in rows)
     result.record_seconds = median(windows[chosen[0]].record) / 1e9
-    middle = sorted(every, key=lambda line: line.makespan)[len(every) // 2]
-    result.timeline = events(middle)
-    result.simulated = events(replay(program, every, program.period[-1][0]))
-    result.program_text = draw(simplify(program.body(program.period[-1][0])))
+    last = program.period[-1][0]  # of a period of several steps, the one in which replicas meet, if it was seen
+    named = [(name, line) for r, seen in windows.items() for (name, _), line in zip(seen.steps, lines[r], strict=True)]
+    alike = [line for name, line in named if name == last] or every
+    result.timeline = events(sorted(alike, key=lambda line: line.makespan)[len(alike) // 2])
+    result.simulated = events(replay(program, every, last))
+    result.program_text = draw(simplify(program.body(last)))
     say(result, judge(evidence(result, program, facts, machine)))
 
 

@@ -6,7 +6,7 @@ from paraxis.run import null, openmp
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
 
-MOST = 4096  # clocks that a rank tells of, so that telling stays short
+MOST = 8192  # clocks that a rank tells of, so that telling stays short
 
 
 def traceable(rank: Rank | Team | None, steps: int) -> int:
