@@ -15,7 +15,7 @@ from typing import Any
 from paraxis.measure.records import Event, Split, Work
 from paraxis.program.instructions import COLLECTIVES, Instruction, Program
 from paraxis.program.simulate import Costs, simulate
-from paraxis.program.timeline import Span, Timeline, classify
+from paraxis.program.timeline import Resolved, Span, Timeline, classify, resolve
 
 Trace = tuple[str, list[list[int]]]  # a body's name, and nanoseconds of every rank's instruction boundaries
 Times = Mapping[int, float]  # step seconds by round
@@ -84,10 +84,13 @@ def middle_rounds(windows: Mapping[int, Window], times: Times, wide: bool = Fals
 
 def timelines(program: Program, steps: Iterable[Trace]) -> list[Timeline]:
     """One timeline a traced step."""
+    known: dict[str, Resolved] = {}
     out = []
     for name, stamps in steps:
         clocks = [[(a / 1e9, b / 1e9) for a, b in itertools.pairwise(row)] for row in stamps]
-        out.append(classify(program, name, clocks))
+        if name not in known:
+            known[name] = resolve(program, name)
+        out.append(classify(program, name, clocks, known[name]))
     return out
 
 

@@ -30,6 +30,7 @@ UNEVEN = 0.50  # of the waiting: what uneven stages must explain of it to be the
 EVENER = 0.98  # of the largest stage: what another cut must be below to be worth it
 SMALL = 64 << 10  # bytes of a message up to which its time is latency
 SLOW = 0.10  # of the memory's bandwidth: a rate below it is not limited by bytes
+SEEN = 60  # steps that are enough for the medians of instructions
 USUAL = 10e9  # bytes a second: the memory of one core, where it has not been measured
 
 
@@ -273,23 +274,23 @@ def fill(
     """Every field of a result that follows from the clocks of its timed steps. `result.step_seconds` must be there."""
     assert result.step_seconds is not None  # for the type checker
     step = result.step_seconds.median
-    lines = {r: timelines(program, seen.steps) for r, seen in windows.items()}
     chosen = middle_rounds(windows, times)
-    by_round = [account(program, windows[r], lines[r]) for r in chosen]
+    by_round = [account(program, windows[r], timelines(program, windows[r].steps)) for r in chosen]
     ranks = [mean(same) for same in zip(*by_round, strict=True)]
     result.split_by_rank = [against(parts, step) for parts in ranks]
     result.split = against(mean(ranks), step)
     result.exposed_comm_fraction = result.split.communication / step
     result.bubble_fraction = result.split.pipeline_wait / step
-    every = [line for r in middle_rounds(windows, times, wide=True) for line in lines[r]]
-    result.work = work(program, every)
     result.records_per_step = max(len(row) for _, rows in windows[chosen[0]].steps for row in rows)
     result.record_seconds = median(windows[chosen[0]].record) / 1e9
+    steps = [s for r in middle_rounds(windows, times, wide=True) for s in windows[r].steps]
     last = program.period[-1][0]  # of a period of several steps, the one in which replicas meet, if it was seen
-    named = [(name, line) for r, seen in windows.items() for (name, _), line in zip(seen.steps, lines[r], strict=True)]
-    alike = [line for name, line in named if name == last] or every
-    result.timeline = events(sorted(alike, key=lambda line: line.makespan)[len(alike) // 2])
-    result.simulated = events(replay(program, every, last))
+    alike = [s for s in steps if s[0] == last] or steps
+    every = timelines(program, steps[:: 1 + len(steps) // SEEN])
+    result.work = work(program, every)
+    drawn = timelines(program, alike[:: 1 + len(alike) // SEEN])
+    result.timeline = events(sorted(drawn, key=lambda line: line.makespan)[len(drawn) // 2])
+    result.simulated = events(replay(program, [*every, *drawn], last))
     result.program_text = draw(simplify(program.body(last)))
     say(result, judge(evidence(result, program, facts, machine)))
 

@@ -48,25 +48,40 @@ class Timeline:
 Clock = tuple[float, float]
 
 
-def classify(program: Program, body: str, clocks: list[list[Clock]]) -> Timeline:
+def classify(program: Program, body: str, clocks: list[list[Clock]], known: "Resolved | None" = None) -> Timeline:
     """A timeline from each rank's (start, end) of each instruction, on one clock.
 
     A receive that ends waits for its sender until that has started, then for the transfer; a collective waits for
-    the last to join. Seconds are counted from the earliest start.
+    the last to join. Seconds are counted from the earliest start. `known`: what `resolve` says of the body, which
+    many timelines of it can share.
     """
-    ranks = program.body(body)
     zero = min((clock[0][0] for clock in clocks if clock), default=0.0)
-    begun = _beginnings(ranks, clocks)
     spans: list[Span] = []
-    for rank, instructions in enumerate(ranks):
-        for i, (start, end) in zip(instructions, clocks[rank], strict=True):
-            ready = _ready(program, begun, i, rank)
-            kind, wait = _kind(i)
-            middle = min(max(start, ready), end) if wait else start
-            if middle > start:
-                spans.append(Span(rank, i, start - zero, middle - zero, wait))
-            spans.append(Span(rank, i, middle - zero, end - zero, kind))
-    return Timeline(tuple(spans), len(ranks))
+    for rank, instructions in enumerate(known or resolve(program, body)):
+        for (i, kind, wait, counterparts), (start, end) in zip(instructions, clocks[rank], strict=True):
+            if counterparts:
+                ready = max(clocks[r][n][0] for r, n in counterparts)
+                middle = min(max(start, ready), end)
+                if middle > start:
+                    spans.append(Span(rank, i, start - zero, middle - zero, wait))
+                    start = middle
+            spans.append(Span(rank, i, start - zero, end - zero, kind))
+    return Timeline(tuple(spans), len(clocks))
+
+
+# Of every rank's instructions: itself, its kind, the kind of the time in which its counterparts had not begun, and
+# where those stand (rank, number).
+Resolved = list[list[tuple[Instruction, str, str, list[tuple[int, int]]]]]
+
+
+def resolve(program: Program, body: str) -> Resolved:
+    """Whom each instruction of a body waits for, found out once."""
+    ranks = program.body(body)
+    begins = {_name(i, rank): (rank, n) for rank, row in enumerate(ranks) for n, i in enumerate(row) if i.starts}
+    return [
+        [(i, *_kind(i), [begins[name] for name in _awaited(program, i, rank)]) for i in row]
+        for rank, row in enumerate(ranks)
+    ]
 
 
 def _kind(i: Instruction) -> tuple[str, str]:
@@ -78,29 +93,17 @@ def _kind(i: Instruction) -> tuple[str, str]:
     return {"Load": "data", "Update": "optimizer"}.get(i.op, "compute"), ""
 
 
-def _beginnings(ranks: Iterable[Iterable[Instruction]], clocks: list[list[Clock]]) -> dict[tuple[object, ...], float]:
-    begun = {}
-    for rank, instructions in enumerate(ranks):
-        for i, clock in zip(instructions, clocks[rank], strict=True):
-            if i.starts:
-                begun[_name(i, rank)] = clock[0]
-    return begun
-
-
 def _name(i: Instruction, rank: int) -> tuple[object, ...]:
     return (i.base, i.axis, i.buffer, i.bucket, rank) if i.base in COLLECTIVES else (i.base, i.microbatch, rank)
 
 
-def _ready(program: Program, begun: dict[tuple[object, ...], float], i: Instruction, rank: int) -> float:
-    """When the counterparts of an instruction had begun."""
-    if not i.waits:
-        return float("-inf")
+def _awaited(program: Program, i: Instruction, rank: int) -> list[tuple[object, ...]]:
+    """Names of the starts that have to have begun before an instruction can end."""
+    if not i.waits or i.base in SENDS:
+        return []  # its receiver posted early; what a send waits for is the transfer
     if i.base in COLLECTIVES:
-        return max(begun[_name(i, r)] for r in program.mesh.group(rank, i.axis))
-    if i.base in SENDS:
-        return float("-inf")  # its receiver posted early; what a send waits for is the transfer
-    other = Instruction(i.base.replace("Recv", "Send") + "Start", microbatch=i.microbatch)
-    return begun[_name(other, i.peer)]
+        return [_name(i, r) for r in program.mesh.group(rank, i.axis)]
+    return [(i.base.replace("Recv", "Send"), i.microbatch, i.peer)]
 
 
 Box = tuple[int, float, float, str]  # rank, start, end, and the character that fills it
