@@ -3,13 +3,14 @@
 from dataclasses import replace
 
 import pytest
+from test_breakdown import MS, ticking
 
-from paraxis.measure.explain import BINDS, Evidence, explain_today, judge
+from paraxis.measure.explain import BINDS, Evidence, explain_today, fill, judge
 from paraxis.measure.facts import Facts
 from paraxis.measure.machine import describe
 from paraxis.measure.records import MeshRecord, Result, Seconds, Split
 from paraxis.plan.plan import parse
-from paraxis.program.lower import Layout
+from paraxis.program.lower import Layout, lower
 
 NONE = dict.fromkeys((kind for kind in Split.model_fields if kind != "remainder"), 0.0)
 
@@ -124,17 +125,51 @@ def test_the_largest_part_decides() -> None:
     assert judge(swapped).cause == "latency"
 
 
+def facts_with(dispatch: float) -> Facts:
+    return Facts(
+        layers=("Linear",) * 4, layout=Layout((9,) * 4), samples=8, forward=(1e-3,) * 4, backward=(1e-3,) * 4,
+        dispatch=dispatch, batch=8, steps_per_epoch=None, network="n", parameters=9, switched_off=(), unkeyed=(),
+        random=False, notes=(), has_test=False, first_batch=0,
+    )  # fmt: skip
+
+
+def measured(plan: str, seconds: float) -> Result:
+    known = parse(plan)
+    mesh = MeshRecord(dp=known.dp, pp=known.pp, tp=1)
+    time = Seconds(median=seconds, low=seconds, high=seconds, samples=[seconds])
+    return Result(
+        plan=plan, label=plan, mesh=mesh, schedule=known.schedule, engine=known.engine, threads=1, workers=mesh.dp,
+        status="ok", exact=True, step_seconds=time,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("dispatch, cause", [(8e-3, "per-call overhead"), (1e-3, "compute")])
 def test_the_frameworks_own_loop(dispatch: float, cause: str) -> None:
-    facts = Facts(
-        layers=("Linear",), layout=Layout((9,)), samples=8, forward=(1e-3,), backward=(1e-3,), dispatch=dispatch,
-        batch=8, steps_per_epoch=None, network="n", parameters=9, switched_off=(), unkeyed=(), random=False, notes=(),
-        has_test=False, first_batch=0,
-    )  # fmt: skip
-    today = Result(
-        plan="engine=plain", label="today", mesh=MeshRecord(dp=1, pp=1, tp=1), schedule="", engine="plain", threads=1,
-        workers=1, status="ok", exact=True, step_seconds=Seconds(median=10e-3, low=9e-3, high=11e-3, samples=[10e-3]),
-    )  # fmt: skip
-    explain_today(today, facts, describe())
+    today = measured("engine=plain", 10e-3)
+    explain_today(today, facts_with(dispatch), describe())
     assert today.bound_by == cause and today.explanation is not None
     assert f"{dispatch / 10e-3:.0%} of" in today.explanation
+
+
+@pytest.mark.parametrize("plan", ["serial", "dp=2", "dp=2,sync=average@3", "pp=2,microbatches=4,split=2+2"])
+def test_every_field_that_follows_from_the_clocks_is_filled(plan: str) -> None:
+    """Each instruction takes a millisecond, the record 250 ns of it; rounds differ, the median one counts."""
+    program = lower(parse(plan), Layout((1,) * 4))
+    windows = {r: ticking(program, 6, length=(1 + r) * MS, record=250.0) for r in range(3)}
+    times = {r: seen.ended[0] / 1e9 / 6 for r, seen in windows.items()}
+    result = measured(plan, times[1])
+    fill(result, program, windows, times, facts_with(1e-6), describe())
+    assert result.split is not None and len(result.split_by_rank) == program.mesh.size
+    for parts in [result.split, *result.split_by_rank]:
+        assert sum(parts.model_dump().values()) == pytest.approx(times[1]) and parts.remainder < 1e-9
+    assert result.record_seconds == pytest.approx(250e-9)
+    last = program.body(program.period[-1][0])
+    assert result.records_per_step == max(len(row) for _, ranks in program.bodies[:-2] for row in ranks) + 1
+    assert {w.rank for w in result.work} == set(range(program.mesh.size))
+    # of a period of several steps, the one that is drawn is the one in which replicas meet, as in the simulated step
+    labels = {i.label() for row in last for i in row if i.waits}
+    assert labels <= {e.label for e in result.timeline} | {
+        i.label() for row in last for i in row if i.base[:4] == "Send"
+    }
+    assert result.simulated and result.program_text and result.explanation
+    assert result.bubble_fraction == result.split.pipeline_wait / times[1]
