@@ -26,7 +26,7 @@ struct Hyper {
     double weight = 1;  // what a sum of gradients is divided by
 };
 
-constexpr int RING = 4;  // steps whose timestamps are kept
+constexpr int RING = 1024;  // steps whose timestamps are kept: those of a chunk that is measured
 
 template <class T>
 class Ensemble {

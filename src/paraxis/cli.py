@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from paraxis import __version__
-from paraxis.errors import ParaxisError
+from paraxis.errors import ParaxisError, TaskError
 from paraxis.progress import err, progress
 from paraxis.run.joined import JoinedPool, joined_ranks, let_the_first_speak
 from paraxis.session import Tell
@@ -262,26 +262,71 @@ def _epoch_line(epoch: dict[str, Any]) -> str:
 
 
 @app.command
-def show(plan: str, network: str | None = None, /, *, json_: Json = False, task: TaskOptions = DEFAULT) -> int:
-    """Draw the program of every rank, and its simulated timeline.
+def show(
+    what: str,
+    detail: str | None = None,
+    /,
+    *,
+    trace: Path | None = None,
+    json_: Json = False,
+    task: TaskOptions = DEFAULT,
+) -> int:
+    """Explain one plan of a study, or draw a plan's program and its simulated timeline.
 
     Parameters
     ----------
-    plan
-        A plan such as pp=4,microbatches=8.
-    network
-        Cut this network and simulate with its measured costs; without one, stages are alike and backwards cost double.
+    what
+        A study's folder or study.json, or a plan such as pp=4,microbatches=8.
+    detail
+        With a study: a plan in it, its label, today or best; without one the study's table is printed.
+        With a plan: cut this network and simulate with its measured costs (default: stages alike, backwards double).
+    trace
+        Write the timelines as Chrome trace JSON, which https://ui.perfetto.dev opens.
     """
-    from paraxis.showing import document_of, show_lines
+    from paraxis import showing
 
-    spec = _spec(network, task) if network else None
+    if showing.is_study(what):
+        return _show_study(Path(what), detail, trace, json_)
+    spec = _spec(detail, task) if detail else None
     with progress() as tell:
-        shown = document_of(plan, spec, tell)
+        shown = showing.document_of(what, spec, tell)
+    if trace:
+        _write_trace(trace, {"simulated": showing.simulated_events(shown)}, shown["replicas"])
     if json_:
         print(json.dumps(shown, indent=1))
     else:
-        print("\n".join(show_lines(shown, Console().width)))
+        print("\n".join(showing.show_lines(shown, Console().width)))
     return 0
+
+
+def _show_study(path: Path, plan: str | None, trace: Path | None, json_: bool) -> int:
+    from paraxis.report.one import document_of_plan, find, print_plan, study_of
+
+    study, console = study_of(path), Console(highlight=False)
+    if plan is None:
+        from paraxis.report.tables import terminal
+
+        if trace:
+            raise TaskError("--trace needs a plan of the study: its label, or best")
+        print(study.model_dump_json(indent=1)) if json_ else terminal(study, console)
+        return 0
+    result = find(study, plan)
+    if trace:
+        pair = {"measured": result.timeline, "simulated": result.simulated}
+        _write_trace(trace, {k: v for k, v in pair.items() if v}, result.mesh.dp * result.mesh.tp)
+    if json_:
+        print(json.dumps(document_of_plan(study, plan), indent=1))
+    else:
+        print_plan(study, result, console)
+    return 0
+
+
+def _write_trace(path: Path, timelines: dict[str, Any], replicas: int) -> None:
+    from paraxis.report.trace import trace, write
+
+    if not timelines:
+        raise TaskError("--trace: this plan was not measured, so there is no timeline")
+    err.print(f"trace: {write(path, trace(timelines, replicas))}", markup=False)
 
 
 @app.command

@@ -8,7 +8,7 @@ from typing import Any
 from paraxis import __version__
 from paraxis.errors import MissingError, ParaxisError, TaskError
 from paraxis.measure import records
-from paraxis.measure.breakdown import bound_by, events, replay, split, timelines
+from paraxis.measure.explain import explain_today, fill
 from paraxis.measure.machine import describe, pinned, usable_cores
 from paraxis.measure.records import Baseline, MeshRecord, Result, Study
 from paraxis.measure.samples import Book
@@ -16,7 +16,6 @@ from paraxis.measure.speed import with_speeds
 from paraxis.measure.statistics import paired
 from paraxis.plan.plan import Plan
 from paraxis.plan.space import space
-from paraxis.program.grid import draw, simplify
 from paraxis.proof import prove, steps_for
 from paraxis.recommend import recommend
 from paraxis.rounds import Clock, Row, chunk, lost, measure
@@ -200,38 +199,27 @@ def _publish(study: Study, session: Session, today: Row, rows: list[Row], save: 
         study.baseline = Baseline(plan=best.result.plan, step_seconds=best.sorted.record())
     for row in (today, *rows):
         one = ones.get("native" if row.plan.engine == "native" else "torch")
-        _derive(row, session, today, best, one, study.task["batch"])
+        _derive(row, session, today, best, one, study)
     study.recommendation = recommend(study, {row.result.plan: row.times for row in (today, *rows)})
     save(study)
 
 
-def _derive(row: Row, session: Session, today: Row, best: Row | None, one: Row | None, batch: int) -> None:
+def _derive(row: Row, session: Session, today: Row, best: Row | None, one: Row | None, study: Study) -> None:
     result = row.result
     if not row.times:
         return
     result.step_seconds = row.sorted.record()
     time_of_step = result.step_seconds.median
-    result.samples_per_second = batch / time_of_step
+    result.samples_per_second = study.task["batch"] / time_of_step
     result.vs_today = paired(row.times, today.times) if today.times else None
     if best is not None:
         result.speedup = median(best.times.values()) / time_of_step
     if one is not None and one.times:
         result.efficiency = median(one.times.values()) / time_of_step / result.workers
     if row.plan.engine == "plain":
-        facts = session.known()
-        result.bound_by = "op overhead" if facts.dispatch > 0.5 * time_of_step else "compute"
-    if not row.traces:
-        return
-    program = session.program(row.plan)
-    lines = timelines(program, row.traces)
-    result.split = split(lines, time_of_step)
-    result.exposed_comm_fraction = result.split.communication / time_of_step
-    result.bubble_fraction = result.split.pipeline_wait / time_of_step
-    result.bound_by = bound_by(row.plan, result.split, session.known(), result.oversubscribed)
-    middle = sorted(lines, key=lambda line: line.makespan)[len(lines) // 2]
-    result.timeline = events(middle)
-    result.simulated = events(replay(program, lines, row.traces[-1][0]))
-    result.program_text = draw(simplify(program.body(program.period[-1][0])))
+        explain_today(result, session.known(), study.machine)
+    elif row.windows:
+        fill(result, session.program(row.plan), row.windows, row.times, session.known(), study.machine)
 
 
 def save_to(folder: Path) -> Save:

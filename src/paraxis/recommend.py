@@ -79,7 +79,10 @@ def _why(study: Study, best: Result) -> str:
     }
     name, seconds = max(waits.items(), key=lambda item: item[1])
     share = parts.compute / total
-    what = {"op overhead": "mostly the framework's cost per call, so a larger batch would use the cores better"}
+    what = {
+        "per-call overhead": "mostly the framework's cost per call, so a larger batch would use the cores better",
+        "memory bandwidth": "bound by the memory",
+    }
     kind = what.get(best.bound_by or "", "bound by the cores themselves")
     text = f"It is not faster because {share:.0%} of its step is computing ({kind})"
     if seconds > 0.02 * total:
@@ -88,4 +91,5 @@ def _why(study: Study, best: Result) -> str:
     if one and best.workers > 1 and best.efficiency:
         serial = median(one[0].step_seconds.samples) * 1e3  # type: ignore[union-attr]
         text += f"; {best.workers} workers at {best.efficiency:.0%} efficiency against {serial:.3g} ms of one"
-    return text + "." + hint
+    change = (best.explanation or "").partition("To change it: ")[2]
+    return text + "." + (f" What would change it: {change}" if change else "") + hint

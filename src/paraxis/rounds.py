@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from paraxis.errors import ParaxisError
-from paraxis.measure.breakdown import Trace
+from paraxis.measure.breakdown import Window, keep_middle, window
 from paraxis.measure.machine import ForeignLoad
 from paraxis.measure.records import Result, Study
 from paraxis.measure.samples import Book, Sample, foreign_by_round
@@ -18,7 +18,7 @@ from paraxis.plan.plan import Plan
 from paraxis.proof import mean_losses
 from paraxis.session import Session, failure
 
-TRACED = 3  # steps whose instructions are timed, at the end of every chunk
+TRACED = 1024  # of the last steps of every chunk, those whose instructions are accounted for
 SHORTEST, LONGEST = 0.04, 0.4  # seconds of a chunk
 PLANNED, FEWEST, MOST = 20, 3, 200  # rounds: as many as the budget is cut into, at least of a plan, at most
 LOOKS = (10, 14, 20, 28, 40, 56, 80, 112, 160)  # rounds after which it may end because the answer is clear
@@ -35,7 +35,7 @@ class Row:
     result: Result
     measured: dict[int, float] = field(default_factory=dict)
     disturbed: set[int] = field(default_factory=set)  # rounds in which other programs were busy
-    traces: list[Trace] = field(default_factory=list)
+    windows: dict[int, Window] = field(default_factory=dict)  # of the rounds near the median
     steps: int = 1
     chunks: int = 0  # measured in this run; those of an earlier one have left no traces
 
@@ -144,8 +144,8 @@ def _one(session: Session, row: Row, rows: list[Row], number: int, load: Foreign
             at=round(time.time(), 3),
         )
     )
-    traces = zip(*(a["traces"] for a in answers), strict=True)
-    row.traces = [*row.traces[-9:], *((same[0][0], [r for t in same for r in t[1]]) for same in traces)]
+    if (seen := window(answers)) is not None:
+        row.windows = keep_middle(row.windows | {number: seen}, row.measured)
 
 
 def _disturbances(rows: list[Row], book: Book) -> None:

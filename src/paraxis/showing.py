@@ -1,7 +1,10 @@
-"""The show job: a plan's program as a grid, and its simulated timeline."""
+"""The show job: a plan's program as a grid and its simulated timeline, or what a study has measured of one."""
 
+from pathlib import Path
 from typing import Any
 
+from paraxis.measure.breakdown import events
+from paraxis.measure.records import Event
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
 from paraxis.program.grid import blocks, draw, explain, simplify, slot_width
@@ -46,10 +49,8 @@ def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
         "costs": source,
         "makespan": line.makespan,
         "bubble_fraction": line.bubble_fraction(),
-        "timeline": [
-            {"rank": s.rank, "label": s.instruction.label(), "kind": s.kind, "start": s.start, "end": s.end}
-            for s in line.spans
-        ],
+        "replicas": program.mesh.dp * program.mesh.tp,
+        "timeline": [e.model_dump() for e in events(line)],
         "drawn": {str(width): cells(line, width) for width in (60, 100)},
         "text": program.text(),
     }
@@ -84,3 +85,15 @@ def show_lines(document: dict[str, Any], width: int) -> list[str]:
         *drawn,
         LABELS,
     ]
+
+
+def is_study(text: str) -> bool:
+    """Whether a word of the command line is a folder or file of a study, not a plan: it is there, or looks like one."""
+    if text in ("serial", "today", "best"):
+        return False
+    return Path(text).exists() or "/" in text or text.endswith(".json")
+
+
+def simulated_events(document: dict[str, Any]) -> list[Event]:
+    """The timeline of `document_of` as records; its unit is the second, or one forward where nothing is measured."""
+    return [Event(**e) for e in document["timeline"]]

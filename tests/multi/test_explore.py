@@ -29,7 +29,10 @@ def check_rows(study: dict[str, Any]) -> None:
         assert row["vs_today"]["median"] > 0
         assert abs(row["samples_per_second"] * row["step_seconds"]["median"] - study["task"]["batch"]) < 1e-6 * 128
         sum_of_parts = sum(row["split"].values())
-        assert abs(sum_of_parts - row["step_seconds"]["median"]) <= 0.01 * row["step_seconds"]["median"]
+        assert abs(sum_of_parts - row["step_seconds"]["median"]) <= 1e-6 * row["step_seconds"]["median"]
+        # 2% on a quiet machine (benchmarks/remainder.py); other programs can take the core between two steps
+        assert abs(row["split"]["remainder"]) <= 0.05 * row["step_seconds"]["median"], row["plan"]
+        assert len(row["split_by_rank"]) == plan.mesh.size and row["explanation"].startswith("Bound by ")
         assert row["program"] and row["program_text"] and row["timeline"] and row["simulated"]
         assert (row["bytes_communicated"] > 0) == (plan.processes > 1)  # threads as ranks send nothing
         assert all(loss == loss and loss < 10 for loss in row["losses"])

@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor
 
 from paraxis.comm import clocks
-from paraxis.comm.clocks import aligned, offset, one_clock
+from paraxis.comm.clocks import offset, one_clock, shift
 
 AHEAD = {0: 0, 1: 3_000_000_000, 2: -70_000_000}  # nanoseconds that a rank's host is ahead of rank 0's
 
@@ -87,9 +87,7 @@ def test_ranks_know_whether_they_share_a_clock() -> None:
     assert clocks.host() == clocks.host() > 0
 
 
-def test_stamps_of_one_host_stay_and_those_of_several_are_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clocks_of_one_host_stay_and_those_of_several_are_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clocks, "offset", lambda world: 1000 * world.rank)
-    traces = [("step", [[5, 8]])]
-    assert on_ranks(lambda world: aligned(world, traces, mine=1)) == [traces] * 3
-    shifted = on_ranks(lambda world: aligned(world, traces, mine=world.rank))
-    assert shifted == [[("step", [[5 + 1000 * r, 8 + 1000 * r]])] for r in range(3)]
+    assert on_ranks(lambda world: shift(world, mine=1)) == [0] * 3
+    assert on_ranks(lambda world: shift(world, mine=world.rank)) == [0, 1000, 2000]

@@ -11,7 +11,6 @@ import torch
 
 from paraxis.comm.base import Comm
 
-Stamps = list[tuple[str, list[list[int]]]]  # of a rank's steps: the body's name, nanoseconds of its instructions
 TAG = 1  # no program is under way then
 ROUNDS, KEPT = 40, 10  # round trips, and how many of the fastest are believed
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # containers of one host share it, as they share its clock
@@ -54,9 +53,6 @@ def offset(world: Comm, now: Callable[[], int] = time.perf_counter_ns) -> int:
     return round(median(difference for _, difference in sorted(found)[:KEPT]))
 
 
-def aligned(world: Comm, traces: Stamps, mine: int | None = None) -> Stamps:
-    """The stamps as rank 0's clock would have shown them; every rank must ask."""
-    if one_clock(world, host() if mine is None else mine):
-        return traces
-    shift = offset(world)
-    return [(name, [[stamp + shift for stamp in row] for row in rows]) for name, rows in traces]
+def shift(world: Comm, mine: int | None = None) -> int:
+    """Nanoseconds to add to this rank's clock to read that of rank 0, nothing where they share one; all must ask."""
+    return 0 if one_clock(world, host() if mine is None else mine) else offset(world)

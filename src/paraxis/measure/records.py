@@ -63,7 +63,7 @@ class MeshRecord(Record):
 
 
 class Split(Record):
-    """Where one step of a plan goes, in seconds, averaged over its ranks; the parts add up to the step."""
+    """Where one step of a plan goes, in seconds, averaged over its ranks; with the remainder they add up to it."""
 
     compute: float
     optimizer: float
@@ -71,7 +71,17 @@ class Split(Record):
     pipeline_wait: float  # the bubble: waiting for another stage
     straggler_wait: float  # waiting for a slower replica
     data: float
-    overhead: float  # the interpreter and all that is not covered by an instruction
+    overhead: float  # the interpreter: its null instructions, and handing steps over to threads
+    remainder: float = 0.0  # of the timed step, what no clock has covered; below 0 where it covered slower steps
+
+
+class Work(Record):
+    """One kind of instruction on one rank: how often it is executed in a step, and the median of its seconds."""
+
+    rank: int
+    op: str  # F, B, Load, RecvActWait ...; of updates their rule
+    count: float
+    seconds: float
 
 
 class Event(Record):
@@ -81,6 +91,7 @@ class Event(Record):
     label: str  # e.g. F0, B3, RecvAct
     kind: str  # compute | optimizer | communication | pipeline_wait | straggler_wait | data
     microbatch: int  # -1 where it has none
+    stage: int = -1
     start: float
     end: float
 
@@ -112,7 +123,12 @@ class Result(Record):
     peak_memory_bytes: int | None = None  # of the rank that needs most
     oversubscribed: bool = False
     bound_by: str | None = None
+    explanation: str | None = None  # what binds the plan and what to change, a sentence each
     split: Split | None = None
+    split_by_rank: list[Split] = []
+    work: list[Work] = []  # each rank's instructions
+    records_per_step: int | None = None  # clocks read by the rank that reads most
+    record_seconds: float | None = None  # what the interpreter adds to an instruction, its clock included
     losses: list[float] = []  # mean training loss of each step since the initial weights
     timeline: list[Event] = []  # one measured step
     simulated: list[Event] = []  # the same step by the simulator, with measured stage costs

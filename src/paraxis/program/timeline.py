@@ -1,7 +1,7 @@
 """Who did what, from when to when: the same type for a measured and a simulated step."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from paraxis.program.instructions import COLLECTIVES, RECEIVES, SENDS, Instruction, Program
@@ -48,25 +48,40 @@ class Timeline:
 Clock = tuple[float, float]
 
 
-def classify(program: Program, body: str, clocks: list[list[Clock]]) -> Timeline:
+def classify(program: Program, body: str, clocks: list[list[Clock]], known: "Resolved | None" = None) -> Timeline:
     """A timeline from each rank's (start, end) of each instruction, on one clock.
 
     A receive that ends waits for its sender until that has started, then for the transfer; a collective waits for
-    the last to join. Seconds are counted from the earliest start.
+    the last to join. Seconds are counted from the earliest start. `known`: what `resolve` says of the body, which
+    many timelines of it can share.
     """
-    ranks = program.body(body)
     zero = min((clock[0][0] for clock in clocks if clock), default=0.0)
-    begun = _beginnings(ranks, clocks)
     spans: list[Span] = []
-    for rank, instructions in enumerate(ranks):
-        for i, (start, end) in zip(instructions, clocks[rank], strict=True):
-            ready = _ready(program, begun, i, rank)
-            kind, wait = _kind(i)
-            middle = min(max(start, ready), end) if wait else start
-            if middle > start:
-                spans.append(Span(rank, i, start - zero, middle - zero, wait))
-            spans.append(Span(rank, i, middle - zero, end - zero, kind))
-    return Timeline(tuple(spans), len(ranks))
+    for rank, instructions in enumerate(known or resolve(program, body)):
+        for (i, kind, wait, counterparts), (start, end) in zip(instructions, clocks[rank], strict=True):
+            if counterparts:
+                ready = max(clocks[r][n][0] for r, n in counterparts)
+                middle = min(max(start, ready), end)
+                if middle > start:
+                    spans.append(Span(rank, i, start - zero, middle - zero, wait))
+                    start = middle
+            spans.append(Span(rank, i, start - zero, end - zero, kind))
+    return Timeline(tuple(spans), len(clocks))
+
+
+# Of every rank's instructions: itself, its kind, the kind of the time in which its counterparts had not begun, and
+# where those stand (rank, number).
+Resolved = list[list[tuple[Instruction, str, str, list[tuple[int, int]]]]]
+
+
+def resolve(program: Program, body: str) -> Resolved:
+    """Whom each instruction of a body waits for, found out once."""
+    ranks = program.body(body)
+    begins = {_name(i, rank): (rank, n) for rank, row in enumerate(ranks) for n, i in enumerate(row) if i.starts}
+    return [
+        [(i, *_kind(i), [begins[name] for name in _awaited(program, i, rank)]) for i in row]
+        for rank, row in enumerate(ranks)
+    ]
 
 
 def _kind(i: Instruction) -> tuple[str, str]:
@@ -78,46 +93,49 @@ def _kind(i: Instruction) -> tuple[str, str]:
     return {"Load": "data", "Update": "optimizer"}.get(i.op, "compute"), ""
 
 
-def _beginnings(ranks: Iterable[Iterable[Instruction]], clocks: list[list[Clock]]) -> dict[tuple[object, ...], float]:
-    begun = {}
-    for rank, instructions in enumerate(ranks):
-        for i, clock in zip(instructions, clocks[rank], strict=True):
-            if i.starts:
-                begun[_name(i, rank)] = clock[0]
-    return begun
-
-
 def _name(i: Instruction, rank: int) -> tuple[object, ...]:
     return (i.base, i.axis, i.buffer, i.bucket, rank) if i.base in COLLECTIVES else (i.base, i.microbatch, rank)
 
 
-def _ready(program: Program, begun: dict[tuple[object, ...], float], i: Instruction, rank: int) -> float:
-    """When the counterparts of an instruction had begun."""
-    if not i.waits:
-        return float("-inf")
+def _awaited(program: Program, i: Instruction, rank: int) -> list[tuple[object, ...]]:
+    """Names of the starts that have to have begun before an instruction can end."""
+    if not i.waits or i.base in SENDS:
+        return []  # its receiver posted early; what a send waits for is the transfer
     if i.base in COLLECTIVES:
-        return max(begun[_name(i, r)] for r in program.mesh.group(rank, i.axis))
-    if i.base in SENDS:
-        return float("-inf")  # its receiver posted early; what a send waits for is the transfer
-    other = Instruction(i.base.replace("Recv", "Send") + "Start", microbatch=i.microbatch)
-    return begun[_name(other, i.peer)]
+        return [_name(i, r) for r in program.mesh.group(rank, i.axis)]
+    return [(i.base.replace("Recv", "Send"), i.microbatch, i.peer)]
 
 
-def cells(timeline: Timeline, width: int) -> list[str]:
-    """The timeline as text, a line a rank: a microbatch's last digit in F (plain) and B (bracketed by shade)."""
-    scale = width / timeline.makespan if timeline.makespan else 0.0
+Box = tuple[int, float, float, str]  # rank, start, end, and the character that fills it
+
+
+def cells(timeline: Timeline, width: int, seconds: float = 0.0) -> list[str]:
+    """The timeline as text, a line a rank: a microbatch's last digit in F (plain) and B (bracketed by shade).
+
+    `seconds`: what the whole width stands for (default: this timeline), so that two can be drawn to one scale.
+    """
     zero = min((s.start for s in timeline.spans), default=0.0)
+    ordered = sorted(timeline.spans, key=lambda s: s.kind == "compute")
+    boxes = [
+        (s.rank, s.start - zero, s.end - zero, mark(s.kind, s.instruction.op, s.instruction.microbatch))
+        for s in ordered
+    ]
+    return rows(boxes, timeline.ranks, width, seconds or timeline.makespan)
+
+
+def mark(kind: str, op: str, microbatch: int) -> str:
+    """The character that stands for a span."""
+    if kind == "compute":
+        return str(microbatch % 10) if op.startswith("F") else "abcdefghij"[microbatch % 10]
+    marks = {"pipeline_wait": "·", "straggler_wait": "·", "communication": "=", "optimizer": "u", "data": "l"}
+    return marks.get(kind, "?")
+
+
+def rows(boxes: Iterable[Box], ranks: int, width: int, seconds: float) -> list[str]:
+    """A line a rank, `width` characters for `seconds`; later boxes cover earlier ones."""
+    scale = width / seconds if seconds else 0.0
     lines: dict[int, list[str]] = defaultdict(lambda: [" "] * width)
-    painters: dict[str, Callable[[Instruction], str]] = {
-        "compute": lambda i: str(i.microbatch % 10) if i.op == "F" else "abcdefghij"[i.microbatch % 10],
-        "pipeline_wait": lambda i: "·",
-        "straggler_wait": lambda i: "·",
-        "communication": lambda i: "=",
-        "optimizer": lambda i: "u",
-        "data": lambda i: "l",
-    }
-    for span in sorted(timeline.spans, key=lambda s: s.kind == "compute"):
-        first, last = round((span.start - zero) * scale), round((span.end - zero) * scale)
-        for column in range(first, min(last, width)):
-            lines[span.rank][column] = painters[span.kind](span.instruction)
-    return [f"rank {rank} |{''.join(lines[rank])}|" for rank in range(timeline.ranks)]
+    for rank, start, end, character in boxes:
+        for column in range(round(start * scale), min(round(end * scale), width)):
+            lines[rank][column] = character
+    return [f"rank {rank} |{''.join(lines[rank])}|" for rank in range(ranks)]

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from paraxis.comm.clocks import aligned
+from paraxis.comm.clocks import shift
 from paraxis.engine.native_rank import NativeEngine
 from paraxis.engine.torch_engine import TorchEngine
 from paraxis.errors import Diverged, RankError
@@ -28,6 +28,7 @@ from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
+from paraxis.run.window import record_cost, traceable, window_of
 from paraxis.task.batches import digest
 from paraxis.task.spec import TaskSpec
 from paraxis.task.task import Task, keep_data, make_task
@@ -47,6 +48,7 @@ class Running:
     plain: serial.Replica | None = None  # ... the framework's own loop
     done: int = 0
     before: int = 0  # resident bytes before it was set up
+    record: float = 0.0  # nanoseconds that its interpreter adds to an instruction, once measured
     losses: list[tuple[float, float]] = field(default_factory=list)  # of the framework's own loop
 
 
@@ -183,21 +185,25 @@ class Duties:
         return {"program": program.digest(), "bytes": engine.bytes_held(), "batch": digest(task.train)}
 
     def measure(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
-        """Seconds of `steps` steps between two barriers, with the clocks of the last `trace` ones."""
+        """Seconds of `steps` steps between two barriers, with the clocks of the last ones, up to `trace`."""
         running = self._ready(request["key"])
         rank = running.rank
         self._steps(running, request["warm"])
         barrier = rank.world.barrier if isinstance(rank, Rank) else lambda: None
+        traced = traceable(rank, min(request["trace"], request["steps"]))
         barrier()
-        start = time.perf_counter()
-        traced = request["trace"] if rank is not None else 0
+        begun = time.perf_counter_ns()
         self._steps(running, request["steps"] - traced)
-        traces = rank.run_traced(traced) if rank is not None and traced else []
+        if rank is not None and traced:
+            rank.run_traced(traced)
         barrier()
-        seconds = time.perf_counter() - start
-        if traces and isinstance(rank, Rank) and running.plan.processes > 1 and self.transport != "nccl":
-            traces = aligned(rank.world, traces)
-        return {"seconds": seconds, "traces": traces, "losses": self._losses(running)}
+        ended = time.perf_counter_ns()
+        if rank is not None and traced and not running.record:
+            running.record = record_cost(rank)
+        several = traced and running.plan.processes > 1 and self.transport != "nccl"
+        apart = shift(rank.world) if several and isinstance(rank, Rank) else 0
+        seen = window_of(rank, traced, begun if traced == request["steps"] else 0, ended, running.record, apart)
+        return {"seconds": (ended - begun) / 1e9, "window": seen, "losses": self._losses(running)}
 
     def traffic(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """Bytes that this rank sends in a step."""

@@ -211,6 +211,7 @@ class Rank:
         self.bodies = {name: self.bind(ranks[rank]) for name, ranks in program.bodies}
         self.sent: dict[str, int] = {}  # bytes that the last pass over a body has sent
         self.done = 0  # optimiser steps
+        self.stamps: list[tuple[str, list[int]]] = []  # of the steps that were traced last
 
     def bind(self, instructions: Sequence[Instruction]) -> list[Action]:
         """One action an instruction."""
@@ -232,18 +233,26 @@ class Rank:
             action()
         self.sent[name] = self.context.sent[0] - before
 
-    def run_traced(self, steps: int) -> list[tuple[str, list[list[int]]]]:
-        """Steps with the clock read between instructions: (body, one list of nanoseconds) each."""
-        traces = []
+    def run_traced(self, steps: int) -> None:
+        """Optimiser steps with the clock read between instructions; `clocks` has what was read."""
+        self.stamps = []
         for _ in range(steps):
             name = self.program.step_body(self.done)
             stamps = [perf_counter_ns()]
+            read = stamps.append
             for action in self.bodies[name]:
                 action()
-                stamps.append(perf_counter_ns())
-            traces.append((name, [stamps]))
+                read(perf_counter_ns())
+            self.stamps.append((name, stamps))
             self.done += 1
-        return traces
+
+    def clocks(self, steps: int) -> list[tuple[str, list[list[int]]]]:
+        """Of the last steps, which `run_traced` has run: (body, one list of nanoseconds) each."""
+        return [(name, [stamps]) for name, stamps in self.stamps[-steps:]]
+
+    def between(self) -> list[tuple[str, int, int]]:
+        """What this rank did outside of instructions: nothing that would have to be timed."""
+        return []
 
     def steps(self, count: int) -> None:
         """`count` optimiser steps."""

@@ -6,6 +6,8 @@ A `Team` looks to its callers like the interpreter of a single rank, for it is o
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
+from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ class Team:
     done: int = 0
     losses: list[tuple[float, float]] = field(default_factory=list)
     _cache: dict[int, np.ndarray] = field(default_factory=dict)
+    _between: list[tuple[str, int, int]] = field(default_factory=list)  # of the last calls
 
     @property
     def ranks(self) -> int:
@@ -44,9 +47,11 @@ class Team:
 
     def steps(self, count: int) -> None:
         """`count` optimiser steps."""
+        self._between = self._between[-4 * AT_ONCE :]
         while count:
+            begun = perf_counter_ns()
             feed = feed_of(self.task, self.task.train, self.done, min(count, AT_ONCE), self._cache)
-            steps = len(feed.index)
+            fed, steps = perf_counter_ns(), len(feed.index)
             bodies = [self.names.index(self.program.step_body(self.done + n)) for n in range(steps)]
             rates = []
             for _ in range(steps):
@@ -54,14 +59,22 @@ class Team:
                 self.hyper.advance()
             words = feed.inputs, feed.targets, feed.index, self.task.batch, feed.scale
             self.losses += self.ensemble.run(self.done, bodies, rates, *words)
+            self._between += [("data", begun, fed), ("overhead", fed, perf_counter_ns())]
             self.done += steps
             count -= steps
 
-    def run_traced(self, steps: int) -> list[tuple[str, list[list[int]]]]:
-        """Some more steps; of the last ones (body, nanoseconds around every instruction of each rank)."""
+    def run_traced(self, steps: int) -> None:
+        """As `steps`: the clocks are always read."""
         self.steps(steps)
+
+    def clocks(self, steps: int) -> list[tuple[str, list[list[int]]]]:
+        """Of the last steps (body, nanoseconds around every instruction of each rank), as far as they are kept."""
         kept = range(max(self.done - steps, self.done - extension().RING), self.done)
         return [(self.program.step_body(n), self.ensemble.stamps(n)) for n in kept]
+
+    def between(self) -> list[tuple[str, int, int]]:
+        """(kind, start, end) of finding samples, and of handing steps over to C++, the time it runs them included."""
+        return self._between
 
     def settle(self) -> None:
         """The epilogue: replicas that agree only now and then agree now."""
@@ -145,3 +158,39 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
 
 def _words(i: Instruction) -> tuple[Any, ...]:
     return i.op, i.microbatch, i.slice, i.peer, i.axis, i.buffer, i.rule, i.reduction == "mean"
+
+
+@lru_cache(maxsize=1)
+def record_cost(count: int = 256, passes: int = 200) -> float:
+    """Nanoseconds of one instruction that does nothing, its record included: what C++ adds to each.
+
+    A network of one weight gets a body of `count` such instructions; the median of `passes` passes is taken, the first
+    ones left out, for they make room for their records.
+    """
+    native = extension()
+    spec = native.Spec()
+    spec.kind, spec.name, spec.x, spec.y = "affine", "one", 0, 1
+    spec.in_ = spec.out = native.Shape(1, 1, 1)
+    spec.kernel_h = spec.kernel_w = 1
+    nothing = ("SendActWait", -1, -1, -1, "", "", "", False)
+    ensemble = native.Float(
+        dp=1,
+        pp=1,
+        stages=[[spec]],
+        slice=1,
+        microbatches=1,
+        bodies=[("step", [[nothing] * count])],
+        hyper=native.Hyper(),
+        shared=False,
+        usable_cores=usable_cores(),
+        seed=0,
+        naive=False,
+        whole=(0, 1),
+    )
+    samples = np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
+    warm = native.RING
+    for first in (0, warm):
+        steps = warm if first == 0 else min(passes, native.RING)
+        ensemble.run(first, [0] * steps, [0.0] * steps, *samples, np.zeros((steps, 1), np.int64), 1, 1.0)
+    found = [ensemble.stamps(n)[0] for n in range(warm, warm + min(passes, native.RING))]
+    return float(np.median([(row[-1] - row[0]) / count for row in found]))
