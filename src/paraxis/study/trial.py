@@ -7,6 +7,7 @@ resuming a study is running it again.
 from collections.abc import Callable
 from typing import Any, Literal
 
+from paraxis.errors import ParaxisError
 from paraxis.measure.records import Record
 
 Scalar = str | int | float | bool
@@ -32,6 +33,15 @@ class Trial(Record):
     started: str  # ISO 8601, UTC
     machine: dict[str, Any] | None = None
     version: str
+    plan: str | None = None  # in full, where the factors name one that can be met
+    oversubscribed: bool = False  # more workers than usable cores
+    notes: list[str] = []
+
+
+class OutOfTime(ParaxisError):
+    """The budget of a study is spent: what is recorded stays, what is missing is listed as not reached."""
+
+    exit_code = 1
 
 
 Runner = Callable[[Factors, int], Trial]  # (factors, repeat): the recorded trial, or a fresh one, then recorded
