@@ -87,9 +87,10 @@ def explore(
     /,
     *,
     workers: int | None = None,
-    budget: float = 60.0,
+    budget: float | None = None,
     engine: Literal["all", "native", "torch"] = "all",
-    out: Path = STUDY,
+    out: Path | None = None,
+    study: str | None = None,
     schema: Annotated[bool, Parameter(negative="")] = False,
     json_: Json = False,
     task: TaskOptions = DEFAULT,
@@ -103,11 +104,13 @@ def explore(
     workers
         Explore plans for 1, 2, 4 ... so many workers (default: usable cores).
     budget
-        Seconds for all of it, start-up included.
+        Seconds for all of it, start-up included (default: 60; a study takes what it takes).
     engine
         native: our C++ on OpenMP threads; torch: PyTorch, over MPI and Gloo.
     out
-        Folder for study.json and report.html.
+        Folder for study.json and report.html (default: paraxis-study, or paraxis-study/STUDY).
+    study
+        Run a study of factors and levels instead: a shipped one, FILE.toml, or list to see what there is. It resumes.
     schema
         Print the JSON Schema of study.json and end.
     """
@@ -116,24 +119,29 @@ def explore(
     if schema:
         print(json.dumps(Study.model_json_schema(), indent=1))
         return 0
+    if study is not None:
+        from paraxis.study.command import run_study
+
+        own = (network, workers, engine, task) != ("cnn", None, "all", DEFAULT)
+        return run_study(study, out, STUDY, budget, own, json_)
     from paraxis.experiment import explore_task, save_to
     from paraxis.session import writable
 
-    spec = _spec(network, task)
-    save = save_to(writable(out))
+    spec, folder = _spec(network, task), out or STUDY
+    save = save_to(writable(folder))
     with joined_ranks() as joined, progress() as tell:
-        study = explore_task(spec, {}, workers, budget, COMMS[engine], tell, save, joined)
+        found = explore_task(spec, {}, workers, 60.0 if budget is None else budget, COMMS[engine], tell, save, joined)
     from paraxis.report.page import write as write_page
 
-    page = write_page(study, out)
+    page = write_page(found, folder)
     if json_:
-        print(study.model_dump_json(indent=1))
+        print(found.model_dump_json(indent=1))
     else:
         from paraxis.report.tables import terminal
 
-        terminal(study, Console(highlight=False))
+        terminal(found, Console(highlight=False))
         print(f"report: {page}")
-    return 0 if study.recommendation else 1
+    return 0 if found.recommendation else 1
 
 
 @app.command

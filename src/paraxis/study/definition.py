@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from paraxis.errors import TaskError
+from paraxis.errors import ParaxisError, TaskError
+from paraxis.plan.plan import parse
 from paraxis.study.trial import Factors, Scalar, identity
 from paraxis.task.spec import TaskSpec
 
@@ -61,6 +62,9 @@ class Grid(BaseModel):
             raise ValueError("two combinations of levels are the same trial")
         for cell in cells:
             self._check_cell(cell)
+        refusals = [_why_not(cell) for cell in cells]
+        if cells and all(refusals):  # some may: a grid holds corners that no plan can meet, and lists them as refused
+            raise ValueError(f"no trial can run: {refusals[0]}")
         for rule in self.exclude:
             strange = [key for key in rule if not any(key in cell for cell in self._crossed())]
             if strange:
@@ -188,7 +192,11 @@ def words(factors: Factors, repeat: int = 0) -> str:
 
 def plan_text(factors: Factors) -> str:
     """The plan's template filled in; "serial" where there is none."""
-    return str(factors.get("plan", "serial")).format(**factors)
+    template = str(factors.get("plan", "serial"))
+    try:
+        return template.format(**factors)
+    except (ValueError, LookupError, AttributeError) as error:
+        raise TaskError(f"plan {template!r}: {error}; write factors in braces, such as dp={{workers}}") from None
 
 
 def load(name: str) -> Definition:
@@ -236,6 +244,17 @@ def _first(error: ValidationError) -> str:
     return f"{'.'.join(keys)}: {text}" if keys else text
 
 
+def _why_not(cell: Factors) -> str:
+    """Why a trial is refused before anything is started, or ""."""
+    try:
+        spec_of(cell)
+        if "rule" not in cell:
+            parse(plan_text(cell))
+    except ParaxisError as error:
+        return str(error)
+    return ""
+
+
 def _holes(template: str) -> list[str]:
     try:
         return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
@@ -245,3 +264,13 @@ def _holes(template: str) -> list[str]:
 
 def _matches(cell: Factors, rule: dict[str, Scalar | list[Scalar]]) -> bool:
     return all(key in cell and cell[key] in (level if isinstance(level, list) else [level]) for key, level in rule.items())
+
+
+def spec_of(factors: Factors, seed: int = 0) -> TaskSpec:
+    """The task that factors describe, its seed raised by `seed`; raises TaskError in one line."""
+    settings: dict[str, Any] = {key: value for key, value in factors.items() if key in TASK}
+    try:
+        spec = TaskSpec(**settings)
+    except ValidationError as error:
+        raise TaskError(_first(error)) from None
+    return spec.model_copy(update={"seed": spec.seed + seed}) if seed else spec

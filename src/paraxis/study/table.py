@@ -1,0 +1,127 @@
+"""A study on a terminal: a table a grid, a row a combination of levels, medians over repeats and how far they scatter."""
+
+from collections.abc import Iterable
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from paraxis.measure.statistics import interval
+from paraxis.report.tables import clean
+from paraxis.study.definition import Definition, Grid, words
+from paraxis.study.trial import Factors, Scalar, Trial, identity
+
+HEADS = {
+    "step_seconds": "ms/step",
+    "epoch_seconds": "s/epoch",
+    "samples_per_second": "samples/s",
+    "seconds_to_target": "s to target",
+    "steps_to_target": "steps to target",
+    "final_accuracy": "accuracy",
+    "final_loss": "loss",
+    "bytes": "MB/step sent",
+    "memory": "MB/rank",
+    "bubble": "bubble",
+    "bubble_uniform": "uniform stages",
+    "bubble_replayed": "replayed",
+    "mean_accuracy": "weights averaged",
+    "alone_accuracy": "each alone",
+}
+HIDDEN = {"epoch_projected", "steps_trained"}
+PERCENT = {"final_accuracy", "mean_accuracy", "alone_accuracy", "bubble", "bubble_uniform", "bubble_replayed"}
+SCALE = {"step_seconds": 1e3, "bytes": 1e-6, "memory": 1e-6}
+Row = tuple[Factors, list[Trial]]
+
+
+def print_study(document: dict[str, Any], console: Console) -> None:
+    """All that is recorded, what was refused or failed and why, and what was not reached."""
+    definition = Definition.model_validate(document["definition"])
+    trials = [Trial.model_validate(trial) for trial in document["trials"]]
+    console.print(f"{clean(definition.name)}: {clean(definition.about)}", markup=False)
+    grids = definition.grids() if definition.procedure == "grid" else [_as_grid(definition, trials)]
+    for grid in grids:
+        rows = rows_of(grid, trials)
+        if any(t.status == "ok" for _, same in rows for t in same):
+            table = table_of(grid, rows)
+            needed = Measurement.get(console, console.options.update(width=1000), table).minimum
+            console.print(table, width=max(console.width, needed), crop=False)  # figures are never cut
+    if any(t.oversubscribed for t in trials):
+        console.print("* oversubscribed: more workers than usable cores, so they take turns", style="dim")
+    if any(t.measures.get("epoch_projected") for t in trials):
+        console.print("~ projected: a step's time x the steps of an epoch", style="dim")
+    for trial in trials:
+        if trial.status != "ok":
+            what = words(trial.factors, trial.repeat)
+            console.print(f"{trial.status}: {clean(what)}: {clean(trial.reason or '')}", markup=False, style="dim")
+    for gone in document["not_reached"]:
+        console.print(f"not reached: {clean(words(gone['factors'], gone['repeat']))}", markup=False, style="dim")
+    if document["not_reached"]:
+        count = len(document["not_reached"])
+        console.print(f"{count} trials did not fit the budget; the same command with more --budget goes on from here")
+
+
+def rows_of(grid: Grid, trials: Iterable[Trial]) -> list[Row]:
+    """Each of a grid's combinations with its recorded repeats, in the order of the levels."""
+    found: dict[Any, list[Trial]] = {}
+    for trial in trials:
+        found.setdefault(identity(trial.factors, 0), []).append(trial)
+    return [(cell, found[key]) for cell in grid.cells() if (key := identity(cell, 0)) in found]
+
+
+def table_of(grid: Grid, rows: list[Row]) -> Table:
+    """One grid's table."""
+    varying = [name for name in grid.varying() if name != "plan"] or ["plan"]
+    measured = dict.fromkeys(m for _, same in rows for t in same if t.status == "ok" for m in t.measures)
+    shown = [m for m in measured if m not in HIDDEN]
+    table = Table(title=clean(grid.title) or None, title_justify="left", box=None, pad_edge=False)
+    for name in varying:
+        table.add_column(name)
+    for measure in shown:
+        table.add_column(HEADS.get(measure, measure), justify="right")
+    for cell, same in rows:
+        fine = [t for t in same if t.status == "ok"]
+        if not fine:
+            continue
+        star = "*" if fine[0].oversubscribed else ""
+        levels = [_level(cell.get(name)) for name in varying]
+        table.add_row(levels[0] + star, *levels[1:], *(figure(fine, measure) for measure in shown))
+    return table
+
+
+def samples_of(trials: list[Trial], measure: str) -> list[float]:
+    """A measure's values over repeats; a single trial gives the samples of which its figure is the median."""
+    values = [v for t in trials if (v := t.measures.get(measure)) is not None]
+    return trials[0].series.get(measure, values) if len(trials) == 1 and values else values
+
+
+def figure(trials: list[Trial], measure: str) -> str:
+    """`12.3 [12.1-12.6]`: the median and its interval; how many of the repeats have it where not all do."""
+    values = samples_of(trials, measure)
+    if not values:
+        return "-"
+    middle, (low, high) = median(values), interval(values)
+    mark = "~" if measure == "epoch_seconds" and any(t.measures.get("epoch_projected") for t in trials) else ""
+    spread = f" [{_number(low, measure)}-{_number(high, measure)}]" if len(values) > 1 and high > low else ""
+    some = sum(t.measures.get(measure) is not None for t in trials)
+    return f"{mark}{_number(middle, measure)}{spread}" + (f" ({some} of {len(trials)})" if some < len(trials) else "")
+
+
+def _number(value: float, measure: str) -> str:
+    if measure in PERCENT:
+        return f"{value:.1%}"
+    value *= SCALE.get(measure, 1.0)
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def _level(value: Scalar | None) -> str:
+    return "" if value is None else clean(f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _as_grid(definition: Definition, trials: list[Trial]) -> Grid:
+    """The trials that a procedure has chosen, as levels of one factor."""
+    cells = {identity(t.factors, 0): t.factors for t in trials}
+    return Grid.model_construct(
+        title=definition.title, factors={"trial": list(cells.values())}, measure=definition.measure, exclude=[], fixed={}
+    )
