@@ -16,7 +16,6 @@ from paraxis.study.definition import plan_text, spec_of
 from paraxis.study.sampling import Sampled, sample
 from paraxis.study.trial import Factors, TrialStatus
 from paraxis.task.spec import TaskSpec
-from paraxis.training import KEY
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Outcome:
 
 @dataclass
 class Bench:
-    """Ranks that stay between trials, in two sets: those that outnumber the usable cores yield, and must not slow others.
+    """Ranks that stay between trials, in two sets: those that outnumber the usable cores yield and must not slow others.
 
     `facts` are kept by everything they depend on but the seed, for it takes about a second to measure them.
     """

@@ -68,7 +68,9 @@ class Grid(BaseModel):
         for rule in self.exclude:
             strange = [key for key in rule if not any(key in cell for cell in self._crossed())]
             if strange:
-                raise ValueError(f"exclude: {strange[0]} is no factor; {suggest(strange[0], sorted(self._crossed()[0]))}")
+                raise ValueError(
+                    f"exclude: {strange[0]} is no factor; {suggest(strange[0], sorted(self._crossed()[0]))}"
+                )
         return self
 
     def _check_cell(self, cell: Factors) -> None:
@@ -76,9 +78,10 @@ class Grid(BaseModel):
         lost = sorted(holes - cell.keys())
         if lost:
             raise ValueError(f"plan {cell['plan']!r} names {lost[0]}, which is no factor and not fixed")
+        allowed = TASK | RUN | holes | ({"workers"} if "rule" in cell else set())
         for key in cell:
-            if key not in TASK | RUN | holes:
-                raise ValueError(f"{key} is no option of a task and no part of a plan; {suggest(key, [*TASK, *RUN])}")
+            if key not in allowed:
+                raise ValueError(f"{key} is no option of a task and no part of a plan; {suggest(key, list(allowed))}")
         if cell.get("rule", RULES[0]) not in RULES:
             raise ValueError(f"rule={cell['rule']}: it takes {' or '.join(RULES)}")
         if "rule" not in cell and TRAINED & set(self.measure) and not cell.keys() & {"epochs", "steps", "target"}:
@@ -205,7 +208,9 @@ def load(name: str) -> Definition:
     if not name.endswith(".toml"):
         path = SHIPPED / f"{name}.toml"
         if name not in shipped():
-            raise TaskError(f"study {name!r} is not known; there are {', '.join(shipped())}, or a file such as mine.toml")
+            raise TaskError(
+                f"study {name!r} is not known; there are {', '.join(shipped())}, or a file such as mine.toml"
+            )
     try:
         values = tomllib.loads(path.read_text())
     except OSError as error:
@@ -263,7 +268,9 @@ def _holes(template: str) -> list[str]:
 
 
 def _matches(cell: Factors, rule: dict[str, Scalar | list[Scalar]]) -> bool:
-    return all(key in cell and cell[key] in (level if isinstance(level, list) else [level]) for key, level in rule.items())
+    return all(
+        key in cell and cell[key] in (level if isinstance(level, list) else [level]) for key, level in rule.items()
+    )
 
 
 def spec_of(factors: Factors, seed: int = 0) -> TaskSpec:

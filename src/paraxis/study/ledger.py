@@ -1,4 +1,4 @@
-"""The file of a study: one line of JSON a finished trial, appended and forced to disk, so that nothing finished is lost.
+"""The file of a study: a line of JSON for each finished trial, appended and forced to disk, so that none is lost.
 
 The first line says which study it is. A line that a crash has torn off in the middle is cut away at opening.
 """

@@ -106,7 +106,7 @@ def _train(session: Session, plan: Plan, length: Length, factors: Factors, out: 
             curves[key].append(value)
         reached = length.target is not None and score is not None and score["accuracy"] >= length.target
     out.series |= {key: values for key, values in curves.items() if values}
-    last = score or {"accuracy": None, "loss": curves["train_loss"][-1]}
+    last: dict[str, Any] = score or {"accuracy": None, "loss": curves["train_loss"][-1]}
     out.measures |= {"final_accuracy": last["accuracy"], "final_loss": last["loss"], "steps_trained": done}
     out.measures |= {"steps_to_target": done if reached else None, "seconds_to_target": spent if reached else None}
     if facts.steps_per_epoch and done >= facts.steps_per_epoch:

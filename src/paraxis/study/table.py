@@ -1,4 +1,4 @@
-"""A study on a terminal: a table a grid, a row a combination of levels, medians over repeats and how far they scatter."""
+"""A study on a terminal: a table a grid, a row a combination of levels, medians and how far repeats scatter."""
 
 from collections.abc import Iterable
 from statistics import median
@@ -123,5 +123,9 @@ def _as_grid(definition: Definition, trials: list[Trial]) -> Grid:
     """The trials that a procedure has chosen, as levels of one factor."""
     cells = {identity(t.factors, 0): t.factors for t in trials}
     return Grid.model_construct(
-        title=definition.title, factors={"trial": list(cells.values())}, measure=definition.measure, exclude=[], fixed={}
+        title=definition.title,
+        factors={"trial": list(cells.values())},
+        measure=definition.measure,
+        exclude=[],
+        fixed={},
     )

@@ -56,7 +56,9 @@ def _team(spec: TaskSpec, workers: int) -> Team:
     task = make_task(whole, {}, torch.float32)
     if task.test is None:
         raise TaskError("rule=theirs: there is no test set to score on")
-    plan = Plan(dp=workers, engine="native", comm="openmp", sync="average@epoch") if workers > 1 else Plan(engine="native")
+    plan = (
+        Plan(dp=workers, engine="native", comm="openmp", sync="average@epoch") if workers > 1 else Plan(engine="native")
+    )
     program = lower(plan, task.layout(), task.train.steps_per_epoch or 1)
     if workers > 1:
         program = replace(program, period=(("local", 1),))
