@@ -32,7 +32,7 @@ class Outcome:
 
 @dataclass
 class Bench:
-    """Ranks that stay between trials, in two sets: those that outnumber the usable cores yield and must not slow others.
+    """Ranks that stay between trials, in two sets: those that outnumber the usable cores yield to each other.
 
     `facts` are kept by everything they depend on but the seed, for it takes about a second to measure them.
     """

@@ -14,11 +14,10 @@ from paraxis import __version__
 from paraxis.run.joined import JoinedPool
 from paraxis.session import Tell, writable
 from paraxis.study.bench import Outcome, open_bench
-from paraxis.study.definition import Definition, words
+from paraxis.study.definition import PROCEDURES, Definition, words
 from paraxis.study.ledger import Ledger, open_ledger, write_csv
 from paraxis.study.trial import Factors, OutOfTime, Runner, Trial, identity
 
-PROCEDURES = {"batch-size": "paraxis.study.batch_size"}  # modules with run(definition, runner): they choose trials
 Perform = Callable[[Factors, int, Collection[str]], Outcome]
 
 

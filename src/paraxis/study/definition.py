@@ -35,6 +35,7 @@ TRAINED = {"seconds_to_target", "steps_to_target", "final_accuracy", "final_loss
 TASK = frozenset(TaskSpec.model_fields) - {"live"}
 RUN = frozenset({"plan", "epochs", "steps", "target", "evaluate_every", "rule"})
 RULES = ("theirs",)  # other ways to train than a plan's: see `theirs`
+PROCEDURES = {"batch-size": "paraxis.study.batch_size"}  # modules whose run(definition, runner) chooses the trials
 SHIPPED = Path(__file__).parent / "shipped"
 
 
@@ -52,6 +53,11 @@ class Grid(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "Grid":
+        if type(self) is Grid:
+            self._check_cells()
+        return self
+
+    def _check_cells(self) -> None:
         for name, levels in self.factors.items():
             if not levels:
                 raise ValueError(f"factor {name} has no levels")
@@ -71,17 +77,16 @@ class Grid(BaseModel):
                 raise ValueError(
                     f"exclude: {strange[0]} is no factor; {suggest(strange[0], sorted(self._crossed()[0]))}"
                 )
-        return self
 
     def _check_cell(self, cell: Factors) -> None:
         holes = set(_holes(str(cell.get("plan", ""))))
-        lost = sorted(holes - cell.keys())
-        if lost:
-            raise ValueError(f"plan {cell['plan']!r} names {lost[0]}, which is no factor and not fixed")
         allowed = TASK | RUN | holes | ({"workers"} if "rule" in cell else set())
         for key in cell:
             if key not in allowed:
                 raise ValueError(f"{key} is no option of a task and no part of a plan; {suggest(key, list(allowed))}")
+        lost = sorted(holes - cell.keys())
+        if lost:
+            raise ValueError(f"plan {cell['plan']!r} names {lost[0]!r}, which is no factor and not fixed")
         if cell.get("rule", RULES[0]) not in RULES:
             raise ValueError(f"rule={cell['rule']}: it takes {' or '.join(RULES)}")
         if "rule" not in cell and TRAINED & set(self.measure) and not cell.keys() & {"epochs", "steps", "target"}:
@@ -144,8 +149,12 @@ class Definition(Grid):
     def _check_whole(self) -> "Definition":
         if self.grid and self.factors:
             raise ValueError("factors stand either at the top or in each [[grid]], not in both")
+        if self.procedure == "grid" and not self.grid:
+            self._check_cells()
         if not self.measure and not all(g.measure for g in self.grids()):
             raise ValueError("measure is missing: say what to measure, such as measure = ['step_seconds']")
+        if self.procedure not in ("grid", *PROCEDURES):
+            raise ValueError(f"procedure={self.procedure}: it takes {' or '.join(('grid', *PROCEDURES))}")
         if self.procedure == "grid":
             cells = [identity(cell, 0) for grid in self.grids() for cell in grid.cells()]
             if len(set(cells)) < len(cells):
