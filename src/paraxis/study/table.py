@@ -51,12 +51,12 @@ def print_study(document: dict[str, Any], console: Console) -> None:
         console.print("* oversubscribed: more workers than usable cores, so they take turns", style="dim")
     if any(t.measures.get("epoch_projected") for t in trials):
         console.print("~ projected: a step's time x the steps of an epoch", style="dim")
-    for trial in trials:
-        if trial.status != "ok":
-            what = words(trial.factors, trial.repeat)
-            console.print(f"{trial.status}: {clean(what)}: {clean(trial.reason or '')}", markup=False, style="dim")
-    for gone in document["not_reached"]:
-        console.print(f"not reached: {clean(words(gone['factors'], gone['repeat']))}", markup=False, style="dim")
+    lost = [(t.factors, t.repeat, t.status, f": {t.reason}") for t in trials if t.status != "ok"]
+    lost += [(gone["factors"], gone["repeat"], "not reached", "") for gone in document["not_reached"]]
+    told = _differing([*(t.factors for t in trials), *(factors for factors, *_ in lost)])
+    for factors, repeat, status, why in lost:
+        what = words({key: factors[key] for key in told if key in factors}, repeat)
+        console.print(f"{status}: {clean(what)}{clean(why)}", markup=False, style="dim")
     if document["not_reached"]:
         count = len(document["not_reached"])
         console.print(f"{count} trials did not fit the budget; the same command with more --budget goes on from here")
@@ -117,6 +117,12 @@ def _number(value: float, measure: str) -> str:
 
 def _level(value: Scalar | None) -> str:
     return "" if value is None else clean(f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _differing(all_factors: list[Factors]) -> list[str]:
+    """Names of the factors that are not the same everywhere."""
+    names = dict.fromkeys(key for factors in all_factors for key in factors)
+    return [name for name in names if len({repr(factors.get(name)) for factors in all_factors}) > 1]
 
 
 def _as_grid(definition: Definition, trials: list[Trial]) -> Grid:
