@@ -137,7 +137,7 @@ def _chunk(session: Session, plan: Plan, warm: int, steps: int) -> float:
 def _bubble(session: Session, plan: Plan) -> dict[str, float | None]:
     """The bubble as a fraction of ranks x step: measured, of uniform stages in theory, and of the program replayed with
     its own median times."""
-    if plan.engine == "plain":
+    if plan.pp == 1:
         return {"bubble": 0.0, "bubble_uniform": 0.0, "bubble_replayed": 0.0}
     program = session.program(plan)
     answers = session.ask(KEY, plan, {"do": "measure", "warm": 3, "steps": TRACED, "trace": TRACED})
