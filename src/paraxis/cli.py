@@ -124,24 +124,29 @@ def explore(
 
         own = (network, workers, engine, task) != ("cnn", None, "all", DEFAULT)
         return run_study(study, out, STUDY, budget, own, json_)
+    return _explore_plans(
+        _spec(network, task), workers, 60.0 if budget is None else budget, engine, out or STUDY, json_
+    )
+
+
+def _explore_plans(spec: Any, workers: int | None, budget: float, engine: str, out: Path, json_: bool) -> int:
     from paraxis.experiment import explore_task, save_to
     from paraxis.session import writable
 
-    spec, folder = _spec(network, task), out or STUDY
-    save = save_to(writable(folder))
+    save = save_to(writable(out))
     with joined_ranks() as joined, progress() as tell:
-        found = explore_task(spec, {}, workers, 60.0 if budget is None else budget, COMMS[engine], tell, save, joined)
+        study = explore_task(spec, {}, workers, budget, COMMS[engine], tell, save, joined)
     from paraxis.report.page import write as write_page
 
-    page = write_page(found, folder)
+    page = write_page(study, out)
     if json_:
-        print(found.model_dump_json(indent=1))
+        print(study.model_dump_json(indent=1))
     else:
         from paraxis.report.tables import terminal
 
-        terminal(found, Console(highlight=False))
+        terminal(study, Console(highlight=False))
         print(f"report: {page}")
-    return 0 if found.recommendation else 1
+    return 0 if study.recommendation else 1
 
 
 @app.command

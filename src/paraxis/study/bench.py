@@ -49,28 +49,31 @@ class Bench:
     def perform(self, factors: Factors, repeat: int, measures: Collection[str]) -> Outcome:
         """Run one trial; what the task or the plan forbids, or what goes wrong on the way, is an outcome, too."""
         plan: Plan | None = None
-        load = ForeignLoad([])
+        workers, load = 1, ForeignLoad([])
+        status: TrialStatus = "ok"
+        reason: str | None = None
         try:
             spec = spec_of(factors, repeat if self.vary_seed else 0)
             if "rule" in factors:
                 from paraxis.study.theirs import train_as_they_did
 
-                return Outcome("ok", None, train_as_they_did(spec, factors), None, _workers(factors) > usable_cores())
-            plan = parse(plan_text(factors))
-            check_batch(spec, plan)
-            session = self._session(spec, plan)
-            load = ForeignLoad([pid for pool in session.pools.values() for pid in pool.pids])
-            plan = session.settled(plan)
-            if plan.engine != "plain":
-                session.program(plan)
-            sampled = sample(session, plan, factors, measures, self.seconds)
-            status, reason = "ok", None
+                sampled, workers = train_as_they_did(spec, factors), int(factors.get("workers", 1))
+            else:
+                plan = parse(plan_text(factors))
+                workers = plan.workers
+                check_batch(spec, plan)
+                session = self._session(spec, plan)
+                load = ForeignLoad([pid for pool in session.pools.values() for pid in pool.pids])
+                plan = session.settled(plan)
+                if plan.engine != "plain":
+                    session.program(plan)
+                sampled = sample(session, plan, factors, measures, self.seconds)
         except ParaxisError as error:
             sampled = Sampled()
-            status, reason = failure(error)
-        over = plan is not None and plan.workers > usable_cores()
-        text = plan.text() if plan else None
-        return Outcome(status, reason, sampled, text, over, self._machine(load))  # type: ignore[arg-type]
+            state, reason = failure(error)
+            status = "refused" if state == "refused" else "failed"
+        text, over = plan.text() if plan else None, workers > usable_cores()
+        return Outcome(status, reason, sampled, text, over, self._machine(load))
 
     def _session(self, spec: TaskSpec, plan: Plan) -> Session:
         """The session of a plan's ranks, the task in their hands; as many are started as are wanted by now."""
@@ -103,7 +106,3 @@ def open_bench(joined: JoinedPool | None, tell: Tell, seconds: float, vary_seed:
     """A bench on which nothing runs yet; its ranks end with it, however it ends."""
     with ExitStack() as stack:
         yield Bench(joined, tell, seconds, vary_seed, stack)
-
-
-def _workers(factors: Factors) -> int:
-    return int(factors.get("workers", 1))

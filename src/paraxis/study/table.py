@@ -51,7 +51,8 @@ def print_study(document: dict[str, Any], console: Console) -> None:
         console.print("* oversubscribed: more workers than usable cores, so they take turns", style="dim")
     if any(t.measures.get("epoch_projected") for t in trials):
         console.print("~ projected: a step's time x the steps of an epoch", style="dim")
-    lost = [(t.factors, t.repeat, t.status, f": {t.reason}") for t in trials if t.status != "ok"]
+    lost: list[tuple[Factors, int, str, str]] = []
+    lost += [(t.factors, t.repeat, t.status, f": {t.reason}") for t in trials if t.status != "ok"]
     lost += [(gone["factors"], gone["repeat"], "not reached", "") for gone in document["not_reached"]]
     told = _differing([*(t.factors for t in trials), *(factors for factors, *_ in lost)])
     for factors, repeat, status, why in lost:
