@@ -77,17 +77,21 @@ def table_of(grid: Grid, rows: list[Row]) -> Table:
     measured = dict.fromkeys(m for _, same in rows for t in same if t.status == "ok" for m in t.measures)
     shown = [m for m in measured if m not in HIDDEN]
     table = Table(title=clean(grid.title) or None, title_justify="left", box=None, pad_edge=False)
-    for name in varying:
-        table.add_column(name)
-    for measure in shown:
-        table.add_column(HEADS.get(measure, measure), justify="right")
+    lines: list[list[str]] = []
     for cell, same in rows:
         fine = [t for t in same if t.status == "ok"]
         if not fine:
             continue
         star = "*" if fine[0].oversubscribed else ""
         levels = [_level(cell.get(name)) for name in varying]
-        table.add_row(levels[0] + star, *levels[1:], *(figure(fine, measure) for measure in shown))
+        lines.append([levels[0] + star, *levels[1:], *(figure(fine, measure) for measure in shown)])
+    for place, name in enumerate([*varying, *shown]):
+        longest = max(
+            len(word) for line in [[""] * len(varying + shown), *lines] for word in (line[place] or "-").split()
+        )
+        table.add_column(HEADS.get(name, name), justify="right" if place >= len(varying) else "left", min_width=longest)
+    for line in lines:
+        table.add_row(*line)
     return table
 
 
