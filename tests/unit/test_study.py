@@ -341,3 +341,12 @@ def test_the_table_shows_medians_intervals_reasons_and_what_is_missing(tmp_path:
     assert text.count("refused: ") == 6 and "no such thing" in text
     assert "not reached: workers=7 #1" in text and "oversubscribed" in text
     assert json.dumps(document)
+
+
+def test_what_a_procedure_concludes_is_said(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    document = run(tmp_path) | {"analysis": {"sentence": "Batches beyond 512 buy nothing.", "notes": ["one seed only"]}}
+    console = Console(width=80, record=True, file=io.StringIO())
+    table.print_study(document, console)
+    assert "Batches beyond 512 buy nothing.\none seed only\n" in console.export_text()

@@ -58,6 +58,9 @@ def print_study(document: dict[str, Any], console: Console) -> None:
     for factors, repeat, status, why in lost:
         what = words({key: factors[key] for key in told if key in factors}, repeat)
         console.print(f"{status}: {clean(what)}{clean(why)}", markup=False, style="dim")
+    analysis = document["analysis"] or {}
+    for text in [analysis["sentence"]] * ("sentence" in analysis) + analysis.get("notes", []):
+        console.print(clean(text), markup=False)
     if document["not_reached"]:
         count = len(document["not_reached"])
         console.print(f"{count} trials did not fit the budget; the same command with more --budget goes on from here")
