@@ -59,7 +59,7 @@ def print_study(document: dict[str, Any], console: Console) -> None:
         what = words({key: factors[key] for key in told if key in factors}, repeat)
         console.print(f"{status}: {clean(what)}{clean(why)}", markup=False, style="dim")
     analysis = document["analysis"] or {}
-    for text in [analysis["sentence"]] * ("sentence" in analysis) + analysis.get("notes", []):
+    for text in [*filter(None, [analysis.get("sentence")]), *analysis.get("notes", [])]:
         console.print(clean(text), markup=False)
     if document["not_reached"]:
         count = len(document["not_reached"])
