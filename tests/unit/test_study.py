@@ -350,3 +350,15 @@ def test_what_a_procedure_concludes_is_said(tmp_path: Path) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     table.print_study(document, console)
     assert "Batches beyond 512 buy nothing.\none seed only\n" in console.export_text()
+
+
+def test_a_file_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(TaskError, match=r"cannot be written.*--out"):
+        run(tmp_path)
+    (tmp_path / "other").mkdir()
+    with open_ledger(tmp_path / "other", make(GRID)) as ledger, Path("/dev/full").open("wb", buffering=0) as full:
+        ledger.file = full
+        with pytest.raises(TaskError, match=r"No space left.*what was finished is kept"):
+            ledger.append(Trial(study="grid", factors={}, status="ok", seconds=1, started="now", version="0"))
+        assert not ledger.trials

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -63,7 +64,8 @@ def conduct(definition: Definition, folder: Path, budget: float, tell: Tell, per
         try:
             analysis = _procedure(course, perform)
         finally:
-            write_csv(ledger.trials, folder / "trials.csv")
+            with suppress(OSError):  # it repeats the records, and must not hide what ended the study
+                write_csv(ledger.trials, folder / "trials.csv")
         return {
             "study": definition.name,
             "about": definition.about,

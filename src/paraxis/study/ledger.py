@@ -44,9 +44,16 @@ class Ledger:
         self.known[key] = trial
 
     def _write(self, line: str) -> None:
-        self.file.write(f"{line}\n".encode())
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        try:
+            rest = f"{line}\n".encode()
+            while rest:  # one write, but for a disk that fills up in the middle of it
+                rest = rest[self.file.write(rest) :]
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise TaskError(
+                f"{self.file.name} cannot be written: {error.strerror}; what was finished is kept"
+            ) from None
 
 
 @contextmanager
@@ -56,7 +63,11 @@ def open_ledger(folder: Path, definition: Definition) -> Iterator[Ledger]:
     The lock is the kernel's: it ends with this process, however that ends.
     """
     path = folder / FILE
-    with path.open("a+b", buffering=0) as raw:
+    try:
+        raw = path.open("a+b", buffering=0)
+    except OSError as error:
+        raise TaskError(f"{path} cannot be written: {error.strerror}; give another --out") from None
+    with raw:
         try:
             fcntl.flock(raw, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -45,9 +45,10 @@ def print_study(document: dict[str, Any], console: Console) -> None:
         rows = rows_of(grid, trials)
         if any(t.status == "ok" for _, same in rows for t in same):
             table = table_of(grid, rows)
+            console.print(f"\n{clean(grid.title)}" if grid.title else "", markup=False, style="italic")
             needed = Measurement.get(console, console.options.update(width=1000), table).minimum
             console.print(table, width=max(console.width, needed), crop=False)  # figures are never cut
-    if any(t.oversubscribed for t in trials):
+    if any(t.oversubscribed and t.status == "ok" for t in trials):
         console.print("* oversubscribed: more workers than usable cores, so they take turns", style="dim")
     if any(t.measures.get("epoch_projected") for t in trials):
         console.print("~ projected: a step's time x the steps of an epoch", style="dim")
@@ -79,7 +80,7 @@ def table_of(grid: Grid, rows: list[Row]) -> Table:
     varying = [name for name in grid.varying() if name != "plan"] or ["plan"]
     measured = dict.fromkeys(m for _, same in rows for t in same if t.status == "ok" for m in t.measures)
     shown = [m for m in measured if m not in HIDDEN]
-    table = Table(title=clean(grid.title) or None, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     lines: list[list[str]] = []
     for cell, same in rows:
         fine = [t for t in same if t.status == "ok"]
