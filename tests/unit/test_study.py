@@ -362,3 +362,17 @@ def test_a_file_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> No
         with pytest.raises(TaskError, match=r"No space left.*what was finished is kept"):
             ledger.append(Trial(study="grid", factors={}, status="ok", seconds=1, started="now", version="0"))
         assert not ledger.trials
+
+
+def test_a_figure_that_is_no_number_survives_the_file_the_document_and_the_table(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    def diverged(*_: object) -> Outcome:
+        return Outcome("ok", None, Sampled({"step_seconds": float("inf")}, {"loss": [float("nan")]}))
+
+    document = run(tmp_path, perform=diverged)
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert all(t.measures["step_seconds"] == float("inf") for t in read(tmp_path)[1])
+    console = Console(width=80, record=True, file=io.StringIO())
+    table.print_study(document, console)
+    assert " inf" in console.export_text()

@@ -1,5 +1,6 @@
 """Conducting a study: which trial is next, what is recorded already, what no longer fits the budget."""
 
+import json
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -70,7 +71,7 @@ def conduct(definition: Definition, folder: Path, budget: float, tell: Tell, per
             "study": definition.name,
             "about": definition.about,
             "definition": definition.model_dump(mode="json"),
-            "trials": [trial.model_dump(mode="json") for trial in ledger.trials],
+            "trials": [json.loads(trial.model_dump_json()) for trial in ledger.trials],
             "not_reached": list(course.missed.values()),
             "analysis": analysis,
             "finished": not course.missed,

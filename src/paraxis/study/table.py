@@ -1,6 +1,7 @@
 """A study on a terminal: a table a grid, a row a combination of levels, medians and how far repeats scatter."""
 
 from collections.abc import Iterable
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -120,6 +121,8 @@ def figure(trials: list[Trial], measure: str) -> str:
 def _number(value: float, measure: str) -> str:
     if measure in PERCENT:
         return f"{value:.1%}"
+    if not isfinite(value):  # a loss that has diverged
+        return str(value)
     value *= SCALE.get(measure, 1.0)
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
