@@ -87,10 +87,11 @@ def explore(
     /,
     *,
     workers: int | None = None,
-    budget: float = 60.0,
+    budget: float | None = None,
     engine: Literal["all", "native", "torch"] = "all",
-    out: Path = STUDY,
+    out: Path | None = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
+    study: str | None = None,
     schema: Annotated[bool, Parameter(negative="")] = False,
     json_: Json = False,
     task: TaskOptions = DEFAULT,
@@ -104,13 +105,15 @@ def explore(
     workers
         Explore plans for 1, 2, 4 ... so many workers (default: usable cores).
     budget
-        Seconds for all of it, start-up included.
+        Seconds for all of it, start-up included (default: 60; a study takes what it takes).
     engine
         native: our C++ on OpenMP threads; torch: PyTorch, over MPI and Gloo.
     out
-        Folder for study.json, samples.jsonl and report.html.
+        Folder for study.json, samples.jsonl and report.html (default: paraxis-study, or paraxis-study/STUDY).
     resume
         Go on with what an earlier exploration of the same task has measured in that folder; proofs are made again.
+    study
+        Run a study of factors and levels instead: a shipped one, FILE.toml, or list to see what there is. It resumes.
     schema
         Print the JSON Schema of study.json and end.
     """
@@ -119,11 +122,22 @@ def explore(
     if schema:
         print(json.dumps(Study.model_json_schema(), indent=1))
         return 0
+    if study is not None:
+        from paraxis.study.command import run_study
+
+        own = (network, workers, engine, task) != ("cnn", None, "all", DEFAULT)
+        return run_study(study, out, STUDY, budget, own, json_)
+    spec, seconds = _spec(network, task), 60.0 if budget is None else budget
+    return _explore_plans(spec, workers, seconds, engine, out or STUDY, resume, json_)
+
+
+def _explore_plans(
+    spec: Any, workers: int | None, budget: float, engine: str, out: Path, resume: bool, json_: bool
+) -> int:
     from paraxis.experiment import explore_task, save_to
     from paraxis.measure.samples import open_book
     from paraxis.session import writable
 
-    spec = _spec(network, task)
     save = save_to(writable(out))
     with joined_ranks() as joined, progress() as tell:
         study = explore_task(spec, {}, workers, budget, COMMS[engine], tell, save, joined, open_book(out, resume))

@@ -16,6 +16,7 @@ from paraxis.session import Session, Tell, check_batch, open_session, writable
 from paraxis.task.spec import TaskSpec
 
 Epoch = dict[str, Any]
+KEY = "train"  # under which the plan is set up
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,11 @@ def train_task(
         plan = session.settled(plan)
         if plan.engine != "plain":
             session.program(plan)
-        session.setup("train", plan)
+        session.setup(KEY, plan)
         begun = time.monotonic()
         epochs, losses = _epochs(session, plan, total, length.target, out, each_epoch)
         weights = _save(session, plan, out)
-        test = _score(session, plan, "test") if facts.has_test else None
+        test = evaluate(session, plan, "test") if facts.has_test else None
     seconds = time.monotonic() - begun
     document = {"plan": plan.text(), "label": plan.label(), "epochs": epochs, "losses": losses, "seconds": seconds}
     return document | {"test": test, "weights": str(weights), "notes": list(facts.notes)}
@@ -94,10 +95,10 @@ def _epochs(
     while len(losses) < total:
         count = min(every, total - len(losses))
         begun = time.monotonic()
-        fresh = _steps(session, plan, count, len(losses), total)
+        fresh = train_steps(session, plan, count, len(losses), total)
         losses += fresh
         seconds = time.monotonic() - begun
-        score = _score(session, plan, watched) if watched else None
+        score = evaluate(session, plan, watched) if watched else None
         mean = sum(fresh) / len(fresh)
         epoch = {
             "epoch": len(epochs) + 1,
@@ -112,24 +113,24 @@ def _epochs(
         if target is not None and score is not None and score["accuracy"] >= target:
             break
     if plan.engine != "plain":
-        session.ask("train", plan, {"do": "settle"})
+        session.ask(KEY, plan, {"do": "settle"})
     return epochs, losses
 
 
-def _steps(session: Session, plan: Plan, count: int, done: int, total: int) -> list[float]:
+def train_steps(session: Session, plan: Plan, count: int, done: int, total: int) -> list[float]:
     pool = session.home(plan)
 
     def news(message: dict[str, Any]) -> None:
         session.tell("training", (done + count - message["left"]) / total)
 
-    request = {"do": "train", "key": "train", "steps": count}
+    request = {"do": "train", "key": KEY, "steps": count}
     answers = pool.ask(request, range(plan.processes), news=news)
     return mean_losses([a["losses"] for a in answers])
 
 
-def _score(session: Session, plan: Plan, which: str) -> dict[str, float]:
+def evaluate(session: Session, plan: Plan, which: str) -> dict[str, float]:
     """Loss, accuracy and samples of a held-out set."""
-    answers = session.ask("train", plan, {"do": "evaluate", "set": which})
+    answers = session.ask(KEY, plan, {"do": "evaluate", "set": which})
     best = max(answers, key=lambda a: a["weight"])  # only the last stage's ranks have seen outputs
     weight = max(best["weight"], 1e-30)
     return {"loss": best["loss"] / weight, "accuracy": best["hits"] / best["samples"], "samples": best["samples"]}
@@ -143,7 +144,7 @@ def _save(session: Session, plan: Plan, out: Path) -> Path:
         ranks = [plan.mesh.rank(0, stage) for stage in range(plan.pp)]
     state: dict[str, Any] = {}
     parts = [str(session.folder / f"part-{rank}.safetensors") for rank in range(plan.processes)]
-    session.home(plan).ask({"do": "save", "key": "train", "files": parts}, ranks)
+    session.home(plan).ask({"do": "save", "key": KEY, "files": parts}, ranks)
     for rank in ranks:
         state |= load_file(parts[rank])
     path = out / "weights.safetensors"

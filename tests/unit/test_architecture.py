@@ -21,7 +21,7 @@ LAYERS = [
     {"engine", "task"},
     {"run", "measure"},
     {"session", "proof", "recommend", "report", "progress"},
-    {"rounds", "experiment", "verification", "training", "showing", "doctor"},
+    {"rounds", "experiment", "study", "verification", "training", "showing", "doctor"},
     {"api", "cli", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -109,7 +109,16 @@ print("heavy:", heavy, file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["show", "pp=2,microbatches=4"], ["explore", "--schema"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["show", "pp=2,microbatches=4"],
+        ["explore", "--schema"],
+        ["explore", "--study", "list"],
+    ],
+)
 def test_light_commands_load_no_framework(words: list[str]) -> None:
     code = LIGHT.format(words=words)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
