@@ -17,7 +17,7 @@ class BatchSizes(Record):
     critical: Critical
     noise: NoiseScale | None = None
     finished: bool
-    notes: list[str] = []
+    notes: list[str]
     sentence: str
 
 

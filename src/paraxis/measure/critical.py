@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from math import inf, isfinite
 
 import numpy as np
+from pydantic import Field
 
 from paraxis.measure.estimate import DRAWS, Estimate, between, estimate, median_of
 from paraxis.measure.records import Record
@@ -31,7 +32,7 @@ class Point(Record):
     batch: int
     lr: float
     steps: list[float | None]
-    searched: list[Tried] = []
+    searched: list[Tried] = Field(default_factory=list)
     widened: int = 0  # learning rates added because the best stood at the edge
     at_edge: bool = False  # it still does: what the search was allowed is used up
 
@@ -54,8 +55,8 @@ class Critical(Record):
     misfit: float | None = None
     perfect: float | None = None
     flat: float | None = None
-    regimes: dict[str, list[int]] = {}
-    left_out: list[int] = []
+    regimes: dict[str, list[int]] = Field(default_factory=dict)
+    left_out: list[int] = Field(default_factory=list)
     refusal: str | None = None
     sentence: str
 
@@ -153,8 +154,8 @@ def _twins(used: list[Point], batches: np.ndarray, draws: int) -> tuple[np.ndarr
 def _sentence(c: Critical) -> str:
     assert c.b_crit and c.least_steps and c.misfit is not None and c.perfect and c.flat
     parts = [
-        f"The critical batch size is {between(c.b_crit, whole)}: up to {whole(c.perfect)} samples twice the batch takes "
-        f"half the steps, from {whole(c.flat)} on it takes as many, and never fewer than {whole(c.least_steps.value)}."
+        f"The critical batch size is {between(c.b_crit, whole)}: up to {whole(c.perfect)} samples twice the batch "
+        f"takes half the steps, from {whole(c.flat)} on as many, and never fewer than {whole(c.least_steps.value)}."
     ]
     if c.misfit > 0.15:
         parts.append(f"The curve misses the medians by {c.misfit:.0%}: it is a summary, not a law, here.")

@@ -1,10 +1,11 @@
 """The gradient noise scale: how large a batch may be before its gradient holds little that is new.
 
-B_simple = tr(Sigma) / |G|^2 (McCandlish et al. 2018, appendix A.1): from squared gradient norms of two batch sizes follow
-unbiased estimates of both terms at every step; they are averaged *separately*, for a mean of ratios is biased.
+B_simple = tr(Sigma) / |G|^2 (McCandlish et al. 2018, appendix A.1): from squared gradient norms of two batch sizes
+follow unbiased estimates of both terms at every step; they are averaged *separately*, for a mean of ratios is biased.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class NoiseWindow(Record):
 class NoiseScale(Record):
     """B_simple in samples over a whole run, and over its thirds: it grows while the network learns.
 
-    `gradient` is the mean of |G|^2, `variance` that of tr(Sigma) per sample; `small` and `large` are the two batch sizes.
+    `gradient` is the mean of |G|^2, `variance` that of tr(Sigma) of one sample; `small` and `large`: the batch sizes.
     """
 
     scale: Estimate
@@ -64,7 +65,7 @@ def noise_scale(small: Sequence[float], large: Sequence[float], b: int, batch: i
     cuts = np.linspace(0, len(squared), WINDOWS + 1).astype(int)
     windows = [
         NoiseWindow(first=int(i), last=int(j), scale=_ratio(squared[i:j], variance[i:j], draws))
-        for i, j in zip(cuts, cuts[1:], strict=False)
+        for i, j in pairwise(cuts)
     ]
     scale = _ratio(squared, variance, draws)
     grows = f"it goes from {whole(windows[0].scale.value)} in the first third of the run to "
@@ -90,7 +91,7 @@ def _ratio(squared: np.ndarray, variance: np.ndarray, draws: int) -> Estimate:
     sums = np.array([(s.sum(), v.sum()) for s, v in _blocks(squared, variance, count)])
     rng = np.random.default_rng(len(squared))
     twins = sums[rng.integers(0, count, (draws, count))].sum(1)
-    return estimate(_divide(sums.sum(0)), _divide(twins))
+    return estimate(float(_divide(sums.sum(0))), _divide(twins))
 
 
 def _blocks(squared: np.ndarray, variance: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:

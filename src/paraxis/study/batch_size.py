@@ -76,7 +76,7 @@ class Parameters(Record):
 
 
 def run(runner: Runner, parameters: Mapping[str, Any]) -> BatchSizes:
-    """The whole study; where time runs out, what can be said by then. Raises TaskError for parameters that do not fit."""
+    """The whole study; where time runs out, what can be said by then. Raises TaskError for unfit parameters."""
     p = _parameters(parameters)
     points: list[Point] = []
     notes: list[str] = []

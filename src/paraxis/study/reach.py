@@ -19,7 +19,7 @@ from paraxis.task.spec import TaskSpec
 
 Found = tuple[dict[str, float | None], dict[str, list[float]], str]  # measures, series, why a measure is null
 
-GROWTH = 1.05  # of steps from look to look
+GROWTH = 1.06  # of steps from look to look
 KEY = "reach"
 
 
@@ -66,7 +66,14 @@ def reach(session: Session, spec: TaskSpec, plan: Plan, target: float, limit: in
     check_batch(spec, plan)
     pool, ranks = session.home(plan), range(plan.processes)
     session.respec(spec)  # what the session knows of layers is of another batch: nothing here asks for it
-    request = {"do": "setup", "key": KEY, "plan": plan.text(), "dtype": "float32", "cpus": [], "fault": None}
+    request: dict[str, Any] = {
+        "do": "setup",
+        "key": KEY,
+        "plan": plan.text(),
+        "dtype": "float32",
+        "cpus": [],
+        "fault": None,
+    }
     pool.ask(request, ranks)
     which = "validation" if spec.validation else "test"
     seen: list[int] = []
@@ -99,11 +106,15 @@ def measure_reach(session: Session, spec: TaskSpec, plan: Plan, factors: Factors
 def measure_noise(session: Session, spec: TaskSpec, factors: Factors) -> Found:
     """A trial under the rule `noise`: squared gradient norms along a serial run of `steps` steps.
 
-    They are those of `microbatches` equal parts of each batch, and of the whole; the scale is estimated from the series.
+    They are those of `microbatches` equal parts of each batch, and of the whole; the series hold every step's.
     """
     pool = session.pool("solo")
     session.respec(spec)
-    request = {"do": "noise", "steps": int(factors["steps"]), "microbatches": int(factors["microbatches"])}
+    request: dict[str, Any] = {
+        "do": "noise",
+        "steps": int(factors["steps"]),
+        "microbatches": int(factors["microbatches"]),
+    }
     norms = pool.ask(request)[0]
     series = {"square_small": norms["small"], "square_large": norms["large"]}
     return {"microbatch": float(norms["size"])}, series, ""
