@@ -1,16 +1,22 @@
 """The batch-size study: the search, the fit and the noise scale, on surfaces whose answers are known."""
 
+import json
 import math
+import tomllib
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import paraxis
 from paraxis.errors import TaskError
+from paraxis.measure.batch_sizes import BatchSizes
 from paraxis.measure.critical import Point, fit_critical
 from paraxis.measure.noise import noise_scale, noise_terms
-from paraxis.study.batch_size import Parameters, run, search
+from paraxis.study.batch_size import Parameters, run, search, tune
 from paraxis.study.reach import crossing, looks
 from paraxis.study.trial import Factors, OutOfTime, Trial, identity
 
@@ -75,7 +81,7 @@ PARAMETERS: dict[str, Any] = {"batches": [16, 64, 256, 1024, 4096], "lr": 0.3, "
 
 def test_the_study_finds_the_rates_the_bend_and_the_noise() -> None:
     surface = Surface()
-    found = run(surface, PARAMETERS)
+    found = tune(PARAMETERS, surface)
     assert found.finished and not found.notes
     for point in found.points:
         assert abs(math.log2(point.lr / surface.best_lr(point.batch))) <= 0.26, point  # half of half an octave
@@ -94,17 +100,17 @@ def test_the_study_finds_the_rates_the_bend_and_the_noise() -> None:
 
 def test_running_again_asks_for_the_same_and_runs_nothing() -> None:
     surface = Surface(noise=0.05)
-    first = run(surface, PARAMETERS)
+    first = tune(PARAMETERS, surface)
     asked, fresh = list(surface.asked), surface.fresh
     surface.asked.clear()
-    assert run(surface, PARAMETERS) == first
+    assert tune(PARAMETERS, surface) == first
     assert surface.asked == asked and surface.fresh == fresh
     assert len({identity(f, 0) for f in asked}) == len(asked), "no trial is asked for twice"
 
 
 def test_a_study_cut_off_in_the_middle_goes_on_where_it_was() -> None:
     surface = Surface()
-    whole = run(surface, PARAMETERS)
+    whole = tune(PARAMETERS, surface)
     broken = Surface()
 
     def tired(factors: Factors, repeat: int) -> Trial:
@@ -112,17 +118,17 @@ def test_a_study_cut_off_in_the_middle_goes_on_where_it_was() -> None:
             raise OutOfTime("the budget is spent")
         return broken(factors, repeat)
 
-    part = run(tired, PARAMETERS)
+    part = tune(PARAMETERS, tired)
     assert not part.finished and "budget is spent" in part.notes[-1]
     assert part.points == whole.points[: len(part.points)] and 0 < len(part.points) < len(whole.points)
-    assert run(broken, PARAMETERS) == whole and broken.fresh == surface.fresh
+    assert tune(PARAMETERS, broken) == whole and broken.fresh == surface.fresh
 
 
 def test_a_search_is_widened_where_the_best_stands_at_the_edge() -> None:
-    far = run(Surface(), PARAMETERS | {"lr": 0.3 / 64, "batches": [16], "noise_batch": 0})
+    far = tune(PARAMETERS | {"lr": 0.3 / 64, "batches": [16], "noise_batch": 0}, Surface())
     assert far.points[0].widened == 4 and not far.points[0].at_edge
     assert far.points[0].lr == pytest.approx(0.3, rel=0.2)
-    short = run(Surface(), PARAMETERS | {"lr": 0.3 / 64, "batches": [16], "noise_batch": 0, "widest": 1})
+    short = tune(PARAMETERS | {"lr": 0.3 / 64, "batches": [16], "noise_batch": 0, "widest": 1}, Surface())
     assert short.points[0].at_edge and "edge" in short.notes[0]
 
 
@@ -146,7 +152,7 @@ def test_what_is_never_reached_is_widened_both_ways_and_told() -> None:
 
     assert search(never, 0, 1, 4, 100, 1.5) == (None, 4, True)
     assert sorted(asked) == [-6, -4, -2, 0, 2, 4, 6]
-    found = run(Surface(lost_above=1000), PARAMETERS | {"batches": [16, 64, 128, 256, 4096]})
+    found = tune(PARAMETERS | {"batches": [16, 64, 128, 256, 4096]}, Surface(lost_above=1000))
     assert found.critical.left_out == [4096] and found.critical.b_crit
     assert any("batch 4096: no learning rate" in note for note in found.notes)
 
@@ -163,7 +169,7 @@ def test_what_is_never_reached_is_widened_both_ways_and_told() -> None:
 )
 def test_parameters_that_do_not_fit(values: dict[str, Any], words: str) -> None:
     with pytest.raises(TaskError, match=words) as error:
-        run(Surface(), values)
+        tune(values, Surface())
     assert "\n" not in str(error.value)
 
 
@@ -172,7 +178,7 @@ def test_a_refused_trial_ends_the_study() -> None:
         return trial(factors, {}, status="refused", reason="engine=native has not been built")
 
     with pytest.raises(TaskError, match="has not been built"):
-        run(refuse, PARAMETERS)
+        tune(PARAMETERS, refuse)
 
 
 def points(noise: float, seed: int, crit: float = CRIT) -> list[Point]:
@@ -304,7 +310,16 @@ def test_the_crossing_is_interpolated() -> None:
     assert crossing([], [], 0.5) is None
 
 
-def test_shipped_parameters_are_valid() -> None:
-    p = Parameters()
+def test_what_a_study_gets_is_plain_json() -> None:
+    plain = run(SimpleNamespace(parameters=PARAMETERS), Surface())
+    assert BatchSizes.model_validate_json(json.dumps(plain)) == tune(PARAMETERS, Surface())
+
+
+def test_the_shipped_study_says_what_is_fixed() -> None:
+    path = Path(paraxis.__file__).parent / "study" / "shipped" / "batch-size.toml"
+    values = tomllib.loads(path.read_text())
+    assert values["procedure"] == "batch-size"
+    p = Parameters.model_validate(values["parameters"])
+    assert values["parameters"].keys() == p.model_dump().keys(), "nothing is left to defaults that may change"
     assert p.batches == [16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
     assert p.rate(2) == pytest.approx(2 * p.lr) and p.limit(16) == 40_000 and p.limit(8192) == 732

@@ -8,7 +8,7 @@ alone, so that resuming is running it again.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -75,7 +75,19 @@ class Parameters(Record):
         return shared | own | {"optimizer": "sgd", "momentum": self.momentum}
 
 
-def run(runner: Runner, parameters: Mapping[str, Any]) -> BatchSizes:
+class Definition(Protocol):
+    """What this procedure reads of a study's definition."""
+
+    @property
+    def parameters(self) -> Mapping[str, Any]: ...
+
+
+def run(definition: Definition, runner: Runner) -> dict[str, Any]:
+    """The procedure as studies call it: the record of `BatchSizes` as plain JSON. Raises TaskError."""
+    return tune(definition.parameters, runner).model_dump(mode="json")
+
+
+def tune(parameters: Mapping[str, Any], runner: Runner) -> BatchSizes:
     """The whole study; where time runs out, what can be said by then. Raises TaskError for unfit parameters."""
     p = _parameters(parameters)
     points: list[Point] = []
