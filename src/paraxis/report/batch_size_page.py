@@ -24,19 +24,19 @@ def page(found: BatchSizes, machine: dict[str, Any] | None = None) -> str:
         "",
         f"![Steps to the target against batch size]({NAME}-steps.svg)",
         "",
-        "Each point is the median of the small dots, one a seed. The line is steps = s (1 + B / batch): where it falls at "
-        "the slope of the dotted line twice the workers halve the time, where it is flat they buy nothing, and the blue "
-        "band is the 95% interval of the B at which it bends; the orange one is that of the gradient noise scale.",
+        "Each point is the median of the small dots, one a seed. The line is steps = s (1 + B / batch): where it falls "
+        "along the dotted line twice the workers halve the time, where it is flat they buy nothing. The blue band is "
+        "the 95% interval of the B at which it bends, the orange one that of the gradient noise scale.",
         "",
         "## What was fixed beforehand",
         "",
-        f"`{p['network']}` on `{p['data']}` with SGD, momentum {p['momentum']:g}, plan `{p['plan']}`{where}. The target is "
-        f"{p['target']:.1%} of the {p['validation']:.0%} of the training samples that are held out; the test set takes no "
-        f"part. Learning rates were chosen with seed {p['search_seed']} and judged with seeds "
-        f"{', '.join(map(str, p['seeds']))}; a trial ended after {p['max_steps']:,} steps or {p['max_samples']:,} samples.",
+        f"`{p['network']}` on `{p['data']}` with SGD, momentum {p['momentum']:g}, plan `{p['plan']}`{where}. "
+        f"The target is {p['target']:.1%} of {_held_out(p['validation'])}. "
+        f"Learning rates were chosen with seed {p['search_seed']} and judged with {', '.join(map(str, p['seeds']))}; "
+        f"a trial ended after {p['max_steps']:,} steps or {p['max_samples']:,} samples.",
         "",
-        "Every batch size has its own learning rate, from a grid of doublings that was widened while the best stood at its "
-        "edge, and refined by half doublings around the best (Shallue et al. 2019).",
+        "Every batch size has its own learning rate, from a grid of doublings that was widened while the best stood at "
+        "its edge, and refined by half doublings around the best (Shallue et al. 2019).",
         "",
         "| batch | learning rate | steps to the target | samples | rates tried | widened by |",
         "|--:|--:|--:|--:|--:|--:|",
@@ -50,6 +50,11 @@ def page(found: BatchSizes, machine: dict[str, Any] | None = None) -> str:
     if not found.finished:
         parts.append("- The study was not finished: what is here is what it had by then.")
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _held_out(validation: float) -> str:
+    held = f"the {validation:.0%} of the training samples that are held out; the test set takes no part"
+    return held if validation else "the test set, on which the learning rates are chosen, too"
 
 
 def _row(p: Point) -> str:

@@ -108,7 +108,7 @@ def tune(parameters: Mapping[str, Any], runner: Runner) -> BatchSizes:
         finished = False
         notes.append(f"unfinished: {error}")
     critical = fit_critical(points)
-    words = f"{p.network} on {p.data} to {p.target:.1%} of held-out samples: {critical.sentence}"
+    words = f"{p.network} on {p.data}, to {p.target:.1%} of held-out samples. {critical.sentence}"
     sentence = " ".join(filter(None, [words, compared(critical, noise)]))
     return BatchSizes(
         parameters=p.model_dump(),
