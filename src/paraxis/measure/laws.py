@@ -5,6 +5,7 @@ so rounds are resampled as wholes.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
@@ -58,7 +59,7 @@ def amdahl(samples: Samples, usable_cores: int, draws: int = DRAWS) -> Law:
 
     Fitted as time = a + c / N (a serial, c shared work, neither negative) by least squares of relative errors.
     """
-    rounds = _Rounds(samples, usable_cores, draws)
+    rounds = _rounds(samples, usable_cores, draws)
     if why := rounds.too_few():
         return _refused("amdahl", rounds, why)
     counts, times = rounds.counts, rounds.times
@@ -99,7 +100,7 @@ def gustafson(samples: Samples, usable_cores: int, draws: int = DRAWS) -> Law:
 
     Fitted as efficiency = 1 - s (N - 1) / N by least squares.
     """
-    rounds = _Rounds(samples, usable_cores, draws)
+    rounds = _rounds(samples, usable_cores, draws)
     if why := rounds.too_few():
         return _refused("gustafson", rounds, why)
     counts, times = rounds.counts, rounds.times
@@ -136,16 +137,15 @@ def karp_flatt(speedup: np.ndarray, workers: np.ndarray) -> np.ndarray:
     return np.asarray((1 / speedup - 1 / workers) / (1 - 1 / workers))
 
 
+@dataclass(frozen=True)
 class _Rounds:
-    """Medians of the counts that can be used, and their resampled twins (draws, counts)."""
+    """Worker counts that can be used, their median times, and the resampled twins of these (draws, counts)."""
 
-    def __init__(self, samples: Samples, usable_cores: int, draws: int) -> None:
-        self.left_out = sorted(n for n in samples if n > usable_cores)
-        self.cores = usable_cores
-        kept = sorted(n for n in samples if n <= usable_cores and samples[n])
-        self.counts = np.array(kept, dtype=float)
-        self.times = np.array([float(np.median(list(samples[n].values()))) for n in kept])
-        self.twins = _twins([samples[n] for n in kept], draws) if kept else np.zeros((draws, 0))
+    cores: int
+    left_out: list[int]
+    counts: np.ndarray
+    times: np.ndarray
+    twins: np.ndarray
 
     def too_few(self) -> str:
         """Why no law can be fitted, or ""."""
@@ -171,6 +171,17 @@ class _Rounds:
             )
             for i, n in enumerate(self.counts)
         ]
+
+
+def _rounds(samples: Samples, usable_cores: int, draws: int) -> _Rounds:
+    kept = sorted(n for n in samples if n <= usable_cores and samples[n])
+    return _Rounds(
+        cores=usable_cores,
+        left_out=sorted(n for n in samples if n > usable_cores),
+        counts=np.array(kept, dtype=float),
+        times=np.array([float(np.median(list(samples[n].values()))) for n in kept]),
+        twins=_twins([samples[n] for n in kept], draws) if kept else np.zeros((draws, 0)),
+    )
 
 
 def _twins(by_count: Sequence[Mapping[int, float]], draws: int) -> np.ndarray:
