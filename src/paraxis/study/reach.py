@@ -96,6 +96,15 @@ def reach(session: Session, spec: TaskSpec, plan: Plan, target: float, limit: in
     return Reached(steps, seconds, seen, accuracies, "" if steps else stopped)
 
 
+def by_rule(session: Session, spec: TaskSpec, plan: Plan, factors: Factors) -> Found:
+    """A trial under the rule `reach` or `noise`; raises TaskError for another rule."""
+    if factors["rule"] == "reach":
+        return measure_reach(session, spec, plan, factors)
+    if factors["rule"] == "noise":
+        return measure_noise(session, spec, factors)
+    raise TaskError(f"rule={factors['rule']}: it takes reach or noise")
+
+
 def measure_reach(session: Session, spec: TaskSpec, plan: Plan, factors: Factors) -> Found:
     """A trial under the rule `reach`: `target` and `steps`, the limit, are factors."""
     found = reach(session, spec, plan, float(factors["target"]), int(factors["steps"]))

@@ -7,6 +7,8 @@ resuming a study is running it again.
 from collections.abc import Callable
 from typing import Any, Literal
 
+from pydantic import Field
+
 from paraxis.errors import ParaxisError
 from paraxis.measure.records import Record
 
@@ -27,15 +29,15 @@ class Trial(Record):
     repeat: int = 0
     status: TrialStatus
     reason: str | None = None
-    measures: dict[str, float | None] = {}
-    series: dict[str, list[float]] = {}
+    measures: dict[str, float | None] = Field(default_factory=dict)
+    series: dict[str, list[float]] = Field(default_factory=dict)
     seconds: float
     started: str  # ISO 8601, UTC
     machine: dict[str, Any] | None = None
     version: str
     plan: str | None = None  # in full, where the factors name one that can be met
     oversubscribed: bool = False  # more workers than usable cores
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
 
 
 class OutOfTime(ParaxisError):
