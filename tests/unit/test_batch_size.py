@@ -181,6 +181,19 @@ def test_a_refused_trial_ends_the_study() -> None:
         tune(PARAMETERS, refuse)
 
 
+def test_a_failed_trial_counts_as_not_reached_and_is_told() -> None:
+    surface = Surface()
+
+    def failing(factors: Factors, repeat: int) -> Trial:
+        if factors["batch"] == 64 and factors["seed"] == 2:
+            return trial(factors, {}, status="failed", reason="rank 0 died")
+        return surface(factors, repeat)
+
+    found = tune(PARAMETERS, failing)
+    assert found.points[1].steps[1] is None and found.points[1].median < math.inf
+    assert any("batch 64" in note and "seed 2 failed" in note and "rank 0 died" in note for note in found.notes)
+
+
 def points(noise: float, seed: int, crit: float = CRIT) -> list[Point]:
     rng = np.random.default_rng(seed)
     out = []

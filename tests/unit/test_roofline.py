@@ -1,5 +1,6 @@
 """The roofline: work counted by hand and by PyTorch's own counter, and what a machine allows."""
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from paraxis.errors import TaskError
+from paraxis.measure.facts import facts_of
 from paraxis.measure.layer_work import layer_work
+from paraxis.measure.layers import measure_layers
 from paraxis.measure.roofline import LayerWork, Work, affine_work, in_words, roofline
 from paraxis.task.resnet import Block
 from paraxis.task.spec import TaskSpec
@@ -81,3 +84,11 @@ def test_a_machine_allows_the_lesser_of_two_roofs() -> None:
         roofline(layers, [1.0], [1.0], 1.0, 1.0)
     with pytest.raises(TaskError, match="bandwidth=0"):
         roofline(layers, [1.0] * 3, [1.0] * 3, 1.0, 0.0)
+
+
+def test_measured_layers_carry_their_work_to_the_driver() -> None:
+    facts = measure_layers(zoo("mlp"), 4, 0.05)
+    back = facts_of(json.loads(json.dumps(facts.as_json())))
+    assert back.work == facts.work and [facts.layers[w.index] for w in back.work] == ["Linear", "Linear"]
+    points = roofline(back.work, back.forward, back.backward, peak=1e12, bandwidth=1e11)
+    assert len(points) == 4 and all(0 < p.share < 1 for p in points)

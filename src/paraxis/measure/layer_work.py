@@ -50,7 +50,8 @@ def _counted(module: nn.Module) -> bool:
 
 def _recorder(seen: list[Seen]) -> Any:
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append((module, tuple(inputs[0].shape), tuple(output.shape)))
+        if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            seen.append((module, tuple(inputs[0].shape), tuple(output.shape)))
 
     return record
 

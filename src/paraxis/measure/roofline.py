@@ -6,7 +6,7 @@ if caches were large enough. Attainable is the lesser of the peak and intensity 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from paraxis.errors import TaskError
 from paraxis.measure.records import Record
@@ -35,6 +35,11 @@ class LayerWork:
     samples: int
     forward: Work
     backward: Work
+
+
+def work_of(document: dict[str, Any]) -> LayerWork:
+    """The inverse of `dataclasses.asdict`."""
+    return LayerWork(**document | {key: Work(**document[key]) for key in ("forward", "backward")})
 
 
 class Roof(Record):

@@ -95,7 +95,7 @@ def tune(parameters: Mapping[str, Any], runner: Runner) -> BatchSizes:
     place, finished, noise = 0, True, None
     try:
         for batch in p.batches:
-            best, point = _batch(runner, p, batch, place)
+            best, point = _batch(runner, p, batch, place, notes)
             points.append(point)
             if best is None:
                 notes.append(f"batch {batch}: no learning rate reached the target within {p.limit(batch):,} steps")
@@ -131,12 +131,12 @@ def _parameters(values: Mapping[str, Any]) -> Parameters:
         raise TaskError(f"study batch-size: {key + ': ' if key else ''}{text}") from None
 
 
-def _batch(runner: Runner, p: Parameters, batch: int, centre: int) -> tuple[int | None, Point]:
+def _batch(runner: Runner, p: Parameters, batch: int, centre: int, notes: list[str]) -> tuple[int | None, Point]:
     """(place of the best learning rate, the point) of one batch size."""
     tried: dict[int, Tried] = {}
 
     def steps(place: int, limit: int) -> float | None:
-        found = _steps(runner(_reach(p, batch, place, p.search_seed, limit), 0))
+        found = _steps(runner(_reach(p, batch, place, p.search_seed, limit), 0), notes)
         tried[place] = Tried(lr=p.rate(place), steps=found, limit=limit)
         return found
 
@@ -147,7 +147,7 @@ def _batch(runner: Runner, p: Parameters, batch: int, centre: int) -> tuple[int 
     reached = tried[best].steps
     assert reached is not None
     limit = min(p.limit(batch), math.ceil(4 * reached))
-    figures = [_steps(runner(_reach(p, batch, best, seed, limit), 0)) for seed in p.seeds]
+    figures = [_steps(runner(_reach(p, batch, best, seed, limit), 0), notes) for seed in p.seeds]
     rate = p.rate(best)
     return best, Point(batch=batch, lr=rate, steps=figures, searched=searched, widened=widened, at_edge=edge)
 
@@ -194,10 +194,13 @@ def _reach(p: Parameters, batch: int, place: int, seed: int, limit: int) -> Fact
     return p.task(batch, place, seed) | rule
 
 
-def _steps(trial: Trial) -> float | None:
-    """Steps to the target; a trial that diverged has not reached it. Raises TaskError for one that could not be run."""
+def _steps(trial: Trial, notes: list[str]) -> float | None:
+    """Steps to the target; a trial that failed has not reached it, and is noted. Raises TaskError for a refused one."""
     if trial.status == "refused":
         raise TaskError(f"study batch-size: {trial.reason}")
+    if trial.status == "failed":
+        told = f"batch {trial.factors['batch']}, lr {trial.factors['lr']}, seed {trial.factors['seed']}"
+        notes.append(f"{told} failed and counts as not reached: {trial.reason}")
     return trial.measures.get("steps_to_target")
 
 
