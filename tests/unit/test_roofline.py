@@ -92,3 +92,20 @@ def test_measured_layers_carry_their_work_to_the_driver() -> None:
     assert back.work == facts.work and [facts.layers[w.index] for w in back.work] == ["Linear", "Linear"]
     points = roofline(back.work, back.forward, back.backward, peak=1e12, bandwidth=1e11)
     assert len(points) == 4 and all(0 < p.share < 1 for p in points)
+
+
+def test_what_multiplies_unseen_has_no_roof() -> None:
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.inner(x)
+            return y @ y.T @ y
+
+    net = torch.nn.Sequential(Own(), torch.nn.Linear(6, 3))
+    batches = [(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))] * 2
+    (work,) = layer_work(make_task(TaskSpec(live=True), {"net": net, "batches": batches}), 4)
+    assert work.index == 1 and work.name == "Linear 1"
+    assert work.backward.flops == 2 * (2 * 4 * 6 * 3) + 4 * 3, "it is not the first: its input gradient is wanted"

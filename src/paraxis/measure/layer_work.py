@@ -14,11 +14,14 @@ from paraxis.task.task import Task
 Seen = tuple[nn.Module, tuple[int, ...], tuple[int, ...]]  # with the shapes that it read and wrote
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+MORE = (nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.Bilinear)  # products of their own
+
 
 def layer_work(task: Task, samples: int) -> list[LayerWork]:
     """The layers of the chain that hold a linear or convolution layer; one that holds several is their sum.
 
-    Indices are those of `measure_layers`. What else such a layer does is in its time, not in its work.
+    Indices are those of `measure_layers`. What else such a layer does (pointwise, norms) is in its time, not in its
+    work; layers of which we cannot tell what else they do (a user's class, attention, recurrence) are left out.
     """
     names = {id(module): name for name, module in task.net.named_modules()}
     x = task.recipe.inputs(task.train.share(0, 0, samples))
@@ -38,14 +41,19 @@ def layer_work(task: Task, samples: int) -> list[LayerWork]:
             for module, inputs, outputs in seen:
                 f, b = _work(module, inputs, outputs, first)
                 forward, backward, first = forward + f, backward + b, False
-            if seen:
-                name = names.get(id(layer)) or type(layer).__name__
+            if seen and all(map(_known, layer.modules())):
+                name = " ".join(filter(None, (type(layer).__name__, names.get(id(layer)))))
                 found.append(LayerWork(index, name, samples, forward, backward))
     return found
 
 
 def _counted(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, *CONVOLUTIONS))
+
+
+def _known(module: nn.Module) -> bool:
+    own = type(module).__module__.startswith(("torch.nn.modules", "paraxis.task"))
+    return own and not isinstance(module, MORE)
 
 
 def _recorder(seen: list[Seen]) -> Any:
