@@ -1,11 +1,14 @@
 """Laws of scaling: what exact data give back, what noisy data bound, and when nothing is said."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from paraxis.measure.laws import amdahl, gustafson, karp_flatt
+from paraxis.study.scaling import laws
+from paraxis.study.trial import Factors, Trial
 
 COUNTS = (1, 2, 4, 8)
 Law = Callable[[int], float]  # workers -> seconds
@@ -101,3 +104,25 @@ def test_counts_of_different_rounds_are_resampled_each_by_itself() -> None:
 
 def test_karp_flatt_by_hand() -> None:
     assert karp_flatt(np.array([2.0]), np.array([4.0]))[0] == pytest.approx((1 / 2 - 1 / 4) / (3 / 4))
+
+
+def timed(workers: int, batch: int, repeat: int, seconds: float, **more: Any) -> Trial:
+    factors: Factors = {"network": "cnn", "plan": "dp={workers}", "workers": workers, "batch": batch}
+    words: dict[str, Any] = {"study": "s", "status": "ok", "seconds": 1.0, "started": "x", "version": "0"}
+    measures = {"step_seconds": seconds}
+    return Trial(factors=factors | more.pop("factors", {}), repeat=repeat, measures=measures, **words | more)
+
+
+def test_trials_of_a_study_are_sorted_into_strong_and_weak_scaling() -> None:
+    strong = [timed(n, 128, r, serial(0.1)(n)) for n in COUNTS for r in range(6)]
+    weak = [timed(n, 128 * n, r, 0.02 * n / (n - 0.2 * (n - 1))) for n in COUNTS[1:] for r in range(6)]
+    other = [timed(n, 128, 0, 0.01, factors={"engine": "torch"}) for n in (1, 2)]
+    lost = [timed(8, 128, 9, 99.0, status="failed", reason="it died")]
+    found = laws([*strong, *weak, *other, *lost], 8)
+    by_law = {(law.law, str(factors.get("engine", ""))): (factors, law) for factors, law in found}
+    factors, law = by_law["amdahl", ""]
+    assert factors["batch"] == 128 and law.serial and law.serial.value == pytest.approx(0.1)
+    factors, law = by_law["gustafson", ""]
+    assert factors["batch_per_worker"] == 128 and law.serial and law.serial.value == pytest.approx(0.2)
+    assert "there are 1, 2" in (by_law["amdahl", "torch"][1].refusal or "")
+    assert laws([timed(1, 128, 0, 0.1)], 8) == []
