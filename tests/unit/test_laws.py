@@ -83,6 +83,8 @@ def test_too_few_counts_and_oversubscribed_ones() -> None:
     assert law.serial is None and law.left_out == [4, 8]
     assert "3 worker counts within the 2 usable cores; there are 1, 2" in (law.refusal or "")
     assert "Left out" in law.sentence and "4, 8" in law.sentence
+    assert law.counts[1].karp_flatt and law.counts[1].karp_flatt.value == pytest.approx(0.1)
+    assert "2 workers: speed-up 1.82" in law.sentence and "10.0%" in law.sentence
     four = amdahl(times(serial(0.1)), 4)
     assert four.serial and four.left_out == [8] and [c.workers for c in four.counts] == [1, 2, 4]
     assert four.serial.value == pytest.approx(0.1)

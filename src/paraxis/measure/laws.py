@@ -60,16 +60,18 @@ def amdahl(samples: Samples, usable_cores: int, draws: int = DRAWS) -> Law:
     Fitted as time = a + c / N (a serial, c shared work, neither negative) by least squares of relative errors.
     """
     rounds = _rounds(samples, usable_cores, draws)
-    if why := rounds.too_few():
-        return _refused("amdahl", rounds, why)
     counts, times = rounds.counts, rounds.times
-    serial, fitted = _amdahl(counts, times[None])
-    twins, _ = _amdahl(counts, rounds.twins)
+    if rounds.headless():
+        return _refused("amdahl", rounds, [], rounds.headless())
     speedups, speedup_twins = times[0] / times, rounds.twins[:, :1] / rounds.twins
     fraction, fraction_twins = (karp_flatt(s[..., 1:], counts[1:]) for s in (speedups, speedup_twins))
     points = rounds.points(speedups, speedup_twins)
     for index, point in enumerate(points[1:]):
         point.karp_flatt = estimate(float(fraction[index]), fraction_twins[:, index])
+    if rounds.too_few():
+        return _refused("amdahl", rounds, points, rounds.too_few())
+    serial, fitted = _amdahl(counts, times[None])
+    twins, _ = _amdahl(counts, rounds.twins)
     tilt = estimate(float(slope(counts[1:], fraction)), slope(counts[1:], fraction_twins))
     trend: Trend = "rising" if tilt.low > 0 else "falling" if tilt.high < 0 else "constant"
     residual, spread = _misfit(times, fitted[0], rounds.twins)
@@ -101,10 +103,13 @@ def gustafson(samples: Samples, usable_cores: int, draws: int = DRAWS) -> Law:
     Fitted as efficiency = 1 - s (N - 1) / N by least squares.
     """
     rounds = _rounds(samples, usable_cores, draws)
-    if why := rounds.too_few():
-        return _refused("gustafson", rounds, why)
     counts, times = rounds.counts, rounds.times
+    if rounds.headless():
+        return _refused("gustafson", rounds, [], rounds.headless())
     speedups, speedup_twins = counts * times[0] / times, counts * rounds.twins[:, :1] / rounds.twins
+    points = rounds.points(speedups, speedup_twins)
+    if rounds.too_few():
+        return _refused("gustafson", rounds, points, rounds.too_few())
     share = (counts - 1) / counts
 
     def fit(s: np.ndarray) -> np.ndarray:
@@ -115,7 +120,7 @@ def gustafson(samples: Samples, usable_cores: int, draws: int = DRAWS) -> Law:
     law = Law(
         law="gustafson",
         source=SOURCES["gustafson"],
-        counts=rounds.points(speedups, speedup_twins),
+        counts=points,
         left_out=rounds.left_out,
         residual=residual,
         spread=spread,
@@ -149,12 +154,20 @@ class _Rounds:
 
     def too_few(self) -> str:
         """Why no law can be fitted, or ""."""
-        if len(self.counts) < FEWEST:
-            got = ", ".join(f"{n:.0f}" for n in self.counts) or "none"
-            return f"a law takes {FEWEST} worker counts within the {self.cores} usable cores; there are {got}"
-        if self.counts[0] != 1:
-            return f"a law takes one worker to compare with; the fewest here are {self.counts[0]:.0f}"
-        return ""
+        if len(self.counts) >= FEWEST:
+            return ""
+        got = ", ".join(f"{n:.0f}" for n in self.counts) or "none"
+        return f"a law takes {FEWEST} worker counts within the {self.cores} usable cores; there are {got}"
+
+    def headless(self) -> str:
+        """Why there is no speed-up to speak of, or ""."""
+        if not len(self.counts):
+            return self.too_few()
+        return (
+            ""
+            if self.counts[0] == 1
+            else f"a law takes one worker to compare with; the fewest here are {self.counts[0]:.0f}"
+        )
 
     def aside(self) -> str:
         """A sentence about what was left out, or ""."""
@@ -231,10 +244,18 @@ def _diagnosis(points: list[AtCount], trend: Trend) -> str:
     return f"Karp and Flatt's serial fraction is {values}: {reading}."
 
 
-def _refused(law: Literal["amdahl", "gustafson"], rounds: _Rounds, why: str) -> Law:
-    name = law.capitalize()
-    said = f"{name}'s law is not fitted: {why}.{rounds.aside()}"
-    return Law(law=law, source=SOURCES[law], counts=[], left_out=rounds.left_out, refusal=why, sentence=said)
+def _refused(law: Literal["amdahl", "gustafson"], rounds: _Rounds, points: list[AtCount], why: str) -> Law:
+    """No law; speed-ups, and Karp and Flatt's fraction at a count, need none."""
+    said = f"{law.capitalize()}'s law is not fitted: {why}.{rounds.aside()}"
+    for p in points:
+        if p.workers > 1:
+            said += f" {p.workers} workers: speed-up {between(p.speedup, _ratio)}"
+            said += f", Karp and Flatt's serial fraction {between(p.karp_flatt, _percent)}." if p.karp_flatt else "."
+    return Law(law=law, source=SOURCES[law], counts=points, left_out=rounds.left_out, refusal=why, sentence=said)
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}"
 
 
 def _percent(fraction: float) -> str:
