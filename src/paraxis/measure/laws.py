@@ -163,11 +163,8 @@ class _Rounds:
         """Why there is no speed-up to speak of, or ""."""
         if not len(self.counts):
             return self.too_few()
-        return (
-            ""
-            if self.counts[0] == 1
-            else f"a law takes one worker to compare with; the fewest here are {self.counts[0]:.0f}"
-        )
+        fewest = self.counts[0]
+        return "" if fewest == 1 else f"a law takes one worker to compare with; the fewest here are {fewest:.0f}"
 
     def aside(self) -> str:
         """A sentence about what was left out, or ""."""
