@@ -16,7 +16,7 @@ from paraxis.report.charts import NARROW, Data, Row, colour, layer, ms_axis, nam
 
 CURVE = 60  # points of the fitted curve
 REGIMES = ("perfect scaling", "diminishing returns", "maximal data parallelism")
-LIGHT, DARK = "#1b2a33", "#e4ebef"  # ink of a picture that stands alone
+LIGHT, DARK = "color:#1b2a33", "color:#e4ebef;--accent:#4fb0d6"  # of a picture that stands alone
 
 
 def steps_by_batch(found: BatchSizes, width: int = 760) -> str:
@@ -41,7 +41,9 @@ def steps_by_batch(found: BatchSizes, width: int = 760) -> str:
     dots: list[Row] = [{"batch": p.batch, "steps": s} for p in points for s in p.steps if s is not None]
     middles: list[Row] = [{"batch": p.batch, "steps": p.median} for p in points]
     each = base.properties(data=named(data, "seeds", dots)).mark_circle(size=22, color=colour("soft"), opacity=0.8)
-    middle = base.properties(data=named(data, "medians", middles)).mark_circle(size=78, color=colour("accent"))
+    middle = base.properties(data=named(data, "medians", middles)).mark_circle(
+        size=78, color=colour("accent"), opacity=1
+    )
     layers += [each.encode(x=x, y=y), middle.encode(x=x, y=y)]
     return render(layer(layers), data, "Steps to the target against batch size, with the three regimes")
 
@@ -88,17 +90,18 @@ def _mark(
     width: int,
     height: float,
 ) -> list[alt.Chart]:
-    """An interval as a band over the whole height, its value as a line with its name near the foot."""
+    """An interval as a band over the whole height, its value as a line with its name beside it."""
     low, high = (min(max(end, across[0]), across[1]) for end in (e.low, e.high))
     if not isfinite(e.value) or not low < high or not across[0] <= e.value <= across[1]:
         return []
-    at = down[0] * (down[1] / down[0]) ** (height + 0.03)
-    row: Row = {"from": low, "to": high, "low": down[0], "high": down[1], "value": e.value, "at": at}
-    row["text"] = f"{name} {whole(e.value)}"
+    text = f"{name} {whole(e.value)}"
+    room = (width - 90) * log(e.value / across[0]) / log(across[1] / across[0]) > 7 * len(text)
+    # The curve falls from the top left: below it there is room on the left of a line, above it on the right.
+    at = down[0] * (down[1] / down[0]) ** (height + 0.03 if room else 0.95 - height)
+    row: Row = {"from": low, "to": high, "low": down[0], "high": down[1], "value": e.value, "at": at, "text": text}
     chart = base.properties(data=named(data, name, [row]))
     x, y = alt.X("from:Q", scale=_log(across)), alt.Y("low:Q", scale=_log(down))
     line = alt.X("value:Q", scale=_log(across))
-    room = (width - 90) * log(e.value / across[0]) / log(across[1] / across[0]) > 7 * len(row["text"])
     side: Row = {"align": "right", "dx": -6} if room else {"align": "left", "dx": 6}
     return [
         chart.mark_rect(color=colour(role), opacity=0.16).encode(x=x, x2="to:Q", y=y, y2="high:Q"),
@@ -142,7 +145,7 @@ def rates_by_batch(found: BatchSizes, width: int = 760) -> str:
     looks: dict[str, Row] = {
         "not reached": {"shape": "cross", "size": 34, "color": colour("soft"), "opacity": 0.7},
         "reached": {"shape": "circle", "size": 42, "color": colour("bar")},
-        "best": {"shape": "circle", "size": 80, "color": colour("accent")},
+        "best": {"shape": "circle", "size": 80, "color": colour("accent"), "opacity": 1},
     }
     best = [row for row in rows if row["kind"] == "best"]
     path = base.properties(data=named(data, "path", best)).mark_line(strokeWidth=1.6, color=colour("accent"))
@@ -169,7 +172,7 @@ def alone(svg: str) -> str:
     """A chart as a file of its own: with a size, and ink that follows the reader's light or dark mode."""
     box = re.search(r'viewBox="[\d.-]+ [\d.-]+ ([\d.]+) ([\d.]+)"', svg)
     size = f'width="{float(box.group(1)):.0f}" height="{float(box.group(2)):.0f}" ' if box else ""
-    style = f"<style>svg{{color:{LIGHT}}}@media(prefers-color-scheme:dark){{svg{{color:{DARK}}}}}</style>"
+    style = f"<style>svg{{{LIGHT}}}@media(prefers-color-scheme:dark){{svg{{{DARK}}}}}</style>"
     head, end, body = svg.partition(">")
     return head.replace("<svg ", f"<svg {size}", 1) + end + style + body
 
