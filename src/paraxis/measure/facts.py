@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from paraxis.measure.roofline import LayerWork, work_of
 from paraxis.program.lower import Layout
 
 
@@ -30,6 +31,7 @@ class Facts:
     has_test: bool
     first_batch: int  # its digest in float32
     least: int = 1  # samples that must be computed at once, or batch norm has no statistics
+    work: tuple[LayerWork, ...] = ()  # of its linear and convolution layers, on one batch
 
     def as_json(self) -> dict[str, Any]:
         """As a plain dict; `facts_of` reads it back."""
@@ -43,4 +45,5 @@ def facts_of(document: dict[str, Any]) -> Facts:
         key: tuple(value) if isinstance(value, list) else value for key, value in document["layout"].items()
     }
     layout["tied"] = tuple(tuple(item) for item in layout["tied"])
-    return Facts(**(lists | {"layout": Layout(**layout)}))
+    work = tuple(work_of(layer) for layer in document.get("work", ()))
+    return Facts(**(lists | {"layout": Layout(**layout), "work": work}))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from paraxis.measure.facts import Facts
+from paraxis.measure.layer_work import layer_work
 from paraxis.task.batches import cut, digest, leaves, map_nest
 from paraxis.task.norm import resting
 from paraxis.task.task import Task
@@ -47,6 +48,7 @@ def measure_layers(task: Task, samples: int, seconds: float = 0.6) -> Facts:
         has_test=task.test is not None,
         first_batch=digest(task.train),
         least=task.least,
+        work=tuple(layer_work(task, samples)),
     )
 
 

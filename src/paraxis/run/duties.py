@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from paraxis.comm.clocks import shift
 from paraxis.engine.native_rank import NativeEngine
 from paraxis.engine.torch_engine import TorchEngine
 from paraxis.errors import Diverged, RankError
+from paraxis.measure.gradients import gradient_norms
 from paraxis.measure.layers import coupled, measure_layers
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
@@ -100,6 +101,11 @@ class Duties:
     def coupling(self, request: dict[str, Any], blob: bytes, tell: Tell) -> str:
         """A sentence if the loss couples samples."""
         return coupled(self._task(torch.float64))
+
+    def noise(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """Squared gradient norms along a serial run, for the gradient noise scale."""
+        self._activate(Running(Plan(), []))
+        return asdict(gradient_norms(self._task(torch.float32), request["steps"], request["microbatches"]))
 
     def _task(self, dtype: torch.dtype, plain: bool = False) -> Task:
         return make_task(self.spec, self.objects, dtype, plain)
