@@ -13,11 +13,13 @@ from statistics import median
 from typing import Any
 
 from paraxis import __version__
+from paraxis.measure.machine import usable_cores
 from paraxis.run.joined import JoinedPool
 from paraxis.session import Tell, writable
 from paraxis.study.bench import Outcome, open_bench
 from paraxis.study.definition import PROCEDURES, Definition, words
 from paraxis.study.ledger import Ledger, open_ledger, write_csv
+from paraxis.study.scaling import laws
 from paraxis.study.trial import Factors, OutOfTime, Runner, Trial, identity
 
 Perform = Callable[[Factors, int, Collection[str]], Outcome]
@@ -74,6 +76,9 @@ def conduct(definition: Definition, folder: Path, budget: float, tell: Tell, per
             "trials": [json.loads(trial.model_dump_json()) for trial in ledger.trials],
             "not_reached": list(course.missed.values()),
             "analysis": analysis,
+            "laws": [
+                {"equal": equal} | law.model_dump(mode="json") for equal, law in laws(ledger.trials, usable_cores())
+            ],
             "finished": not course.missed,
             "elapsed_seconds": time.monotonic() - course.start,
             "version": __version__,

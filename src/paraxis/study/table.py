@@ -60,6 +60,10 @@ def print_study(document: dict[str, Any], console: Console) -> None:
     for factors, repeat, status, why in lost:
         what = words({key: factors[key] for key in told if key in factors}, repeat)
         console.print(f"{status}: {clean(what)}{clean(why)}", markup=False, style="dim")
+    for law in document["laws"]:
+        equal = _differing([other["equal"] for other in document["laws"]])
+        what = words({key: law["equal"][key] for key in equal if key in law["equal"]})
+        console.print(f"{clean(what)}: {law['sentence']}" if what else law["sentence"], markup=False)
     analysis = document["analysis"] or {}
     for text in [*filter(None, [analysis.get("sentence")]), *analysis.get("notes", [])]:
         console.print(clean(text), markup=False)
