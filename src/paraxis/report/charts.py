@@ -160,7 +160,9 @@ def plan_labels(data: Data, base: alt.Chart, rows: list[Row], width: int) -> lis
     for strong in (False, True):
         some = [row for row in rows if row["strong"] == strong]
         weight: Literal["bold", "normal"] = "bold" if strong else "normal"
-        text = base.mark_text(**place, fontSize=12, fontWeight=weight, limit=width - 130 if narrow else 200, color=colour("ink"))
+        text = base.mark_text(
+            **place, fontSize=12, fontWeight=weight, limit=width - 130 if narrow else 200, color=colour("ink")
+        )
         layers.append(text.encode(x=alt.value(0), text="plan:N").properties(data=named(data, f"labels {strong}", some)))
     return layers
 

@@ -34,7 +34,12 @@ def losses(study: Study, width: int = 760) -> str:
     )
     y = alt.Y("loss:Q", title="training loss", axis=ms_axis(), scale=alt.Scale(zero=False))
     look = alt.Legend(
-        orient="top", title=None, columns=1 if width < NARROW else 3, symbolType="stroke", symbolStrokeWidth=3
+        orient="top",
+        title=None,
+        columns=1 if width < NARROW else 3,
+        symbolType="stroke",
+        symbolStrokeWidth=3,
+        offset=24,
     )
     listed = [names[drawn.index(r)] for r in [*now, *ours, *rest] if r in drawn]
     scale = alt.Scale(domain=listed, range=[fills[name] for name in listed])
@@ -115,6 +120,7 @@ def families(study: Study) -> dict[str, list[Result]]:
             single.setdefault(result.engine, result)
         else:
             name = " ".join(filter(None, [axes or "threads", result.engine, result.comm]))
+            name = "today" if tables.is_today(study, result) else name
             best.setdefault((name, result.workers), result)
     found: dict[str, list[Result]] = {}
     for (name, _), result in sorted(best.items(), key=lambda item: item[0][1]):

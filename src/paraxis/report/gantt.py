@@ -1,47 +1,17 @@
-"""One step as a picture: ranks over time, measured above simulated. Imports altair: import it late."""
+"""One step as a picture: ranks over time, measured above simulated on one scale; gantt.js draws the same to zoom in.
 
-import altair as alt
+Written as SVG by hand: a page has dozens of these, and a chart library takes two tenths of a second for each.
+"""
+
+from html import escape
+from math import ceil, floor, log10
 
 from paraxis.measure.records import Event, Result
 from paraxis.report import tables
-from paraxis.report.charts import (
-    DEEP,
-    HATCHES,
-    NARROW,
-    Data,
-    Row,
-    colour,
-    inscriptions,
-    layer,
-    ms_axis,
-    named,
-    render,
-)
+from paraxis.report.charts import DEEP, FONT, HATCHES, colour, for_page
 
 RANKS, EVENTS = 16, 1200  # the most that stays legible in one picture
-
-
-def timeline(result: Result, width: int = 980) -> str:
-    """Ranks over time, measured above simulated on one scale; waiting is hatched, microbatches are on the bars."""
-    panels = [("measured", result.timeline), ("simulated", result.simulated)]
-    panels = [(title, events) for title, events in panels if events]
-    if not panels:
-        return ""
-    longest = max(event.end for _, events in panels for event in events) * 1e3
-    used = {phase(event) for _, events in panels for event in events}
-    legend = {words: colour(role) for role, words in PHASES.items() if role in used}
-    scale = alt.Scale(domain=[0, longest or 1], nice=False)
-    data: Data = {}
-    charts = [
-        gantt(data, title, events, scale, legend, width - 80, last=index == len(panels) - 1)
-        for index, (title, events) in enumerate(panels)
-    ]
-    chart: Row = {"vconcat": charts, "spacing": 22, "resolve": {"scale": {"x": "shared", "color": "shared"}}}
-    return render(
-        chart, data, f"Timeline of {tables.clean(result.label)}: {' above '.join(title for title, _ in panels)}"
-    )
-
-
+MARGIN, ROW, HEAD, LETTER = 62, 26, 24, 7.0  # pixels: left of the bars, of a rank, above a panel, of a digit
 PHASES = {
     "data": "data",
     "forward": "forward",
@@ -55,6 +25,25 @@ PHASES = {
 }
 
 
+def timeline(result: Result, width: int = 980) -> str:
+    """Ranks over time, measured above simulated on one scale; waiting is hatched, microbatches are on the bars."""
+    panels = [("measured", result.timeline), ("simulated", result.simulated)]
+    panels = [(title, events) for title, events in panels if events]
+    if not panels:
+        return ""
+    longest = max(event.end for _, events in panels for event in events) or 1.0
+    scale = (width - MARGIN - 10) / longest
+    used = {phase(event) for _, events in panels for event in events}
+    parts, top = legend([role for role in PHASES if role in used], width)
+    for title, events in panels:
+        drawn, top = panel(title, events, scale, top)
+        parts += drawn
+    parts += axis(longest, scale, top)
+    body = f'<g font-family="{FONT}" font-size="12">{"".join(parts)}</g>'
+    names = " above ".join(title for title, _ in panels)
+    return for_page(f'<svg viewBox="0 0 {width} {top + 40:.0f}">{body}</svg>', f"Timeline of {result.label}: {names}")
+
+
 def phase(event: Event) -> str:
     """The colour of an event: its kind; computation is told apart by direction."""
     if event.kind == "compute":
@@ -62,38 +51,63 @@ def phase(event: Event) -> str:
     return event.kind if event.kind in PHASES else "overhead"
 
 
-def gantt(
-    data: Data, title: str, events: list[Event], scale: alt.Scale, legend: dict[str, str], width: int, last: bool
-) -> Row:
-    """One panel: a line a rank, a bar an instruction."""
-    heading, ranks = title, sorted({event.rank for event in events})
+def legend(roles: list[str], width: int) -> tuple[list[str], float]:
+    """Colours and words in as many lines as they need, and where the next thing may begin."""
+    parts, x, y = [], float(MARGIN), 4.0
+    for role in roles:
+        room = 18 + len(PHASES[role]) * 6.6 + 18
+        if x + room > width and x > MARGIN:
+            x, y = MARGIN, y + 19
+        parts.append(f'<rect x="{x:.0f}" y="{y:.0f}" width="11" height="11" fill="{colour(role)}"/>')
+        parts.append(text(x + 17, y + 10, PHASES[role]))
+        x += room
+    return parts, y + 22
+
+
+def panel(title: str, events: list[Event], scale: float, top: float) -> tuple[list[str], float]:
+    """A heading, a line a rank, a bar an instruction; and where the next panel begins."""
+    ranks = sorted({event.rank for event in events})
     shown = ranks[: min(RANKS, max(1, EVENTS * len(ranks) // len(events)))]
-    if len(ranks) > RANKS:
-        heading += f", ranks {shown[0]} to {shown[-1]} of {len(ranks):,}"
-    per_ms = width / scale.domain[1]
-    rows = [bar(event, per_ms) for event in events if event.rank in shown]
-    lines = [{"rank": f"rank {rank}", "start": 0, "end": max(e.end for e in events) * 1e3} for rank in shown]
-    chart = alt.Chart(named(data, title, rows)).properties(width=width, height=alt.Step(30), title=heading)
-    axis = ms_axis(title="ms since the start of the step" if last else None, labels=last)
-    x = alt.X("start:Q", scale=scale, axis=axis)
-    y = alt.Y("rank:N", title=None, sort=None, axis=alt.Axis(domain=False, ticks=False, labelPadding=8))
-    columns = 2 if width < NARROW else 6
-    look = alt.Legend(orient="top", title=None, columns=columns, symbolType="square", symbolSize=130)
-    fill = alt.Color("part:N", scale=alt.Scale(domain=list(legend), range=list(legend.values())), legend=look)
-    band = chart.properties(data=named(data, f"{title} ranks", lines)).mark_bar(height=22, color=colour("band"))
-    marks = chart.mark_bar(height=22, stroke=colour("paper"), strokeWidth=0.8)
-    layers = [band.encode(x=x, x2="end:Q", y=y), marks.encode(x=x, x2="end:Q", y=y, color=fill)]
-    layers += inscriptions(data, f"{title} texts", chart.encode(y=y), rows, alt.X("middle:Q", scale=scale))
-    return layer(layers)
+    if len(shown) < len(ranks):
+        title += f", ranks {shown[0]} to {shown[-1]} of {len(ranks):,}"
+    parts = [text(MARGIN, top + 14, title, 'font-weight="600" font-size="13"')]
+    top += HEAD
+    end = max(event.end for event in events) * scale
+    lines = {rank: top + n * ROW for n, rank in enumerate(shown)}
+    for rank, y in lines.items():
+        parts.append(text(MARGIN - 8, y + 16, f"rank {rank}", 'text-anchor="end"', "soft"))
+        parts.append(f'<rect x="{MARGIN}" y="{y + 2:.0f}" width="{end:.2f}" height="22" fill="{colour("band")}"/>')
+    for event in events:
+        if event.rank in lines:
+            parts += bar(event, scale, lines[event.rank])
+    return parts, top + len(shown) * ROW + 6
 
 
-def bar(event: Event, per_ms: float) -> Row:
-    """One event, with the longest text that fits into its bar."""
-    role, start, end = phase(event), event.start * 1e3, event.end * 1e3
-    number = str(event.microbatch) if event.microbatch >= 0 else ""
-    room = (end - start) * per_ms / 7 - 0.6  # characters of 11 px text
-    texts = [tables.clean(event.label), number] if role not in HATCHES else []
-    text = next((text for text in texts if text and len(text) <= room), "")
+def bar(event: Event, scale: float, y: float) -> list[str]:
+    """One event, with the longest text that fits into it."""
+    role, start, length = phase(event), MARGIN + event.start * scale, (event.end - event.start) * scale
+    place = f'x="{start:.2f}" y="{y + 2:.0f}" width="{length:.2f}" height="22"'
+    parts = [f'<rect {place} fill="{colour(role)}" stroke="{colour("paper")}" stroke-width=".8"/>']
+    texts = [event.label, str(event.microbatch) if event.microbatch >= 0 else ""] if role not in HATCHES else []
+    fits = next((t for t in texts if t and len(t) <= length / LETTER - 0.6), "")
     ink = "on-deep" if role in DEEP else "on-pale"
-    place = {"rank": f"rank {event.rank}", "start": start, "end": end, "middle": (start + end) / 2}
-    return {**place, "part": PHASES[role], "text": text, "ink": ink}
+    return (
+        [*parts, text(start + length / 2, y + 17, fits, 'text-anchor="middle" font-size="11"', ink)] if fits else parts
+    )
+
+
+def axis(longest: float, scale: float, top: float) -> list[str]:
+    """Round milliseconds below the last panel."""
+    rough = longest * 1e3 / max(2, floor(longest * scale / 90))
+    power = 10.0 ** floor(log10(rough))
+    step = power * next(n for n in (1, 2, 5, 10) if n * power >= rough * 0.999)
+    marks = [n * step for n in range(ceil(longest * 1e3 / step + 1e-9))]
+    middle = 'text-anchor="middle" font-size="11"'
+    parts = [text(MARGIN + ms / 1e3 * scale, top + 12, f"{ms:g}", middle, "soft") for ms in marks]
+    where = MARGIN + longest * scale / 2
+    return [*parts, text(where, top + 30, "ms since the start of the step", middle, "soft")]
+
+
+def text(x: float, y: float, words: str, style: str = "", ink: str = "ink") -> str:
+    """Words at a place; control characters of a user's are made visible."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" {style} fill="{colour(ink)}">{escape(tables.clean(words))}</text>'

@@ -27,7 +27,9 @@ def results(study: Study) -> str:
     rows = [(kind(study, result), figures(study, result)) for result in ranked]
     words = ["Vs today above 1 is faster than today; the times it divides stand in the second column."]
     if study.baseline:
-        serial = f"<code>{text(study.baseline.plan)}</code>: {time(study.baseline.step_seconds)} per step"
+        same = (r for r in tables.everything(study) if study.baseline and r.plan == study.baseline.plan)
+        name = next((tables.name(study, r) for r in same), study.baseline.plan)
+        serial = f"<code>{text(name)}</code>: {time(study.baseline.step_seconds)} per step"
         words.append(
             f"Speed-up is against the best serial run, {serial}. Efficiency is against one worker with one thread."
         )

@@ -196,7 +196,7 @@ def caption(study: Study, key: str, most: int = BARS) -> str:
         drawn = shortlist(study, ranked, most)
         words += [f"* {OVERSUBSCRIBED[2:]}."] if any(r.oversubscribed for r in drawn) else []
         slower = len(ranked) - len(drawn)
-        words += [f"{count(slower, 'slower plan')} more in the table below."] if slower else []
+        words += [f"{count(slower, 'slower plan')} more in the table of all plans."] if slower else []
     return " ".join(words)
 
 

@@ -30,16 +30,16 @@ FIGURES = (
     ("peak", "Live activations, at most, microbatches"),
 )
 WORDS = (
-    "<p>A pipeline of <var>p</var> stages fed with <var>m</var> microbatches, simulated. Hatched is the bubble: a rank that "
-    "waits for another stage. Below it stands what each stage must keep for its backwards. 1F1B has GPipe's bubble, "
-    "but keeps at most <var>p</var> microbatches instead of <var>m</var>; a heavier stage sets the pace of all; a slow link "
-    "lengthens every hop of the fill and the drain.</p>"
+    "<p>A pipeline of <var>p</var> stages fed with <var>m</var> microbatches, simulated. Hatched is the bubble: a rank "
+    "that waits for another stage. Below it stands what each stage must keep for its backwards. 1F1B has GPipe's bubble, "
+    "but keeps at most <var>p</var> microbatches instead of <var>m</var>; a heavier stage sets the pace of all; a slow "
+    "link lengthens every hop of the fill and the drain.</p>"
 )
 
 
 def picture() -> str:
     """The first setting, drawn for readers without a script."""
-    from paraxis.report.gantt import timeline  # altair takes most of a second to import
+    from paraxis.report.gantt import timeline  # charts import altair, which takes most of a second
 
     plan = parse(START)
     line = simulate(lower(plan, Layout((1,) * plan.pp)), uniform(1e-3, 2e-3))
