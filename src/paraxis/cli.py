@@ -92,6 +92,7 @@ def explore(
     out: Path = STUDY,
     schema: Annotated[bool, Parameter(negative="")] = False,
     json_: Json = False,
+    export: list[Literal["csv", "tensorboard"]] | None = None,
     task: TaskOptions = DEFAULT,
 ) -> int:
     """Find out which plan to train a network with on this machine.
@@ -110,6 +111,8 @@ def explore(
         Folder for study.json and report.html.
     schema
         Print the JSON Schema of study.json and end.
+    export
+        Write the figures for other tools, too: csv, tensorboard (may be given twice).
     """
     from paraxis.measure.records import Study
 
@@ -126,6 +129,7 @@ def explore(
     from paraxis.report.page import write as write_page
 
     page = write_page(study, out)
+    _export(study, out, export or [])
     if json_:
         print(study.model_dump_json(indent=1))
     else:
@@ -134,6 +138,13 @@ def explore(
         terminal(study, Console(highlight=False))
         print(f"report: {page}")
     return 0 if study.recommendation else 1
+
+
+def _export(study: Any, folder: Path, formats: list[Literal["csv", "tensorboard"]]) -> None:
+    from paraxis.report.export import export
+
+    for path in export(study, folder, formats):
+        err.print(f"exported: {path}", markup=False)
 
 
 @app.command

@@ -32,8 +32,8 @@ FIGURES = (
 WORDS = (
     "<p>A pipeline of <var>p</var> stages fed with <var>m</var> microbatches, simulated. Hatched is the bubble: a rank "
     "that waits for another stage. Below it stands what each stage must keep for its backwards. 1F1B has GPipe's "
-    "bubble, but keeps at most <var>p</var> microbatches instead of <var>m</var>; a heavier stage sets the pace of all; a slow "
-    "link lengthens every hop of the fill and the drain.</p>"
+    "bubble, but keeps at most <var>p</var> microbatches instead of <var>m</var>; a heavier stage sets the pace of "
+    "all; a slow link lengthens every hop of the fill and the drain.</p>"
 )
 
 
