@@ -126,25 +126,24 @@ def explore(
     save = save_to(writable(out))
     with joined_ranks() as joined, progress() as tell:
         study = explore_task(spec, {}, workers, budget, COMMS[engine], tell, save, joined)
-    from paraxis.report.page import write as write_page
+    return _deliver(study, out, export or [], json_)
 
-    page = write_page(study, out)
-    _export(study, out, export or [])
-    if json_:
+
+def _deliver(study: Any, out: Path, formats: list[Literal["csv", "tensorboard"]], as_json: bool) -> int:
+    """The report, the exports and the terminal's table of a finished exploration."""
+    from paraxis.report.export import export
+    from paraxis.report.page import write
+    from paraxis.report.tables import terminal
+
+    page = write(study, out)
+    for path in export(study, out, formats):
+        err.print(f"exported: {path}", markup=False)
+    if as_json:
         print(study.model_dump_json(indent=1))
     else:
-        from paraxis.report.tables import terminal
-
         terminal(study, Console(highlight=False))
         print(f"report: {page}")
     return 0 if study.recommendation else 1
-
-
-def _export(study: Any, folder: Path, formats: list[Literal["csv", "tensorboard"]]) -> None:
-    from paraxis.report.export import export
-
-    for path in export(study, folder, formats):
-        err.print(f"exported: {path}", markup=False)
 
 
 @app.command

@@ -95,39 +95,40 @@ def tint(study: Study, result: Result) -> str:
 
 def memory(study: Study, width: int = 760) -> str:
     """Megabytes of the rank that needs most, a bar a plan."""
-    return amounts(study, width, "peak_memory_bytes", "MB of the rank that needs most")
+    return amounts(study, width, "peak_memory_bytes", "of the rank that needs most")
 
 
 def traffic(study: Study, width: int = 760) -> str:
     """Megabytes that all ranks send in a step, a bar a plan."""
-    return amounts(study, width, "bytes_communicated", "MB sent in a step")
+    return amounts(study, width, "bytes_communicated", "sent in a step")
 
 
 def amounts(study: Study, width: int, field: Literal["peak_memory_bytes", "bytes_communicated"], title: str) -> str:
-    """A bar a plan of a number of bytes, in the order of their speed; nothing where all are 0."""
+    """A bar a plan of a number of bytes that is known and not 0, in the order of their speed."""
     sizes = {"peak_memory_bytes": lambda r: r.peak_memory_bytes, "bytes_communicated": lambda r: r.bytes_communicated}
-    drawn = [r for r in tables.shortlist(study, tables.ranking(study)) if sizes[field](r) is not None]
+    drawn = tables.shortlist(study, [r for r in tables.ranking(study) if sizes[field](r)])
+    unit, size = ("MB", 1e6) if any(sizes[field](r) >= 1e6 for r in drawn) else ("kB", 1e3)
     rows = [
         {
             **label(study, r, index),
-            "mb": sizes[field](r) / 1e6,
-            "text": f"{tables.megabytes(sizes[field](r))} MB",
+            "size": sizes[field](r) / size,
+            "text": f"{float(f'{sizes[field](r) / size:.3g}'):,g} {unit}",
             "fill": tint(study, r),
         }
         for index, r in enumerate(drawn)
     ]
-    if not any(row["mb"] for row in rows):
+    if not rows:
         return ""
     data: Data = {}
     base = plan_base(data, rows, width)
-    x = alt.X("mb:Q", title=title, scale=alt.Scale(domainMin=0, nice=False), axis=ms_axis())
+    x = alt.X("size:Q", title=f"{unit} {title}", scale=alt.Scale(domainMin=0, nice=False), axis=ms_axis())
     text = base.mark_text(align="left", dx=7, fontSize=12, color=colour("ink"))
     layers = [
         base.mark_bar(cornerRadiusEnd=2, height=14).encode(x=x, color=alt.Color("fill:N", scale=None)),
-        text.encode(x="mb:Q", text="text:N"),
+        text.encode(x="size:Q", text="text:N"),
         *plan_labels(data, base, rows, width),
     ]
-    return render(layer(layers), data, f"{title}, of each plan")
+    return render(layer(layers), data, f"{unit} {title}, a bar a plan")
 
 
 def label(study: Study, result: Result, index: int) -> Row:
