@@ -14,7 +14,11 @@ function offer(id, type, content) {
 }
 
 function csv(rows) {
-  const cell = value => /[",\n\r]/.test(`${value ?? ""}`) ? `"${`${value}`.replaceAll('"', '""')}"` : `${value ?? ""}`;
+  const cell = value => {
+    // A text that a spreadsheet would take for a formula gets an apostrophe.
+    const text = `${typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? "'" : ""}${value ?? ""}`;
+    return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
   return rows.map(row => row.map(cell).join(",") + "\r\n").join("");
 }
 

@@ -183,7 +183,7 @@ CAPTIONS = {
     "scaling": "Strong scaling: the same global batch over more workers (ranks × threads), the fastest exact plan of "
     "each kind. Speed-up is against the best serial run, efficiency against one worker with one thread; dashed: ideal.",
     "memory": "Memory of the rank that needs most: the most that its process has held.",
-    "traffic": "What all ranks together send in one step. Plans of one rank, and ranks that share memory, send nothing.",
+    "traffic": "What all ranks together send in one step. Single ranks, and ranks that share memory, send nothing.",
 }
 CURVES = ("losses", "scaling")  # the charts that do not draw a bar a plan
 
