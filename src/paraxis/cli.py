@@ -120,8 +120,10 @@ def explore(
         print(json.dumps(Study.model_json_schema(), indent=1))
         return 0
     from paraxis.experiment import explore_task, save_to
+    from paraxis.report.export import require
     from paraxis.session import writable
 
+    require(export or [])
     spec = _spec(network, task)
     save = save_to(writable(out))
     with joined_ranks() as joined, progress() as tell:

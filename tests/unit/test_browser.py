@@ -207,9 +207,25 @@ def test_every_cell_of_the_theatre_is_the_simulators(tmp_path: Path) -> None:
             assert got[:2] == want[:2] and abs(got[2] - want[2]) + abs(got[3] - want[3]) < 1e-6, setting
 
 
-def test_theatre_is_set_by_its_address() -> None:
-    html = theatre.html()
-    assert html.count('data-address="yes"') == 1 and 'data-address="yes"' not in theatre.fragment()
+ADDRESS = """
+location.hash = "p=3&m=16&schedule=gpipe&unknown=1"; await wait(100);
+const shown = name => document.querySelector(`[data-figure=${name}]`).textContent;
+const told = [shown("theory"), shown("peak")];
+const form = document.querySelector(".theatre form");
+form.elements.m.value = 4; form.elements.m.dispatchEvent(new Event("change", { bubbles: true }));
+told.push(location.hash);
+form.reset(); await wait(100);
+return [...told, shown("peak")];
+"""
+
+
+def test_theatre_is_set_by_its_address(tmp_path: Path) -> None:
+    told = use(theatre.html(), ADDRESS, tmp_path)
+    quiet(told)
+    theory, peak, address, again = told.result
+    assert (theory, peak, again) == ("11.1%", "16 of 16", "4 of 8")
+    assert address == "#p=3&m=4&schedule=gpipe&backward=2&factor=1&heavy=0&link=0"
+    assert 'data-address="yes"' not in theatre.fragment()  # the report's address belongs to its sections
 
 
 def test_shipped_theatre_is_the_generated_one() -> None:

@@ -141,8 +141,10 @@ def test_csv_is_no_formula(tmp_path: Path) -> None:
 
 def test_tensorboard_is_asked_for_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "find_spec", lambda name: None)
-    with pytest.raises(MissingError, match=r"pip install 'paraxis\[tensorboard\]'"):
-        export.export(build(), tmp_path, ["tensorboard"])
+    for ask in (lambda: export.export(build(), tmp_path, ["tensorboard"]), lambda: export.require(["tensorboard"])):
+        with pytest.raises(MissingError, match=r"pip install 'paraxis\[tensorboard\]'"):
+            ask()
+    export.require(["csv"])
 
 
 @pytest.mark.slow

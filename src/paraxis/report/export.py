@@ -29,6 +29,12 @@ def export(study: Study, folder: Path, formats: Iterable[Format]) -> list[Path]:
     return written
 
 
+def require(formats: Iterable[Format]) -> None:
+    """Raises MissingError for a format that lacks its package: to be asked before minutes are spent on a study."""
+    if "tensorboard" in formats and find_spec("tensorboard") is None:
+        raise MissingError("--export tensorboard needs the package tensorboard: pip install 'paraxis[tensorboard]'")
+
+
 def to_csv(study: Study, folder: Path) -> list[Path]:
     """`results.csv` (a line a plan), `samples.csv` (a measured step) and `losses.csv` (a training step)."""
     plans = tables.everything(study)
@@ -87,8 +93,7 @@ def _harmless(value: Any) -> Any:
 
 def to_tensorboard(study: Study, folder: Path) -> list[Path]:
     """A run a plan: `training loss` by step, `seconds per step` by sample."""
-    if find_spec("tensorboard") is None:
-        raise MissingError("--export tensorboard needs the package tensorboard: pip install 'paraxis[tensorboard]'")
+    require(["tensorboard"])
     from torch.utils.tensorboard import SummaryWriter
 
     written = []
