@@ -89,6 +89,7 @@ def test_comparison_on_a_terminal_as_json_and_as_a_page(tmp_path: Path, capsys: 
     html = (tmp_path / "out" / "both.html").read_text(encoding="utf-8")
     parse(html)
     assert "old and new" in html and HOSTILE not in html and html.count("<script") == 2
+    assert html.count("<svg") == 2 and html.count("dp=2 gloo") == 3  # in two pictures and the table
     compare.show(folders, None, True, Console(file=stream))
     document = json.loads(capsys.readouterr().out)
     ratio = next(p for p in document["plans"] if p["label"] == "today")["studies"][1]["ratio"]

@@ -20,7 +20,7 @@ from paraxis.errors import TaskError
 from paraxis.measure import records
 from paraxis.measure.records import Ratio, Result, Seconds, Study
 from paraxis.report import tables
-from paraxis.report.markup import document, small, table, text, time
+from paraxis.report.markup import document, figure, small, table, text, time
 
 DRAWS = 4000
 FEWEST = 5  # samples below which a study's median has no interval worth the name
@@ -237,8 +237,44 @@ def write(comparison: Comparison, path: Path) -> Path:
     return path
 
 
+def picture(comparison: Comparison, width: int) -> str:
+    """Step times of the plans that several studies have measured, a dot and an interval each study."""
+    import altair as alt  # takes most of a second to import
+
+    from paraxis.report.charts import NARROW, Data, colour, layer, ms_axis, named, render
+    from paraxis.report.curves import LINES
+
+    shared = [line for line in comparison.lines if sum(e.seconds is not None for e in line.entries) > 1]
+    rows = [
+        {"plan": line.label, "study": name, "ms": s.median * 1e3, "low": s.low * 1e3, "high": s.high * 1e3}
+        for line in shared[: tables.BARS]
+        for name, e in zip(comparison.names, line.entries, strict=True)
+        if (s := e.seconds)
+    ]
+    if not rows:
+        return ""
+    data: Data = {}
+    names, plot = list(comparison.names), width - (130 if width < NARROW else 260)
+    chart = alt.Chart(named(data, "times", rows)).properties(width=plot, height=alt.Step(12))
+    axis = alt.Axis(domain=False, ticks=False, labelPadding=8, labelLimit=100 if width < NARROW else 200)
+    y = alt.Y("plan:N", sort=None, title=None, axis=axis, scale=alt.Scale(paddingInner=0.35))
+    look = alt.Legend(orient="top", title=None, columns=2 if width < NARROW else 4, symbolType="circle")
+    fills = [colour("accent"), *LINES][: len(names)]
+    fill = alt.Color("study:N", scale=alt.Scale(domain=names, range=fills), legend=look)
+    shift = alt.YOffset("study:N", sort=names)
+    title = "ms per step, shorter is better"
+    x = alt.X("ms:Q", title=title, scale=alt.Scale(domainMin=0, nice=False), axis=ms_axis())
+    layers = [
+        chart.mark_rule(strokeWidth=1.6).encode(
+            x=alt.X("low:Q", title=title), x2="high:Q", y=y, yOffset=shift, color=fill
+        ),
+        chart.mark_point(filled=True, size=40, opacity=1).encode(x=x, y=y, yOffset=shift, color=fill),
+    ]
+    return render(layer(layers), data, "Step time of each plan in each study, with its 95% interval")
+
+
 def html(comparison: Comparison) -> str:
-    """The page: the table, sortable and filterable, and a line for every machine."""
+    """The page: a picture, the table, sortable and filterable, and a line for every machine."""
     heads, right = ["Plan"], set()
     for index, name in enumerate(comparison.names):
         heads.append(f"{text(name)}: ms per step")
@@ -261,10 +297,12 @@ def html(comparison: Comparison) -> str:
         for name, study in zip(comparison.names, comparison.studies, strict=True)
     )
     words = "".join(f"<li>{text(line)}</li>" for line in (*comparison.warnings, UNPAIRED))
-    title = " and ".join(comparison.names)
+    drawn = figure(picture(comparison, 880), picture(comparison, 390), "Median and 95% interval of each study.")
+    *front, last = comparison.names
+    title = f"{', '.join(front)} and {last}"
     body = (
         f'<header><p class="brand"><b>Paraxis</b> comparison</p><h1>{text(title)}</h1>'
         f'<dl class="setup">{machines}</dl></header>\n<main><section id="results"><h2>All plans</h2>'
-        f"{table('Plans of all studies', heads, rows, right, 'sortable')}<ul>{words}</ul></section></main>\n"
+        f"{drawn}{table('Plans of all studies', heads, rows, right, 'sortable')}<ul>{words}</ul></section></main>\n"
     )
     return document(f"{tables.clean(title)} - Paraxis", body, ("gantt.js", "page.js"))
