@@ -72,6 +72,7 @@ class TaskOptions:
 
 DEFAULT = TaskOptions()
 COMMS = {"all": ("openmp", "mpi", "gloo"), "native": ("openmp",), "torch": ("mpi", "gloo")}  # of every engine
+Exports = list[Literal["csv", "tensorboard"]] | None
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON document on standard output.")]
 
 
@@ -94,6 +95,7 @@ def explore(
     study: str | None = None,
     schema: Annotated[bool, Parameter(negative="")] = False,
     json_: Json = False,
+    export: Exports = None,
     task: TaskOptions = DEFAULT,
 ) -> int:
     """Find out which plan to train a network with on this machine.
@@ -116,6 +118,8 @@ def explore(
         Run a study of factors and levels instead: a shipped one, FILE.toml, or list to see what there is. It resumes.
     schema
         Print the JSON Schema of study.json and end.
+    export
+        Write the figures for other tools, too: csv, tensorboard (may be given twice).
     """
     from paraxis.measure.records import Study
 
@@ -127,35 +131,23 @@ def explore(
 
         own = (network, workers, engine, task) != ("cnn", None, "all", DEFAULT)
         return run_study(study, out, STUDY, budget, own, json_)
-    spec, seconds = _spec(network, task), 60.0 if budget is None else budget
-    return _explore_plans(spec, workers, seconds, engine, out or STUDY, resume, json_)
+    from paraxis.report.export import require
+    from paraxis.showing import deliver
+
+    require(export or [])
+    spec, folder = _spec(network, task), out or STUDY
+    found = _explored(spec, workers, 60.0 if budget is None else budget, engine, folder, resume)
+    return deliver(found, folder, export, json_)
 
 
-def _explore_plans(
-    spec: Any, workers: int | None, budget: float, engine: str, out: Path, resume: bool, json_: bool
-) -> int:
+def _explored(spec: Any, workers: int | None, budget: float, engine: str, out: Path, resume: bool) -> Any:
     from paraxis.experiment import explore_task, save_to
     from paraxis.measure.samples import open_book
     from paraxis.session import writable
 
     save = save_to(writable(out))
     with joined_ranks() as joined, progress() as tell:
-        study = explore_task(spec, {}, workers, budget, COMMS[engine], tell, save, joined, open_book(out, resume))
-    from paraxis.report.page import write as write_page
-
-    page = write_page(study, out)
-    if json_:
-        print(study.model_dump_json(indent=1))
-    else:
-        _print_study(study, page)
-    return 0 if study.recommendation else 1
-
-
-def _print_study(study: Any, page: Path) -> None:
-    from paraxis.report.tables import terminal
-
-    terminal(study, Console(highlight=False))
-    print(f"report: {page}")
+        return explore_task(spec, {}, workers, budget, COMMS[engine], tell, save, joined, open_book(out, resume))
 
 
 @app.command
@@ -280,12 +272,14 @@ def show(
     what: str,
     detail: str | None = None,
     /,
-    *,
+    *more: str,
     trace: Path | None = None,
+    out: Path | None = None,
+    export: Exports = None,
     json_: Json = False,
     task: TaskOptions = DEFAULT,
 ) -> int:
-    """Explain one plan of a study, or draw a plan's program and its simulated timeline.
+    """Explain one plan of a study, compare studies, or draw a plan's program and its simulated timeline.
 
     Parameters
     ----------
@@ -293,54 +287,32 @@ def show(
         A study's folder or study.json, or a plan such as pp=4,microbatches=8.
     detail
         With a study: a plan in it, its label, today or best; without one the study's table is printed.
+        With another study: both are compared, and as many more as are given.
         With a plan: cut this network and simulate with its measured costs (default: stages alike, backwards double).
     trace
         Write the timelines as Chrome trace JSON, which https://ui.perfetto.dev opens.
+    out
+        Write the comparison of studies as this HTML file.
+    export
+        Only write a study's figures beside it for other tools: csv, tensorboard (may be given twice).
     """
     from paraxis import showing
 
+    if showing.compared(what, detail, more, out, json_) or showing.exported(what, export):
+        return 0
     if showing.is_study(what):
-        return _show_study(Path(what), detail, trace, json_)
+        showing.explain_study(Path(what), detail, trace, json_)
+        return 0
     spec = _spec(detail, task) if detail else None
     with progress() as tell:
         shown = showing.document_of(what, spec, tell)
     if trace:
-        _write_trace(trace, {"simulated": showing.simulated_events(shown)}, shown["replicas"])
+        showing.write_trace(trace, {"simulated": showing.simulated_events(shown)}, shown["replicas"])
     if json_:
         print(json.dumps(shown, indent=1))
     else:
         print("\n".join(showing.show_lines(shown, Console().width)))
     return 0
-
-
-def _show_study(path: Path, plan: str | None, trace: Path | None, json_: bool) -> int:
-    from paraxis.report.one import document_of_plan, find, print_plan, study_of
-
-    study, console = study_of(path), Console(highlight=False)
-    if plan is None:
-        from paraxis.report.tables import terminal
-
-        if trace:
-            raise TaskError("--trace needs a plan of the study: its label, or best")
-        print(study.model_dump_json(indent=1)) if json_ else terminal(study, console)
-        return 0
-    result = find(study, plan)
-    if trace:
-        pair = {"measured": result.timeline, "simulated": result.simulated}
-        _write_trace(trace, {k: v for k, v in pair.items() if v}, result.mesh.dp * result.mesh.tp)
-    if json_:
-        print(json.dumps(document_of_plan(study, plan), indent=1))
-    else:
-        print_plan(study, result, console)
-    return 0
-
-
-def _write_trace(path: Path, timelines: dict[str, Any], replicas: int) -> None:
-    from paraxis.report.trace import trace, write
-
-    if not timelines:
-        raise TaskError("--trace: this plan was not measured, so there is no timeline")
-    err.print(f"trace: {write(path, trace(timelines, replicas))}", markup=False)
 
 
 @app.command

@@ -14,7 +14,7 @@ from rich.console import Console
 from sample_study import HOSTILE, SENTENCE, bare, build, left_out, pipelined, result, seconds, winning
 
 from paraxis.measure.records import Event, Study, Verified
-from paraxis.report import charts, page, tables
+from paraxis.report import charts, curves, gantt, page, tables
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 
@@ -138,7 +138,7 @@ def test_numbers_keep_three_digits() -> None:
 def test_page_is_whole_and_small(report: str) -> None:
     parsed = parse(report)
     names = [tag for tag, _ in parsed.tags]
-    assert names.count("h1") == 1 and names.count("main") == 1 and names.count("svg") == 3 * 2 + 2
+    assert names.count("h1") == 1 and names.count("main") == 1 and names.count("svg") == 6 * 2 + 2 + 2 + 1
     assert len(report) < 3_000_000
     ids = [attributes["id"] for _, attributes in parsed.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
@@ -168,7 +168,7 @@ def test_page_tells_everything(report: str) -> None:
 
 
 def test_hostile_strings_are_only_text(report: str) -> None:
-    assert report.count("<script") == 2 and "<img" not in report and "<b>2</b>" not in report and "<i>" not in report
+    assert report.count("<script") == 4 and "<img" not in report and "<b>2</b>" not in report and "<i>" not in report
     assert "&lt;script&gt;alert(1)&lt;/script&gt;.py" in report
     study = build()
     hostile = '"><script>alert(4)</script>'
@@ -177,7 +177,7 @@ def test_hostile_strings_are_only_text(report: str) -> None:
     study.task = {hostile: {"a": hostile}}
     again = page.html(study)
     parse(again)
-    assert again.count("<script") == 2
+    assert again.count("<script") == 4
 
 
 def test_raw_record_round_trips(report: str) -> None:
@@ -188,7 +188,7 @@ def test_raw_record_round_trips(report: str) -> None:
 
 def test_charts_are_free_of_size_and_named() -> None:
     study = build()
-    for draw in (charts.bars, charts.split, charts.losses):
+    for draw in (charts.bars, charts.split, curves.losses):
         root = ElementTree.fromstring(draw(study))
         assert root.get("role") == "img" and root.get("viewBox") and not root.get("width") and not root.get("height")
         assert root[0].tag.endswith("title") and root[0].text
@@ -198,7 +198,7 @@ def test_charts_are_free_of_size_and_named() -> None:
 
 
 def test_timeline_draws_both_halves() -> None:
-    svg = charts.timeline(pipelined())
+    svg = gantt.timeline(pipelined())
     words = [node.text for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("text")]
     assert "measured" in words and "simulated" in words and words.count("F3") == 4 and words.count("B0") == 4
     assert svg.count("<pattern") == 1
@@ -208,12 +208,12 @@ def test_timeline_draws_both_halves() -> None:
 
 def test_charts_of_nothing_are_empty() -> None:
     study = bare()
-    assert [charts.bars(study), charts.split(study), charts.losses(study), charts.timeline(left_out()[0])] == [""] * 4
+    assert [charts.bars(study), charts.split(study), curves.losses(study), gantt.timeline(left_out()[0])] == [""] * 4
 
 
 def test_losses_that_are_not_numbers_are_left_out() -> None:
     study = bare(results=[result("dp=1", "dp=1", losses=[math.nan, 1.0, math.inf, 0.5])])
-    assert "NaN" not in charts.losses(study)
+    assert "NaN" not in curves.losses(study)
 
 
 @pytest.mark.parametrize("study", [bare(), bare(results=left_out()), bare(results=[result("dp=1", "dp=1")])])

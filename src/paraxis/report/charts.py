@@ -6,13 +6,12 @@ Every function returns "" where there is nothing to draw. altair is slow to impo
 import hashlib
 import re
 from html import escape
-from math import isfinite
 from typing import Any, Literal
 
 import altair as alt
 import vl_convert
 
-from paraxis.measure.records import Event, Result, Study
+from paraxis.measure.records import Result, Study
 from paraxis.report import tables
 
 # role -> colour where no style sheet sets the variable; chosen to be legible on white and on black
@@ -38,9 +37,7 @@ COLOURS = {
 DEEP = {"compute", "backward", "data"}  # colours that need white text
 # Waiting is hatched, not coloured: it must be told from work without colours, too.
 HATCHES = {"pipeline_wait": 45, "straggler_wait": -45}
-LINES = ["#d98634", "#5f9a6a", "#a2559b", "#b3a12c", "#c2504a", "#4f62b5", "#3fa69b"]
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
-CURVES, RANKS, EVENTS, POINTS = 8, 16, 1200, 240  # the most that stays legible in one chart
 PADDING = {"left": 14, "right": 26, "top": 2, "bottom": 2}  # fonts differ in width from the one measured with
 NARROW = 480  # pixels below which plans are written above their bars
 Row = dict[str, Any]
@@ -52,19 +49,19 @@ def colour(role: str) -> str:
     return f"url(#{role})" if role in HATCHES else f"var(--{role}, {COLOURS[role]})"
 
 
-def bars(study: Study, width: int = 760) -> str:
+def bars(study: Study, width: int = 760, most: int = tables.BARS) -> str:
     """Median step time of each plan with its 95% interval, fastest first; the winner in colour, today's marked."""
     ranked = tables.ranking(study)
-    drawn = tables.shortlist(study, ranked)
+    drawn = tables.shortlist(study, ranked, most)
     rows = []
     for index, result in enumerate(drawn):
         time = result.step_seconds
         if time is None:
             continue
-        now, ours = tables.is_today(study, result), result is tables.winner(study)
+        now = tables.is_today(study, result)
         versus = "" if now or not result.vs_today else f" · {tables.ratio(result.vs_today, sign='×')}"
         words = f"{tables.milliseconds(time.median)} ms{versus}"
-        fill = colour("accent" if ours else "today" if now else "bar")
+        fill = tint(study, result)
         ends = {"low": time.low * 1e3, "high": time.high * 1e3}
         rows.append({**label(study, result, index), "ms": time.median * 1e3, **ends, "text": words, "fill": fill})
     if not rows:
@@ -88,6 +85,50 @@ def bars(study: Study, width: int = 760) -> str:
         at = alt.Chart(named(data, "today", [{"ms": tables.median(study.today) * 1e3}]))
         layers.insert(0, at.mark_rule(strokeDash=[3, 3], color=colour("today")).encode(x="ms:Q"))
     return render(layer(layers), data, "Step time of each plan with its 95% interval")
+
+
+def tint(study: Study, result: Result) -> str:
+    """The colour of a plan's bar."""
+    ours, now = result is tables.winner(study), tables.is_today(study, result)
+    return colour("accent" if ours else "today" if now else "bar")
+
+
+def memory(study: Study, width: int = 760) -> str:
+    """Megabytes of the rank that needs most, a bar a plan."""
+    return amounts(study, width, "peak_memory_bytes", "of the rank that needs most")
+
+
+def traffic(study: Study, width: int = 760) -> str:
+    """Megabytes that all ranks send in a step, a bar a plan."""
+    return amounts(study, width, "bytes_communicated", "sent in a step")
+
+
+def amounts(study: Study, width: int, field: Literal["peak_memory_bytes", "bytes_communicated"], title: str) -> str:
+    """A bar a plan of a number of bytes that is known and not 0, in the order of their speed."""
+    sizes = {"peak_memory_bytes": lambda r: r.peak_memory_bytes, "bytes_communicated": lambda r: r.bytes_communicated}
+    drawn = tables.shortlist(study, [r for r in tables.ranking(study) if sizes[field](r)])
+    unit, size = ("MB", 1e6) if any(sizes[field](r) >= 1e6 for r in drawn) else ("kB", 1e3)
+    rows = [
+        {
+            **label(study, r, index),
+            "size": sizes[field](r) / size,
+            "text": f"{float(f'{sizes[field](r) / size:.3g}'):,g} {unit}",
+            "fill": tint(study, r),
+        }
+        for index, r in enumerate(drawn)
+    ]
+    if not rows:
+        return ""
+    data: Data = {}
+    base = plan_base(data, rows, width)
+    x = alt.X("size:Q", title=f"{unit} {title}", scale=alt.Scale(domainMin=0, nice=False), axis=ms_axis())
+    text = base.mark_text(align="left", dx=7, fontSize=12, color=colour("ink"))
+    layers = [
+        base.mark_bar(cornerRadiusEnd=2, height=14).encode(x=x, color=alt.Color("fill:N", scale=None)),
+        text.encode(x="size:Q", text="text:N"),
+        *plan_labels(data, base, rows, width),
+    ]
+    return render(layer(layers), data, f"{unit} {title}, a bar a plan")
 
 
 def label(study: Study, result: Result, index: int) -> Row:
@@ -120,7 +161,9 @@ def plan_labels(data: Data, base: alt.Chart, rows: list[Row], width: int) -> lis
     for strong in (False, True):
         some = [row for row in rows if row["strong"] == strong]
         weight: Literal["bold", "normal"] = "bold" if strong else "normal"
-        text = base.mark_text(**place, fontSize=12, fontWeight=weight, limit=200, color=colour("ink"))
+        text = base.mark_text(
+            **place, fontSize=12, fontWeight=weight, limit=width - 130 if narrow else 200, color=colour("ink")
+        )
         layers.append(text.encode(x=alt.value(0), text="plan:N").properties(data=named(data, f"labels {strong}", some)))
     return layers
 
@@ -181,135 +224,6 @@ def key(legend: dict[str, str], width: int) -> alt.Color:
     columns = 2 if width < NARROW else 4
     look = alt.Legend(orient="top", title=None, columns=columns, symbolType="square", symbolSize=130)
     return alt.Color("part:N", scale=alt.Scale(domain=domain, range=values), legend=look)
-
-
-def losses(study: Study, width: int = 760) -> str:
-    """Training loss by step, plans over each other; today is the broad pale band that exact plans must cover."""
-    every = [r for r in tables.everything(study) if any(map(isfinite, r.losses))]
-    now = [r for r in every if tables.is_today(study, r)]
-    ours = [r for r in every if r is tables.winner(study) and r not in now]
-    # An inexact plan's curve is news, an exact one's is a check.
-    rest = sorted((r for r in every if r not in now + ours), key=lambda r: (r.exact, tables.median(r)))
-    drawn = [*now, *reversed(rest[: CURVES - len(now + ours)]), *ours]  # the last is drawn over the others
-    if not drawn:
-        return ""
-    names = unique([tables.name(study, r) + ("" if r.exact else " (inexact)") for r in drawn])
-    spare = iter(LINES)
-    fills = {
-        name: colour("bar") if r in now else colour("accent") if r in ours else next(spare)
-        for name, r in zip(names, drawn, strict=True)
-    }
-    base = alt.Chart().properties(width=width - 70, height=260 if width >= NARROW else 220)
-    x = alt.X(
-        "step:Q", title="step", axis=alt.Axis(grid=False, tickCount=6, tickMinStep=1), scale=alt.Scale(nice=False)
-    )
-    y = alt.Y("loss:Q", title="training loss", axis=ms_axis(), scale=alt.Scale(zero=False))
-    look = alt.Legend(
-        orient="top", title=None, columns=1 if width < NARROW else 3, symbolType="stroke", symbolStrokeWidth=3
-    )
-    listed = [names[drawn.index(r)] for r in [*now, *ours, *rest] if r in drawn]
-    scale = alt.Scale(domain=listed, range=[fills[name] for name in listed])
-    data: Data = {}
-    layers = []
-    for index, (name, result) in enumerate(zip(names, drawn, strict=True)):
-        chart = base.properties(data=named(data, f"curve {index}", curve(result.losses, name)))
-        chart = chart.mark_line(strokeWidth=8 if result in now else 1.8, strokeCap="round")
-        layers.append(chart.encode(x=x, y=y, color=alt.Color("plan:N", scale=scale, legend=look)))
-    return render(layer(layers), data, "Training loss of each plan by step")
-
-
-def curve(values: list[float], name: str) -> list[Row]:
-    """At most POINTS of the finite losses, always with the last."""
-    points = [{"step": i, "loss": loss, "plan": name} for i, loss in enumerate(values) if isfinite(loss)]
-    stride = -(-len(points) // POINTS)
-    return points[:-1][::stride] + points[-1:]
-
-
-def unique(names: list[str]) -> list[str]:
-    """The names, the second of the same made different."""
-    seen: dict[str, int] = {}
-    result = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        result.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return result
-
-
-def timeline(result: Result, width: int = 980) -> str:
-    """Ranks over time, measured above simulated on one scale; waiting is hatched, microbatches are on the bars."""
-    panels = [("measured", result.timeline), ("simulated", result.simulated)]
-    panels = [(title, events) for title, events in panels if events]
-    if not panels:
-        return ""
-    longest = max(event.end for _, events in panels for event in events) * 1e3
-    used = {phase(event) for _, events in panels for event in events}
-    legend = {words: colour(role) for role, words in PHASES.items() if role in used}
-    scale = alt.Scale(domain=[0, longest or 1], nice=False)
-    data: Data = {}
-    charts = [
-        gantt(data, title, events, scale, legend, width - 80, last=index == len(panels) - 1)
-        for index, (title, events) in enumerate(panels)
-    ]
-    chart: Row = {"vconcat": charts, "spacing": 22, "resolve": {"scale": {"x": "shared", "color": "shared"}}}
-    return render(
-        chart, data, f"Timeline of {tables.clean(result.label)}: {' above '.join(title for title, _ in panels)}"
-    )
-
-
-PHASES = {
-    "data": "data",
-    "forward": "forward",
-    "backward": "backward",
-    "compute": "other compute",
-    "communication": "communication",
-    "optimizer": "optimizer",
-    "pipeline_wait": "waiting for a stage",
-    "straggler_wait": "waiting for a replica",
-    "overhead": "other",
-}
-
-
-def phase(event: Event) -> str:
-    """The colour of an event: its kind; computation is told apart by direction."""
-    if event.kind == "compute":
-        return "forward" if event.label.startswith("F") else "backward" if event.label[:1] in "BIW" else "compute"
-    return event.kind if event.kind in PHASES else "overhead"
-
-
-def gantt(
-    data: Data, title: str, events: list[Event], scale: alt.Scale, legend: dict[str, str], width: int, last: bool
-) -> Row:
-    """One panel: a line a rank, a bar an instruction."""
-    heading, ranks = title, sorted({event.rank for event in events})
-    shown = ranks[: min(RANKS, max(1, EVENTS * len(ranks) // len(events)))]
-    if len(ranks) > RANKS:
-        heading += f", ranks {shown[0]} to {shown[-1]} of {len(ranks):,}"
-    per_ms = width / scale.domain[1]
-    rows = [bar(event, per_ms) for event in events if event.rank in shown]
-    lines = [{"rank": f"rank {rank}", "start": 0, "end": max(e.end for e in events) * 1e3} for rank in shown]
-    chart = alt.Chart(named(data, title, rows)).properties(width=width, height=alt.Step(30), title=heading)
-    axis = ms_axis(title="ms since the start of the step" if last else None, labels=last)
-    x = alt.X("start:Q", scale=scale, axis=axis)
-    y = alt.Y("rank:N", title=None, sort=None, axis=alt.Axis(domain=False, ticks=False, labelPadding=8))
-    look = alt.Legend(orient="top", title=None, symbolType="square", symbolSize=130)
-    fill = alt.Color("part:N", scale=alt.Scale(domain=list(legend), range=list(legend.values())), legend=look)
-    band = chart.properties(data=named(data, f"{title} ranks", lines)).mark_bar(height=22, color=colour("band"))
-    marks = chart.mark_bar(height=22, stroke=colour("paper"), strokeWidth=0.8)
-    layers = [band.encode(x=x, x2="end:Q", y=y), marks.encode(x=x, x2="end:Q", y=y, color=fill)]
-    layers += inscriptions(data, f"{title} texts", chart.encode(y=y), rows, alt.X("middle:Q", scale=scale))
-    return layer(layers)
-
-
-def bar(event: Event, per_ms: float) -> Row:
-    """One event, with the longest text that fits into its bar."""
-    role, start, end = phase(event), event.start * 1e3, event.end * 1e3
-    number = str(event.microbatch) if event.microbatch >= 0 else ""
-    room = (end - start) * per_ms / 7 - 0.6  # characters of 11 px text
-    texts = [tables.clean(event.label), number] if role not in HATCHES else []
-    text = next((text for text in texts if text and len(text) <= room), "")
-    ink = "on-deep" if role in DEEP else "on-pale"
-    place = {"rank": f"rank {event.rank}", "start": start, "end": end, "middle": (start + end) / 2}
-    return {**place, "part": PHASES[role], "text": text, "ink": ink}
 
 
 def layer(charts: list[alt.Chart]) -> Row:

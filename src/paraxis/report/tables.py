@@ -55,10 +55,10 @@ def ranking(study: Study) -> list[Result]:
     return sorted(measured, key=median)
 
 
-def shortlist(study: Study, ranked: list[Result]) -> list[Result]:
+def shortlist(study: Study, ranked: list[Result], most: int = BARS) -> list[Result]:
     """The fastest plans, never without today and the winner."""
     keep = [r for r in ranked if is_today(study, r) or r is winner(study)]
-    fastest = [r for r in ranked if r not in keep][: BARS - len(keep)]
+    fastest = [r for r in ranked if r not in keep][: most - len(keep)]
     return [r for r in ranked if r in keep or r in fastest]
 
 
@@ -180,18 +180,25 @@ CAPTIONS = {
     "waiting is hatched.",
     "losses": "Mean training loss of each step from the same initial weights. Exact plans lie on top of each other and "
     "on today; a curve that leaves them belongs to an inexact plan.",
+    "scaling": "Strong scaling: the same global batch over more workers (ranks × threads), the fastest exact plan of "
+    "each kind. Speed-up is against the best serial run, efficiency against one worker with one thread; dashed: ideal.",
+    "memory": "Memory of the rank that needs most: the most that its process has held.",
+    "traffic": "What all ranks together send in one step. Single ranks, and ranks that share memory, send nothing.",
 }
+CURVES = ("losses", "scaling")  # the charts that do not draw a bar a plan
 
 
-def caption(study: Study, key: str) -> str:
+def caption(study: Study, key: str, most: int = BARS) -> str:
     """What a chart shows, its marks, and how many plans it leaves out."""
     ranked = ranking(study)
     words = [CAPTIONS[key]]
-    if key != "losses":
-        drawn = shortlist(study, ranked)
+    if key == "traffic":
+        ranked = [r for r in ranked if r.bytes_communicated]
+    if key not in CURVES:
+        drawn = shortlist(study, ranked, most)
         words += [f"* {OVERSUBSCRIBED[2:]}."] if any(r.oversubscribed for r in drawn) else []
         slower = len(ranked) - len(drawn)
-        words += [f"{count(slower, 'slower plan')} more in the table below."] if slower else []
+        words += [f"{count(slower, 'slower plan')} more in the table of all plans."] if slower else []
     return " ".join(words)
 
 
