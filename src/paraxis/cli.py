@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from paraxis import __version__
-from paraxis.errors import ParaxisError, TaskError
+from paraxis.errors import ParaxisError
 from paraxis.progress import err, progress
 from paraxis.run.joined import JoinedPool, joined_ranks, let_the_first_speak
 from paraxis.session import Tell

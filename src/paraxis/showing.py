@@ -1,10 +1,15 @@
 """The show job: a plan's program as a grid and its simulated timeline, or what a study has measured of one."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rich.console import Console
+
+from paraxis.errors import TaskError
 from paraxis.measure.breakdown import events
-from paraxis.measure.records import Event
+from paraxis.measure.records import Event, Study
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
 from paraxis.program.grid import blocks, draw, explain, simplify, slot_width
@@ -12,9 +17,11 @@ from paraxis.program.instructions import COMPUTE, Instruction, Program
 from paraxis.program.lower import Layout, lower
 from paraxis.program.simulate import Costs, simulate, uniform
 from paraxis.program.timeline import cells
+from paraxis.progress import err
 from paraxis.session import Tell, open_session
 from paraxis.task.spec import TaskSpec
 
+Exports = Sequence[Literal["csv", "tensorboard"]] | None  # formats of --export
 LABELS = "digits: forward of that microbatch; letters a, b, ...: backward of 0, 1, ...; = transfer, · waiting, u update"
 
 
@@ -97,3 +104,75 @@ def is_study(text: str) -> bool:
 def simulated_events(document: dict[str, Any]) -> list[Event]:
     """The timeline of `document_of` as records; its unit is the second, or one forward where nothing is measured."""
     return [Event(**e) for e in document["timeline"]]
+
+
+def deliver(study: Study, out: Path, formats: Exports, as_json: bool) -> int:
+    """The report, the exports and the terminal's table of a finished exploration; returns the exit code."""
+    from paraxis.report.export import export
+    from paraxis.report.page import write
+    from paraxis.report.tables import terminal
+
+    page = write(study, out)
+    for path in export(study, out, formats or []):
+        err.print(f"exported: {path}", markup=False)
+    if as_json:
+        print(study.model_dump_json(indent=1))
+    else:
+        terminal(study, Console(highlight=False))
+        print(f"report: {page}")
+    return 0 if study.recommendation else 1
+
+
+def compared(first: str, second: str | None, more: Sequence[str], out: Path | None, as_json: bool) -> bool:
+    """Print the comparison of studies, if these are two or more; raises TaskError where only that would make sense."""
+    if second is None or not (is_study(first) and is_study(second)):
+        if more or out:
+            raise TaskError("several folders and --out are for comparing studies: paraxis show DIR DIR --out FILE.html")
+        return False
+    from paraxis.report.compare import show
+
+    show([Path(first), Path(second), *map(Path, more)], out, as_json, Console(highlight=False))
+    return True
+
+
+def exported(what: str, formats: Exports) -> bool:
+    """Write a study's figures for other tools, if any are asked for; raises TaskError for what is no study."""
+    if not formats:
+        return False
+    from paraxis.report.export import export
+    from paraxis.report.one import study_of
+
+    path = Path(what)
+    for written in export(study_of(path), path.parent if path.suffix == ".json" else path, formats):
+        print(f"exported: {written}")
+    return True
+
+
+def explain_study(path: Path, plan: str | None, trace: Path | None, as_json: bool) -> None:
+    """Print what a study has measured of one plan, or its table; raises TaskError or PlanError for what it has not."""
+    from paraxis.report.one import document_of_plan, find, print_plan, study_of
+    from paraxis.report.tables import terminal
+
+    study, console = study_of(path), Console(highlight=False)
+    if plan is None:
+        if trace:
+            raise TaskError("--trace needs a plan of the study: its label, or best")
+        print(study.model_dump_json(indent=1)) if as_json else terminal(study, console)
+        return
+    result = find(study, plan)
+    if trace:
+        pair = {"measured": result.timeline, "simulated": result.simulated}
+        write_trace(trace, {k: v for k, v in pair.items() if v}, result.mesh.dp * result.mesh.tp)
+    if as_json:
+        print(json.dumps(document_of_plan(study, plan), indent=1))
+    else:
+        print_plan(study, result, console)
+
+
+def write_trace(path: Path, timelines: dict[str, list[Event]], replicas: int) -> None:
+    """Write timelines as Chrome trace JSON; raises TaskError where there are none."""
+    from paraxis.report.trace import trace, write
+
+    if not timelines:
+        raise TaskError("--trace: this plan was not measured, so there is no timeline")
+    err.print(f"trace: {write(path, trace(timelines, replicas))}", markup=False)

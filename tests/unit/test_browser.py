@@ -112,7 +112,7 @@ def test_report_is_drawn_sorted_filtered_zoomed_and_slid(html: str, width: int, 
     assert found["detail"].startswith("measured, rank 0: F0 · forward · microbatch 0 · 3.40 ms, from 0.2 to 3.6")
     assert not found["still"] and found["opened"] >= 16
     assert found["saved"] == [[True, True, "study.json"], [True, True, "samples.csv"]]
-    assert found["csv"][0] == "plan,label,sample,seconds" and found["csv"][1].startswith('"dp=1,pp=1')
+    assert found["csv"][0] == "plan,label,kind,sample,seconds" and found["csv"][1].startswith('"dp=1,pp=1')
     assert found["theatre"] == ["27.3%", "4 of 8"] and found["slid"] == ["11.1%", "11.1%", "16 of 16", "54.0 forwards"]
     assert found["overflow"] <= 0, "the page scrolls sideways"
 

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +101,26 @@ def test_comparison_on_a_terminal_as_json_and_as_a_page(tmp_path: Path, capsys: 
 def test_folders_without_a_study_are_named(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text("{}")
     for path in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(TaskError, match="give folders that paraxis explore has written"):
+        with pytest.raises(TaskError, match=r"study\.json"):
             compare.opened([path, path])
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "paraxis", "show", *words], capture_output=True, text=True, check=False
+    )
+
+
+def test_show_compares_and_exports(tmp_path: Path) -> None:
+    folders = [str(tmp_path / name) for name in ("a", "b", "c")]
+    for folder in folders:
+        records.write(build(), Path(folder))
+    run = command(*folders, "--out", str(tmp_path / "c.html"))
+    assert run.returncode == 0 and "1.00x ~" in run.stdout and (tmp_path / "c.html").exists(), run.stderr
+    run = command(folders[0], "--export", "csv")
+    assert run.returncode == 0 and (tmp_path / "a" / "samples.csv").exists(), run.stderr
+    run = command(folders[0], "--out", str(tmp_path / "d.html"))
+    assert run.returncode == 2 and "paraxis show DIR DIR --out" in run.stderr and "Traceback" not in run.stderr
 
 
 def test_folders_of_one_name_keep_their_paths(tmp_path: Path) -> None:
@@ -128,7 +148,8 @@ def test_csv_holds_every_plan_and_every_sample(tmp_path: Path) -> None:
     best = next(row for row in results if row["plan"] == "dp=2,comm=mpi")
     assert float(best["step_seconds"]) == 0.0128 and best["proved"] == "True" and float(best["equals_to"]) == 3e-7
     assert best["peak_memory_bytes"] == "61000000" and best["comm"] == "mpi" and best["vs_today"]
-    kept = [float(row["seconds"]) for row in samples if row["plan"] == "dp=2,comm=mpi"]
+    kept = [float(row["seconds"]) for row in samples if row["plan"] == "dp=2,comm=mpi" and row["kind"] == "kept"]
+    assert [row["seconds"] for row in samples if row["kind"] == "warmup"] == ["0.031", "0.019"]
     assert kept == next(r for r in plans if r.plan == "dp=2,comm=mpi").step_seconds.samples  # type: ignore[union-attr]
     assert len(losses) == sum(len(r.losses) for r in plans)
     assert next(r["reason"] for r in results if r["status"] == "failed") == left_out()[2].reason

@@ -16,6 +16,7 @@ from sample_study import HOSTILE, SENTENCE, bare, build, left_out, pipelined, re
 from paraxis.measure.records import Event, Study, Verified
 from paraxis.report import charts, curves, gantt, page, tables
 
+NOTED = ("bound by computing: <b>78%</b>", "12.4–13.4", "L1d 32 KiB", "21.5 with all: a triad of 64 MiB", "3.45 GHz")
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 
 
@@ -159,7 +160,16 @@ def test_page_fetches_nothing(report: str) -> None:
 
 def test_page_tells_everything(report: str) -> None:
     text = " ".join("".join(parse(report).words).split())
-    for words in (SENTENCE, "AMD EPYC 7R13", "12.8 ms", "16.8 ms", "is serial", "not reached", "no reason recorded"):
+    for words in (
+        SENTENCE,
+        "AMD EPYC 7R13",
+        "12.8 ms",
+        "16.8 ms",
+        "is serial",
+        "not reached",
+        "no reason recorded",
+        *NOTED,
+    ):
         assert words in text
     assert "unfinished" not in text
     for result_ in build().results:

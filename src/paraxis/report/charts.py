@@ -29,6 +29,7 @@ COLOURS = {
     "communication": "#d98634",
     "data": "#8f80b8",
     "overhead": "#a9b3bc",
+    "remainder": "#d5dadd",
     "on-deep": "#ffffff",
     "on-pale": "#10222c",
     "band": "#8b959e22",

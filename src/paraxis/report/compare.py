@@ -11,23 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from paraxis.errors import TaskError
-from paraxis.measure import records
 from paraxis.measure.records import Ratio, Result, Seconds, Study
 from paraxis.report import tables
 from paraxis.report.markup import document, figure, small, table, text, time
+from paraxis.report.one import study_of
 
 DRAWS = 4000
 FEWEST = 5  # samples below which a study's median has no interval worth the name
 LEVEL = 0.95
 UNPAIRED = (
     "Ratios are unpaired: the studies ran at different times, so what else the machines did counts, too. "
-    "Above 1 is faster than the first study."
+    "Above 1 is faster than the first study; ~ marks what is not told apart from it."
 )
 
 
@@ -79,13 +78,7 @@ def opened(paths: list[Path]) -> list[tuple[str, Study]]:
     """Studies by the names of their folders, or by their paths where names are the same; raises TaskError."""
     folders = [path.parent if path.suffix == ".json" else path for path in paths]
     names = [folder.resolve().name for folder in folders]
-    studies = []
-    for path in paths:
-        try:
-            studies.append(records.read(path))
-        except (OSError, ValidationError) as error:
-            why = error.strerror if isinstance(error, OSError) else "its study.json is not a study of this version"
-            raise TaskError(f"{path}: {why}; give folders that paraxis explore has written") from None
+    studies = [study_of(path) for path in paths]
     unique = names if len(set(names)) == len(names) else [str(path) for path in paths]
     return list(zip(unique, studies, strict=True))
 
@@ -195,29 +188,29 @@ def warnings(studies: list[tuple[str, Study]]) -> list[str]:
     return [tables.clean(line) for line in lines]
 
 
-def verdict(entry: Entry, sign: str = "x", dash: str = "-") -> str:
-    """The ratio with its interval, or that it tells nothing."""
+def verdict(entry: Entry, spread: bool = True, sign: str = "x", dash: str = "-") -> str:
+    """The ratio, with its interval if asked for; ~ where it does not tell the two apart."""
     if entry.ratio is None:
         return ""
-    words = tables.ratio(entry.ratio, spread=True, sign=sign, dash=dash)
-    return words if entry.apart else f"{words} not told apart"
+    return tables.ratio(entry.ratio, spread, sign, dash) + ("" if entry.apart else " ~")
 
 
 def terminal(comparison: Comparison, console: Console) -> None:
     """A line a plan: ms per step in each study, and its ratio to the first one."""
+    spread = console.width >= 20 + 38 * len(comparison.names)
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     grid.add_column("plan", overflow="fold")
     for index, name in enumerate(comparison.names):
-        grid.add_column(Text(f"{tables.clean(name)}\nms/step [95%]"), justify="right")
+        grid.add_column(Text(f"{tables.clean(name)}\nms/step [95%]"), justify="right", no_wrap=True)
         if index:
-            grid.add_column(Text("against\nthe first"))
+            grid.add_column(Text("against\nthe first"), no_wrap=True)
     for line in comparison.lines:
         cells = []
         for index, entry in enumerate(line.entries):
             time = entry.seconds
             cells.append(Text(f"{tables.milliseconds(time.median)} {tables.interval(time)}" if time else entry.why))
             if index:
-                cells.append(Text(verdict(entry), style="bold" if entry.apart else "dim"))
+                cells.append(Text(verdict(entry, spread), style="bold" if entry.apart else "dim"))
         grid.add_row(Text(line.label), *cells)
     console.print(grid)
     console.print()
@@ -289,7 +282,7 @@ def html(comparison: Comparison) -> str:
             cells.append((time(seconds, unit=""), seconds.median) if seconds else (entry.why, None))
             if index:
                 ratio = entry.ratio.median if entry.ratio else None
-                cells.append((small(text(verdict(entry, "×", "–"))), ratio))
+                cells.append((small(text(verdict(entry, sign="×", dash="–"))), ratio))
         rows.append(("", cells))
     machines = "".join(
         f"<dt>{text(name)}</dt><dd>{text(study.recommendation.sentence if study.recommendation else 'No plan.')} "

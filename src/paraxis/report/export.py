@@ -15,7 +15,19 @@ Format = Literal["csv", "tensorboard"]
 FORMATS: tuple[str, ...] = get_args(Format)
 HEADS = (
     *("plan", "label", "status", "reason", "dp", "pp", "tp", "schedule", "engine", "comm", "threads", "workers"),
-    *("exact", "oversubscribed", "step_seconds", "step_low", "step_high", "samples", "samples_per_second"),
+    *(
+        "exact",
+        "oversubscribed",
+        "step_seconds",
+        "step_low",
+        "step_high",
+        "step_p5",
+        "step_p25",
+        "step_p75",
+        "step_p95",
+        "samples",
+        "samples_per_second",
+    ),
     *("vs_today", "vs_today_low", "vs_today_high", "speedup", "efficiency", "exposed_comm_fraction", "bubble_fraction"),
     *("bytes_communicated", "peak_memory_bytes", "bound_by", "equals_to", "allowed", "proved"),
 )
@@ -38,11 +50,17 @@ def require(formats: Iterable[Format]) -> None:
 def to_csv(study: Study, folder: Path) -> list[Path]:
     """`results.csv` (a line a plan), `samples.csv` (a measured step) and `losses.csv` (a training step)."""
     plans = tables.everything(study)
-    samples = ((r.plan, r.label, n, s) for r in plans if r.step_seconds for n, s in enumerate(r.step_seconds.samples))
+    samples = (
+        (r.plan, r.label, kind, n, seconds)
+        for r in plans
+        if (time := r.step_seconds)
+        for kind, kept in (("kept", time.samples), ("warmup", time.warmup), ("disturbed", time.disturbed))
+        for n, seconds in enumerate(kept)
+    )
     losses = ((r.plan, r.label, step, loss) for r in plans for step, loss in enumerate(r.losses))
     return [
         _write(folder / "results.csv", HEADS, map(line, plans)),
-        _write(folder / "samples.csv", ("plan", "label", "sample", "seconds"), samples),
+        _write(folder / "samples.csv", ("plan", "label", "kind", "sample", "seconds"), samples),
         _write(folder / "losses.csv", ("plan", "label", "step", "loss"), losses),
     ]
 
@@ -66,7 +84,8 @@ def line(result: Result) -> list[Any]:
             r.threads,
         ),
         *(r.workers, r.exact, r.oversubscribed),
-        *((time.median, time.low, time.high, len(time.samples)) if time else ("",) * 4),
+        *((time.median, time.low, time.high, time.p5, time.p25, time.p75, time.p95) if time else ("",) * 7),
+        len(time.samples) if time else "",
         r.samples_per_second,
         *((ratio.median, ratio.low, ratio.high) if ratio else ("",) * 3),
         *(r.speedup, r.efficiency, r.exposed_comm_fraction, r.bubble_fraction, r.bytes_communicated),

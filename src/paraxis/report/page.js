@@ -28,8 +28,10 @@ function measured() {
 }
 
 function samples() {
-  const rows = measured().flatMap(r => (r.step_seconds?.samples ?? []).map((s, i) => [r.plan, r.label, i, s]));
-  return csv([["plan", "label", "sample", "seconds"], ...rows]);
+  const kinds = ["samples", "warmup", "disturbed"]; // the last two were set aside and count in no figure
+  const rows = measured().flatMap(r => kinds.flatMap(kind =>
+    (r.step_seconds?.[kind] ?? []).map((s, i) => [r.plan, r.label, kind === "samples" ? "kept" : kind, i, s])));
+  return csv([["plan", "label", "kind", "sample", "seconds"], ...rows]);
 }
 
 // A click on a head, or Enter on it, sorts; cells without a figure stay below.

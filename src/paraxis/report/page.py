@@ -26,7 +26,7 @@ def html(study: Study) -> str:
     pictures = draw(study)
     parts = [
         ("results", "All measured plans", sections.results(study) + pictures["bars"]),
-        ("split", "Where each step goes", pictures["split"]),
+        ("split", "Where each step goes", pictures["split"] + sections.explanations(study)),
         ("timeline", "Timeline of one step", sections.timelines(study, pictures)),
         ("scaling", "Speed-up and efficiency", pictures["scaling"]),
         ("loss", "Training loss", pictures["losses"]),

@@ -4,7 +4,7 @@ import json
 from html import escape
 from typing import Any
 
-from paraxis.measure.records import Result, Study
+from paraxis.measure.records import Rate, Result, Seconds, Study
 from paraxis.report import tables
 from paraxis.report.markup import Cell, kind, plan, small, table, text, time
 
@@ -13,7 +13,7 @@ LINES = 64  # ranks of a drawn program that are shown
 # fmt: off
 HEADS = (
     "Plan", "ms per step [95%]", "vs today", "= serial", "bound by", "efficiency", "speed-up", "samples/s",
-    "exposed comm.", "bubble", "MB sent", "MB/rank", "workers", "threads", "engine", "samples",
+    "exposed comm.", "bubble", "MB sent", "MB/rank", "workers", "threads", "engine", "5-95% of steps", "samples",
 )
 # fmt: on
 WORDS = {"Plan", "= serial", "bound by", "engine"}  # the columns that are not figures
@@ -58,8 +58,23 @@ def figures(study: Study, result: Result) -> list[Cell]:
         (f"{result.workers}", result.workers),
         (f"{result.threads}", result.threads),
         text(" ".join(filter(None, [result.engine, result.comm]))),
+        (spread(time_), time_.p95) if time_ else ("", None),
         (f"{len(time_.samples)}", len(time_.samples)) if time_ else ("", None),
     ]
+
+
+def spread(time: Seconds) -> str:
+    """Between which times most single steps lie, in ms."""
+    if time.p5 is None or time.p95 is None:
+        return ""
+    return f"{tables.milliseconds(time.p5, time.median)}–{tables.milliseconds(time.p95, time.median)}"
+
+
+def explanations(study: Study) -> str:
+    """What binds each plan and what to change, a plan each."""
+    told = [(r, r.explanation) for r in tables.shortlist(study, tables.ranking(study)) if r.explanation]
+    lines = "".join(f"<dt>{plan(study, r)}</dt><dd>{text(words)}</dd>" for r, words in told)
+    return f'<h3>What binds it, and what to change</h3><dl class="bound">{lines}</dl>' if lines else ""
 
 
 def timelines(study: Study, pictures: dict[str, str]) -> str:
@@ -98,7 +113,7 @@ def programs(study: Study, pictures: dict[str, str]) -> str:
         extra = f"<p>Program <code>{text(result.program)}</code></p>" if result.program else ""
         parts.append(
             f"<details><summary>{plan(study, result)}</summary><p><code>{text(result.plan)}</code></p>"
-            f"{extra}{code}{svg}</details>\n"
+            f"{f'<p>{text(result.explanation)}</p>' if result.explanation else ''}{extra}{code}{svg}</details>\n"
         )
     return "".join(parts)
 
@@ -144,14 +159,29 @@ def setup(study: Study) -> str:
     """The task and the machine in full."""
     facts: dict[str, Any] = {**study.task, **study.machine.model_dump()}
     items = []
+    facts |= {
+        "caches": ", ".join(f"{level} {size // 1024:,} KiB" for level, size in study.machine.caches.items()),
+        "frequency_hz": None,
+        "frequency": f"{study.machine.frequency_hz / 1e9:.2f} GHz" if study.machine.frequency_hz else None,
+        "memory_bytes_per_second": rate(study.machine.memory_bytes_per_second, "GB/s"),
+        "flops_per_second": rate(study.machine.flops_per_second, "GFLOP/s"),
+        "versions": ", ".join(f"{name} {number}" for name, number in study.machine.versions.items()),
+    }
     for key, value in facts.items():
-        if value is None or value == [] or value == "":
+        if value in (None, [], "", {}):
             continue
         shown = (
             value if isinstance(value, str) else f"{value:,}" if type(value) is int else json.dumps(value, default=str)
         )
         items.append(f"<dt>{text(key.replace('_', ' '))}</dt><dd>{text(shown)}</dd>")
     return f'<dl class="setup">{"".join(items)}</dl>'
+
+
+def rate(value: Rate | None, unit: str) -> str:
+    """A measured rate in units of 1e9 a second, and how it was measured."""
+    if value is None:
+        return ""
+    return f"{value.one_core / 1e9:,.1f} {unit} with one core, {value.all_cores / 1e9:,.1f} with all: {value.how}"
 
 
 def raw(study: Study) -> str:

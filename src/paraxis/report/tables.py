@@ -20,6 +20,7 @@ PARTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("straggler_wait", "waiting for a slower replica", "·", ",", "dim"),
     ("data", "data", "+", "+", "magenta"),
     ("overhead", "overhead", "-", "-", "dim"),
+    ("remainder", "not covered by a clock", " ", " ", "dim"),
 )
 OVERSUBSCRIBED = (
     "* oversubscribed: more workers than usable cores, so they take turns; with a core each it may be faster"
