@@ -37,7 +37,7 @@ class Fake:
         self.asked.append(key)
         seconds = request["steps"] * self.speeds[key] * float(self.rng.lognormal(0, self.noise))
         self.now += seconds * (1 + request["warm"] / request["steps"])
-        return [{"seconds": seconds, "traces": [], "losses": [(1.0, 1.0)] * request["steps"]}]
+        return [{"seconds": seconds, "window": None, "losses": [(1.0, 1.0)] * request["steps"]}]
 
     def tell(self, what: str, fraction: float) -> None:
         """Nobody listens."""

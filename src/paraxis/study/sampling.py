@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from paraxis.errors import TaskError
-from paraxis.measure.breakdown import Trace, replay, timelines
+from paraxis.measure.breakdown import replay, timelines, window
 from paraxis.plan.plan import Plan
 from paraxis.session import Session
 from paraxis.study.definition import TRAINED
@@ -141,13 +141,14 @@ def _bubble(session: Session, plan: Plan) -> dict[str, float | None]:
         return {"bubble": 0.0, "bubble_uniform": 0.0, "bubble_replayed": 0.0}
     program = session.program(plan)
     answers = session.ask(KEY, plan, {"do": "measure", "warm": 3, "steps": TRACED, "trace": TRACED})
-    same = zip(*(a["traces"] for a in answers), strict=True)
-    traces: list[Trace] = [(step[0][0], [rank for part in step for rank in part[1]]) for step in same]
-    lines = timelines(program, traces)
+    seen = window(answers)
+    if seen is None:
+        raise TaskError(f"bubble: {plan.label()} reads no clocks")
+    lines = timelines(program, seen.steps)
     layerwise = plan.schedule == "layerwise" or plan.microbatches == 1
     stages, m = plan.pp, 1 if layerwise else plan.microbatches
     return {
         "bubble": median(line.bubble_fraction() for line in lines),
         "bubble_uniform": (stages - 1) / (m + stages - 1),
-        "bubble_replayed": replay(program, lines, traces[-1][0]).bubble_fraction(),
+        "bubble_replayed": replay(program, lines, seen.steps[-1][0]).bubble_fraction(),
     }

@@ -5,6 +5,7 @@ Amdahl where the global batch stays, Gustafson where it grows with the workers.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from paraxis.measure.laws import Law, amdahl, gustafson
@@ -24,7 +25,7 @@ def laws(trials: Iterable[Trial], usable_cores: int) -> list[tuple[Factors, Law]
 
     Strong scaling holds the global batch, weak scaling the batch of a worker, which then stands as `batch_per_worker`.
     """
-    timed = [t for t in trials if _workers(t) and t.measures.get("step_seconds")]
+    timed = [t for t in trials if _workers(t) and 0 < (t.measures.get("step_seconds") or 0) < inf]
     strong = _grouped(timed, lambda t: {k: v for k, v in t.factors.items() if k != "workers"})
     weak = _grouped(timed, _per_worker)
     found = [(s.factors, amdahl(s.seconds, usable_cores)) for s in strong if len(s.seconds) > 1]
