@@ -18,12 +18,12 @@ enum class Op : int {
     ReduceScatterWait, AllGatherStart, AllGatherWait,
 };
 enum class Rule : int { none, zero, step, norm, statistics, evaluate, hogwild };
-enum class Buffer : int { none, params, grads, totals, score, statistics, running, norm };
+enum class Buffer : int { none, params, grads, totals, score, statistics, running, norm, moments, moment_grads };
 enum class Axis : int { none, dp, pp, tp };
 
 inline constexpr std::array<const char*, 7> RULES = {"", "zero", "step", "norm", "statistics", "evaluate", "hogwild"};
-inline constexpr std::array<const char*, 8> BUFFERS = {"",      "params",     "grads",   "totals",
-                                                       "score", "statistics", "running", "norm"};
+inline constexpr std::array<const char*, 10> BUFFERS = {"",           "params",  "grads", "totals",  "score",
+                                                        "statistics", "running", "norm",  "moments", "moment_grads"};
 inline constexpr std::array<const char*, 4> AXES = {"", "dp", "pp", "tp"};
 
 struct Instruction {
@@ -33,6 +33,7 @@ struct Instruction {
     Buffer buffer;
     Rule rule;
     bool mean;
+    int segment = 0, bucket = -1;
 };
 
 struct Body {

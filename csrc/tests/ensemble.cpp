@@ -67,6 +67,8 @@ struct Plan {
     int microbatches;
     bool shared;
     const Kernels<float>* kernels;
+    bool whole = false;  // statistics over all replicas
+    bool meets() const { return whole && grid.dp > 1; }
 };
 
 // Lists of instructions as Python's lowering makes them, for 1F1B.
@@ -86,15 +88,32 @@ struct Lister {
     }
     void update(Rule rule) { add(Op::Update, 0, Axis::none, Buffer::none, rule); }
 
+    // The replicas of the first stage add up the sums of its batch norm.
+    void meet(Buffer buffer) {
+        if (seeded) return;
+        add(Op::AllReduceWait, 0, Axis::dp, buffer);
+        list.back().bucket = 0;
+    }
+
     void forward(int m, Rule rule) {
         if (first() || last()) add(Op::Load, m);
         if (!first()) add(Op::RecvActWait, m);
         add(Op::F, m, Axis::none, Buffer::none, rule);
+        if (plan.meets() && first()) {
+            if (rule == Rule::none) meet(Buffer::moments);
+            add(Op::F, m, Axis::none, Buffer::none, rule);
+            list.back().segment = 1;
+        }
         if (!last()) add(Op::SendActStart, m);
     }
 
     void backward(int m) {
         if (!last()) add(Op::RecvGradWait, m);
+        if (plan.meets() && first()) {
+            add(Op::B, m);
+            list.back().segment = 1;
+            meet(Buffer::moment_grads);
+        }
         add(Op::B, m);
         if (!first()) add(Op::SendGradStart, m);
     }
@@ -200,7 +219,9 @@ Result trained(const Plan& plan, const Data& data) {
     std::vector<std::unique_ptr<Stage<float>>> stages;
     for (int rank = 0; rank < plan.grid.size(); ++rank) {
         const int p = plan.grid.pp_of(rank);
-        const auto specs = numbered(plan.grid.pp == 1 ? joined(front(), back()) : p ? back() : front());
+        auto specs = numbered(plan.grid.pp == 1 ? joined(front(), back()) : p ? back() : front());
+        for (Spec& spec : specs)
+            if (spec.kind == "batch_norm" && plan.whole) spec.across = plan.grid.dp;
         stages.push_back(std::make_unique<Stage<float>>(specs, slice, plan.microbatches, p == 0,
                                                         p == plan.grid.pp - 1, *plan.kernels, 5));
     }
@@ -252,9 +273,14 @@ void all() {
         {"two replicas, weights of their own", {{2, 1}, 2, false, &fastest()}},
         {"two stages", {{1, 2}, 4, false, &fastest()}},
         {"two replicas of two stages, weights in common", {{2, 2}, 2, true, &fastest()}},
+        {"four replicas, statistics of all", {{4, 1}, 1, true, &fastest(), true}},
+        {"two replicas of two stages, statistics of all", {{2, 2}, 1, true, &fastest(), true}},
+        {"two replicas, weights of their own, statistics of all", {{2, 1}, 1, false, &fastest(), true}},
     };
+    const Result whole = trained({{1, 1}, 1, false, &naive(), true}, data);
+    expect(difference(whole, wanted) > 10 * ROUNDING, "statistics of the whole batch are those of slices");
     for (const auto& [name, plan] : plans) {
-        const float apart = difference(trained(plan, data), wanted);
+        const float apart = difference(trained(plan, data), plan.whole ? whole : wanted);
         expect(apart < ROUNDING, std::string(name) + ": differs by " + std::to_string(apart));
     }
 }

@@ -120,6 +120,8 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
         raise PlanError(
             "engine=native: a layer works in place and alters its neighbour's output; make it inplace=False"
         )
+    if any(len(cuts) > 1 for cuts in program.segments) and not program.synchronised():
+        raise PlanError("engine=native reduces all gradients at once: leave out bucket_bytes")
     words = [(name, [[_words(i) for i in rank] for rank in ranks]) for name, ranks in program.bodies]
     samples = task.batch // (mesh.dp * program.microbatches)
     make = native.Float if task.dtype == torch.float32 else native.Double
@@ -144,4 +146,4 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
 
 
 def _words(i: Instruction) -> tuple[Any, ...]:
-    return i.op, i.microbatch, i.slice, i.peer, i.axis, i.buffer, i.rule, i.reduction == "mean"
+    return i.op, i.microbatch, i.slice, i.peer, i.axis, i.buffer, i.rule, i.reduction == "mean", i.segment, i.bucket
