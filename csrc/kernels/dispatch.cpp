@@ -14,7 +14,7 @@ namespace naively {
 template <class T>
 constexpr Kernels<T> table = {
     "naive", naive_rows<T>, naive_outer<T>, naive_dots<T>, transpose<T>, gather_bytes<T>, gather<T>, sum_lanes<T>,
-    relu<T>, relu_back<T>, sigmoid<T>, sigmoid_back<T>, tanh<T>, tanh_back<T>, gelu<T>,
+    softmax<T>, relu<T>, relu_back<T>, sigmoid<T>, sigmoid_back<T>, tanh<T>, tanh_back<T>, gelu<T>,
     gelu_back<T>, add<T>, add_into<T>, fused_add<T>, sum_parts<T>, sgd<T>, adam<T>,
     square_sum<T>, naive_window_max<T>, naive_window_max_back<T>, dropout<T>,
     moments<T>, normalise<T>, norm_sums<T>, norm_back<T>,

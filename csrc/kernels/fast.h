@@ -5,6 +5,8 @@ using Vec = float __attribute__((vector_size(BYTES), aligned(4), may_alias));
 constexpr int W = BYTES / 4;
 constexpr int V = LANES / W;
 
+using Int = int __attribute__((vector_size(BYTES), aligned(4), may_alias));
+
 static inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 static inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 static inline Vec broadcast(float x) { return x - Vec{}; }
@@ -195,35 +197,131 @@ static void transpose_fast(int outputs, int width, const float* x, float* y) {
     }
 }
 
-// Winners are as wide as a float while they are compared, and a byte where they are kept.
-using Int = int __attribute__((vector_size(BYTES)));
-using Bytes = uint8_t __attribute__((vector_size(W), aligned(1), may_alias));
+using Row = uint8_t __attribute__((vector_size(16), aligned(1), may_alias));
 
-static void window_max_fast(int features, int window, const float* const* x, bool relu, float* y, uint8_t* winner) {
-    for (ptrdiff_t i = 0; i < ptrdiff_t(features) * LANES; i += W) {
-        Vec best = load(x[0] + i);
-        Int who{};
-        for (int p = 1; p < window; ++p) {
-            const Vec other = load(x[p] + i);
-            const Int more = other > best;
-            best = more ? other : best;
-            who = more ? Int{} + p : who;
+// Sixteen samples by sixteen bytes: four rounds in which rows i and i + 8 are shuffled like two halves of a deck of cards.
+static inline void transpose_bytes(Row* r) {
+    Row s[LANES];
+    for (int round = 0; round < 4; ++round) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            s[2 * i] = __builtin_shuffle(r[i], r[i + 8], Row{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+            s[2 * i + 1] =
+                __builtin_shuffle(r[i], r[i + 8], Row{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
         }
-        if (relu) best = best < 0 ? Vec{} : best;
-        store(y + i, best);
-        *reinterpret_cast<Bytes*>(winner + i) = __builtin_convertvector(who, Bytes);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) r[i] = s[i];
+    }
+}
+
+static void gather_bytes_fast(int features, int valid, const uint8_t* x, const int64_t* index, float scale, float* y) {
+    int f = 0;
+    for (; valid == LANES && f + 16 <= features; f += 16) {
+        Row r[LANES];
+        for (int lane = 0; lane < LANES; ++lane) r[lane] = *reinterpret_cast<const Row*>(x + index[lane] * features + f);
+        transpose_bytes(r);
+        uint8_t turned[16 * LANES];
+        __builtin_memcpy(turned, r, sizeof turned);
+        for (int i = 0; i < 16 * LANES; ++i) y[f * LANES + i] = scale * float(turned[i]);
+    }
+    for (; f < features; ++f)
+        for (int lane = 0; lane < LANES; ++lane)
+            y[f * LANES + lane] = lane < valid ? scale * float(x[index[lane] * features + f]) : 0.f;
+}
+
+// x = n ln 2 + r with |r| <= ln 2 / 2, and Taylor's series of exp(r): to two units in the last place. Never infinite.
+static inline Vec exp_fast(Vec x) {
+    x = x < -87.f ? broadcast(-87.f) : x;
+    x = x > 88.f ? broadcast(88.f) : x;
+    const Vec n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // 1.5 * 2^23 leaves no room for a fraction
+    const Vec r = (x - n * 0.693145751953125f) - n * 1.42860682e-6f;
+    Vec p = broadcast(1.f / 5040);
+    constexpr float terms[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f};
+#pragma GCC unroll 8
+    for (float term : terms) p = p * r + term;
+    return p * (Vec)((__builtin_convertvector(n, Int) + 127) << 23);
+}
+
+static void sigmoid_fast(ptrdiff_t n, const float* x, float* y) {
+    for (ptrdiff_t i = 0; i < n; i += W) store(y + i, 1.f / (1.f + exp_fast(-load(x + i))));
+}
+
+static double softmax_fast(int classes, int valid, const int64_t* target, float* y, int* hits) {
+    float own[LANES], top[LANES], total[LANES];
+    int best[LANES];
+    for (int lane = 0; lane < valid; ++lane) own[lane] = y[target[lane] * LANES + lane];
+    for (int v = 0; v < V; ++v) {
+        Vec most = load(y + v * W), sum{};
+        Int who{};
+        for (int c = 1; c < classes; ++c) {
+            const Vec other = load(y + c * LANES + v * W);
+            const Int more = other > most;
+            most = more ? other : most;
+            who = more ? Int{} + c : who;
+        }
+        for (int c = 0; c < classes; ++c) {
+            const Vec e = exp_fast(load(y + c * LANES + v * W) - most);
+            store(y + c * LANES + v * W, e);
+            sum += e;
+        }
+        const Vec share = 1.f / sum;
+        for (int c = 0; c < classes; ++c) store(y + c * LANES + v * W, load(y + c * LANES + v * W) * share);
+        store(top + v * W, most), store(total + v * W, sum);
+        for (int i = 0; i < W; ++i) best[v * W + i] = who[i];
+    }
+    double loss = 0;
+    for (int lane = 0; lane < valid; ++lane) {
+        loss += double(log_(total[lane]) + (top[lane] - own[lane]));
+        *hits += best[lane] == target[lane];
+        y[target[lane] * LANES + lane] -= 1;
+    }
+    for (int lane = valid; lane < LANES; ++lane)
+        for (int c = 0; c < classes; ++c) y[c * LANES + lane] = 0;
+    return loss;
+}
+
+constexpr int STRETCH = 16 * LANES;  // winners that are as wide as a float for a while
+
+// Winners are as wide as a float while they are compared, and a byte where they are kept. Plain loops turn one into the
+// other: of vectors of unlike widths, and of short loops, GCC makes a scalar each.
+static void window_max_fast(int features, int window, const float* const* x, bool relu, float* y, uint8_t* winner) {
+    const ptrdiff_t count = ptrdiff_t(features) * LANES;
+    for (ptrdiff_t begin = 0; begin < count; begin += STRETCH) {
+        const int length = count - begin < STRETCH ? int(count - begin) : STRETCH;
+        int wide[STRETCH];
+        for (int i = 0; i < length; i += W) {
+            Vec best = load(x[0] + begin + i);
+            Int who{};
+            for (int p = 1; p < window; ++p) {
+                const Vec other = load(x[p] + begin + i);
+                const Int more = other > best;
+                best = more ? other : best;
+                who = more ? Int{} + p : who;
+            }
+            if (relu) best = best < 0 ? Vec{} : best;
+            store(y + begin + i, best);
+            *reinterpret_cast<Int*>(wide + i) = who;
+        }
+        for (int i = 0; i < length; ++i) winner[begin + i] = uint8_t(wide[i]);
     }
 }
 
 static void window_max_back_fast(int features, int window, const uint8_t* winner, const float* y, bool relu,
                                  const float* dy, float* const* dx, bool add) {
-    for (ptrdiff_t i = 0; i < ptrdiff_t(features) * LANES; i += W) {
-        Vec g = load(dy + i);
-        if (relu) g = load(y + i) > 0 ? g : Vec{};
-        const Int who = __builtin_convertvector(*reinterpret_cast<const Bytes*>(winner + i), Int);
-        for (int p = 0; p < window; ++p) {
-            const Vec part = who == p ? g : Vec{};
-            store(dx[p] + i, add ? load(dx[p] + i) + part : part);
+    const ptrdiff_t count = ptrdiff_t(features) * LANES;
+    for (ptrdiff_t begin = 0; begin < count; begin += STRETCH) {
+        const int length = count - begin < STRETCH ? int(count - begin) : STRETCH;
+        int wide[STRETCH];
+        for (int i = 0; i < length; ++i) wide[i] = winner[begin + i];
+        for (int i = 0; i < length; i += W) {
+            Vec g = load(dy + begin + i);
+            if (relu) g = load(y + begin + i) > 0 ? g : Vec{};
+            const Int who = *reinterpret_cast<Int*>(wide + i);
+            for (int p = 0; p < window; ++p) {
+                float* to = dx[p] + begin + i;
+                const Vec part = who == p ? g : Vec{};
+                store(to, add ? load(to) + part : part);
+            }
         }
     }
 }

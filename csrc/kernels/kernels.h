@@ -58,6 +58,8 @@ struct Kernels {
     void (*gather)(int features, int valid, const T* x, const int64_t* index, T* y);
     // sums[o] (+)= sum over positions and lanes of x[position][o][lane].
     void (*sum_lanes)(int positions, int features, const T* x, bool add, T* sums);
+    // Softmax cross-entropy of y[class][lane], which becomes its gradient (zero in padding); returns the sum of losses.
+    double (*softmax)(int classes, int valid, const int64_t* target, T* y, int* hits);
     void (*relu)(ptrdiff_t n, const T* x, T* y);
     void (*relu_back)(ptrdiff_t n, const T* y, const T* dy, T* dx);  // dx may be dy
     void (*sigmoid)(ptrdiff_t n, const T* x, T* y);

@@ -3,6 +3,8 @@
 
 static inline float exp_(float x) { return __builtin_expf(x); }
 static inline double exp_(double x) { return __builtin_exp(x); }
+static inline float log_(float x) { return __builtin_logf(x); }
+static inline double log_(double x) { return __builtin_log(x); }
 static inline float erf_(float x) { return __builtin_erff(x); }
 static inline double erf_(double x) { return __builtin_erf(x); }
 static inline float sqrt_(float x) { return __builtin_sqrtf(x); }
@@ -46,6 +48,29 @@ static void sum_lanes(int positions, int features, const T* x, bool add, T* sums
         for (int lane = 0; lane < LANES; ++lane) total += lanes[lane];
         sums[f] = add ? sums[f] + total : total;
     }
+}
+
+template <class T>
+static double softmax(int classes, int valid, const int64_t* target, T* y, int* hits) {
+    double loss = 0;
+    for (int lane = 0; lane < LANES; ++lane) {
+        T top = y[lane], sum = 0;
+        for (int c = 1; c < classes; ++c) top = y[c * LANES + lane] > top ? y[c * LANES + lane] : top;
+        if (lane >= valid) {
+            for (int c = 0; c < classes; ++c) y[c * LANES + lane] = 0;
+            continue;
+        }
+        T& own = y[target[lane] * LANES + lane];
+        int best = 0;
+        while (best + 1 < classes && y[best * LANES + lane] != top) ++best;
+        *hits += best == target[lane];
+        const T below = top - own;
+        for (int c = 0; c < classes; ++c) sum += y[c * LANES + lane] = exp_(y[c * LANES + lane] - top);
+        loss += double(log_(sum) + below);
+        for (int c = 0; c < classes; ++c) y[c * LANES + lane] /= sum;
+        own -= 1;
+    }
+    return loss;
 }
 
 template <class T>

@@ -3,6 +3,7 @@
 // Weights lie in panels of PANEL outputs, [panel][(ky, kx, channel)][width], the bias behind them. A sum over a window
 // is a batch-reduce over its rows that lie inside the image: padding costs nothing, it is not there.
 #include <algorithm>
+#include <span>
 
 #include "layer.h"
 
@@ -29,6 +30,11 @@ struct Use {
     std::vector<std::pair<int, int>> at;
 };
 
+// The part of such a stretch that one owner takes: its first entry, those of the stretch before it, and how many.
+struct Part {
+    int entry, skipped, length;
+};
+
 // Sizes for which weights and samples of a kernel call stay in the first cache.
 constexpr int SLAB = 96;    // entries, or outputs
 constexpr int WHOLE = 320;  // entries up to which a panel is not cut into slabs
@@ -46,7 +52,7 @@ class Affine final : public Layer<T> {
             panel.width = (panel.outputs + WIDTH_STEP - 1) / WIDTH_STEP * WIDTH_STEP;
             total += size_t(panel.width) * entries;
         }
-        bias_at = total;
+        this->matrix = bias_at = total;
         this->parameters = (total + (s.bias ? s.out.c : 0) + LANES - 1) / LANES * LANES;
         windows();
         cut();
@@ -64,7 +70,8 @@ class Affine final : public Layer<T> {
     void backward(const Pass<T>& p) const override {
         const Spec& s = this->spec;
         if (s.relu) p.kernels->relu_back(ptrdiff_t(p.blocks) * s.out.size() * LANES, p.y, p.dy, p.dy);
-        for (const Panel& panel : panels) weight_gradient(p, panel);
+        if (!p.parted)
+            for (const Panel& panel : panels) weight_gradient({&p, 1}, panel, 0, entries, p);
         if (s.bias)
             for (int b = 0; b < p.blocks; ++b)
                 p.kernels->sum_lanes(s.out.positions(), s.out.c, p.dy + size_t(b) * s.out.size() * LANES, p.add || b,
@@ -72,6 +79,15 @@ class Affine final : public Layer<T> {
         if (p.dx)
             for (int position = 0; position < s.in.positions(); ++position)
                 for (int c = 0; c < s.in.c; c += PANEL) input_gradient(p, position, c);
+    }
+
+    // Rows of the panels, in tiles, as if the panels stood one above the other.
+    std::pair<size_t, size_t> owned(int n, int parts) const override { return {flat(bound(n, parts)), flat(bound(n + 1, parts))}; }
+
+    void own_gradient(const std::vector<Pass<T>>& all, int n) const override {
+        const int from = bound(n, int(all.size())), to = bound(n + 1, int(all.size()));
+        for (int k = from / entries; k * entries < to; ++k)
+            weight_gradient(all, panels[k], std::max(0, from - k * entries), std::min(entries, to - k * entries), all[n]);
     }
 
     size_t scratch(int blocks) const override {
@@ -196,65 +212,88 @@ class Affine final : public Layer<T> {
         return false;
     }
 
-    // Entries that no position meets keep the zero they were born with.
-    void weight_gradient(const Pass<T>& p, const Panel& panel) const {
+    int bound(int n, int parts) const {
+        const int grain = std::min(used[0].length, 16), rows = int(panels.size()) * entries;
+        return std::min(rows, (rows / grain * n / parts + (n == parts)) * grain);
+    }
+
+    size_t flat(int row) const {
+        if (row == int(panels.size()) * entries) return bias_at;
+        const Panel& panel = panels[row / entries];
+        return panel.at + size_t(row % entries) * panel.width;
+    }
+
+    // Of entries [from, to), over the samples of all passes, into mine. Entries that no position meets keep the zero they
+    // were born with.
+    void weight_gradient(std::span<const Pass<T>> all, const Panel& panel, int from, int to, const Pass<T>& mine) const {
         const Spec& s = this->spec;
-        const int positions = s.out.positions();
-        const bool few = used[0].length < FEW && positions * p.blocks >= 64;
-        if (!few)
-            for (int i = 0; i < p.blocks * positions; ++i)
-                p.kernels->transpose(panel.outputs, panel.width, p.dy + (size_t(i) * s.out.c + panel.first) * LANES,
-                                     p.scratch + size_t(i) * LANES * panel.width);
-        if (twice && !p.add)
-            std::fill_n(p.dw + panel.at, size_t(entries) * panel.width, T(0));
-        if (few) {
-            for (int b = 0; b < p.blocks; ++b)
-                for (const Use& use : used) sum_dots(p, panel, use, b);
-            if (!p.add && !twice) clear_margin(p, panel);
+        const int positions = s.out.positions(), blocks = int(all.size()) * mine.blocks, most = positions * blocks;
+        T* dw = mine.dw + panel.at;
+        if (twice && !mine.add) std::fill_n(dw + size_t(from) * panel.width, size_t(to - from) * panel.width, T(0));
+        if (used[0].length < FEW && most >= 64) {
+            for (int b = 0; b < blocks; ++b)
+                for (const Use& use : used) sum_dots(all[b / mine.blocks], panel, use, clipped(use, from, to), b, mine);
+            if (!mine.add && !twice) clear_margin(dw, panel, from, to);
             return;
         }
-        const int most = positions * p.blocks;
+        for (int i = 0; i < most; ++i) {
+            const T* dy = all[i / (mine.blocks * positions)].dy;
+            const int place = i % (mine.blocks * positions);
+            mine.kernels->transpose(panel.outputs, panel.width, dy + (size_t(place) * s.out.c + panel.first) * LANES,
+                                    mine.scratch + size_t(i) * LANES * panel.width);
+        }
         for (int begin = 0; begin < most; begin += CHUNK)
-            for (const Use& use : used) sum_outer(p, panel, use, begin, begin + CHUNK);
+            for (const Use& use : used) sum_outer(all, panel, use, clipped(use, from, to), begin, begin + CHUNK, mine);
+    }
+
+    // The part of a stretch of entries that lies in [from, to).
+    static Part clipped(const Use& use, int from, int to) {
+        const int begin = std::max(use.entry, from), end = std::min(use.entry + use.length, to);
+        return {begin, begin - use.entry, std::max(0, end - begin)};
     }
 
     // The terms of a stretch of entries at (position, block) number begin .. end - 1, blocks fastest.
-    void sum_outer(const Pass<T>& p, const Panel& panel, const Use& use, int begin, int end) const {
+    void sum_outer(std::span<const Pass<T>> all, const Panel& panel, const Use& use, Part part, int begin, int end,
+                   const Pass<T>& mine) const {
+        if (!part.length) return;
         const Spec& s = this->spec;
-        p.terms->clear();
-        const int from = begin / p.blocks, to = (end - 1) / p.blocks;
+        const int blocks = int(all.size()) * mine.blocks;
+        mine.terms->clear();
+        const int from = begin / blocks, to = (end - 1) / blocks;
         auto at = std::lower_bound(use.at.begin(), use.at.end(), from,
                                    [](const auto& pair, int position) { return pair.second < position; });
         bool before = at != use.at.begin();
         for (; at != use.at.end() && at->second <= to; ++at)
-            for (int b = 0; b < p.blocks; ++b) {
-                const int number = at->second * p.blocks + b;
+            for (int b = 0; b < blocks; ++b) {
+                const int number = at->second * blocks + b;
                 if (number < begin) before = true;
                 if (number < begin || number >= end) continue;
+                const T* x = all[b / mine.blocks].x + size_t(b % mine.blocks) * s.in.size() * LANES;
                 const size_t place = size_t(b) * s.out.positions() + at->second;
-                p.terms->push_back({p.x + (size_t(b) * s.in.size() + at->first) * LANES,
-                                    p.scratch + place * LANES * panel.width, LANES});
+                mine.terms->push_back({x + (at->first + part.skipped) * LANES,
+                                       mine.scratch + place * LANES * panel.width, LANES});
             }
-        if (!p.terms->empty())
-            p.kernels->outer(use.length, panel.width, int(p.terms->size()), p.terms->data(), p.add || twice || before,
-                             p.dw + panel.at + size_t(use.entry) * panel.width);
+        if (!mine.terms->empty())
+            mine.kernels->outer(part.length, panel.width, int(mine.terms->size()), mine.terms->data(),
+                                mine.add || twice || before, mine.dw + panel.at + size_t(part.entry) * panel.width);
     }
 
-    void sum_dots(const Pass<T>& p, const Panel& panel, const Use& use, int block) const {
+    void sum_dots(const Pass<T>& p, const Panel& panel, const Use& use, Part part, int block, const Pass<T>& mine) const {
+        if (!part.length) return;
         const Spec& s = this->spec;
-        const T* x = p.x + size_t(block) * s.in.size() * LANES;
-        const T* dy = p.dy + (size_t(block) * s.out.size() + panel.first) * LANES;
-        p.terms->clear();
+        const T* x = p.x + size_t(block % p.blocks) * s.in.size() * LANES;
+        const T* dy = p.dy + (size_t(block % p.blocks) * s.out.size() + panel.first) * LANES;
+        mine.terms->clear();
         for (auto [feature, position] : use.at)
-            p.terms->push_back({x + feature * LANES, dy + position * s.out.c * LANES, LANES});
-        p.kernels->dots(use.length, panel.outputs, panel.width, int(p.terms->size()), p.terms->data(),
-                        p.add || twice || block, p.dw + panel.at + size_t(use.entry) * panel.width);
+            mine.terms->push_back({x + (feature + part.skipped) * LANES, dy + position * s.out.c * LANES, LANES});
+        mine.kernels->dots(part.length, panel.outputs, panel.width, int(mine.terms->size()), mine.terms->data(),
+                           mine.add || twice || block, mine.dw + panel.at + size_t(part.entry) * panel.width);
     }
 
     // Dot products leave what is beyond the outputs alone.
-    void clear_margin(const Pass<T>& p, const Panel& panel) const {
-        for (int entry = 0; entry < entries; ++entry)
-            for (int o = panel.outputs; o < panel.width; ++o) p.dw[panel.at + size_t(entry) * panel.width + o] = 0;
+    static void clear_margin(T* dw, const Panel& panel, int from, int to) {
+        for (int entry = from; entry < to; ++entry)
+            for (int o = panel.outputs; o < panel.width; ++o) dw[size_t(entry) * panel.width + o] = 0;
     }
 
     // Of a stretch of channels of one position: slab by slab of outputs, whose weights serve all blocks.

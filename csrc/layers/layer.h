@@ -43,6 +43,7 @@ struct Pass {
     int64_t first;                 // place of the first sample in the global batch
     bool training;                 // false: evaluate
     bool add;                      // parameter gradients add to what is there (all microbatches but the first)
+    bool parted;                   // somebody else computes the gradient of the matrices, later
     const T* w;
     const T* running;              // statistics of evaluation
     T* collected;                  // sum over microbatches of what they would make of the statistics
@@ -81,7 +82,13 @@ class Layer {
     virtual std::vector<std::pair<std::string, int64_t>> parts() const { return {}; }
 
     Spec spec;
+    // Of its first `matrix` parameters, what the n-th of `parts` owners takes care of; and the gradient of that, over
+    // the samples of all passes, into the first one's.
+    virtual std::pair<size_t, size_t> owned(int, int) const { return {0, 0}; }
+    virtual void own_gradient(const std::vector<Pass<T>>&, int) const {}
+
     size_t parameters = 0, statistics = 0;  // elements of the flat buffers
+    size_t matrix = 0;                      // elements whose gradient can be computed apart, by several owners
     size_t kept = 0, marks = 0;             // elements and bytes a block
     size_t moments = 0;                     // sums that replicas add up in the middle of a pass; 0: it needs none
     // Elements of scratch for so many blocks.

@@ -89,7 +89,7 @@ Pass<T> Stage<T>::pass(size_t n, int m, uint64_t step, int64_t first, bool train
     const auto place = std::find(meeting.begin(), meeting.end(), n);
     return {
         .kernels = &kernels, .blocks = blocks, .samples = slot.valid, .seed = seed, .step = step, .first = first,
-        .training = training, .add = backwards > 0, .w = weights->params.data() + places[n].weights,
+        .training = training, .add = backwards > 0, .parted = false, .w = weights->params.data() + places[n].weights,
         .running = weights->running.data() + places[n].statistics, .collected = collected.data() + places[n].statistics,
         .dw = gradients.data() + places[n].weights, .x = act(m, spec.x),
         .skip = spec.skip >= 0 ? act(m, spec.skip) : nullptr, .y = act(m, spec.y), .dy = grad(m, spec.y),
@@ -134,14 +134,34 @@ void Stage<T>::forward(int segment, int m, uint64_t step, int64_t first, bool tr
 }
 
 template <class T>
-void Stage<T>::backward(int segment, int m, uint64_t step, int64_t first) {
-    if (segment + 1 < segments()) layers[end(segment)]->backward(pass(end(segment), m, step, first, true));
-    for (size_t n = end(segment); n-- > begin(segment) + (segment > 0);)
-        layers[n]->backward(pass(n, m, step, first, true));
+void Stage<T>::backward(int segment, int m, uint64_t step, int64_t first, bool parted) {
+    const auto passed = [&](size_t n) {
+        Pass<T> p = pass(n, m, step, first, true);
+        p.parted = parted;
+        return p;
+    };
+    if (segment + 1 < segments()) layers[end(segment)]->backward(passed(end(segment)));
+    for (size_t n = end(segment); n-- > begin(segment) + (segment > 0);) layers[n]->backward(passed(n));
     if (segment)
-        layers[begin(segment)]->measure_back(pass(begin(segment), m, step, first, true));
+        layers[begin(segment)]->measure_back(passed(begin(segment)));
     else
         ++backwards;
+}
+
+template <class T>
+void Stage<T>::own_by(int owners) {
+    scratch = Memory<T>(scratch.size() * owners);
+}
+
+template <class T>
+void Stage<T>::own(int segment, const std::vector<Stage*>& replicas, int number) {
+    for (size_t n = end(segment); n-- > begin(segment);) {
+        if (!layers[n]->matrix) continue;
+        passes.clear();
+        for (Stage* stage : replicas) passes.push_back(stage->pass(n, 0, 0, 0, true));
+        passes[number].add = false;
+        layers[n]->own_gradient(passes, number);
+    }
 }
 
 template <class T>
@@ -149,28 +169,14 @@ void Stage<T>::lose(int m, bool training) {
     Slot& slot = slots[m];
     const int classes = layers.back()->spec.out.size();
     Score& score = training ? step_score : evaluation;
+    int hits = 0;
     for (int b = 0; b < blocks; ++b) {
-        T* y = slot.acts.back().data() + size_t(b) * classes * LANES;
-        for (int lane = 0; lane < LANES; ++lane) {
-            const int i = b * LANES + lane;
-            if (i >= slot.valid) {
-                for (int c = 0; c < classes; ++c) y[c * LANES + lane] = 0;
-                continue;
-            }
-            int best = 0;
-            for (int c = 1; c < classes; ++c)
-                if (y[c * LANES + lane] > y[best * LANES + lane]) best = c;
-            const T top = y[best * LANES + lane], own = y[slot.targets[i] * LANES + lane];
-            T sum = 0;
-            for (int c = 0; c < classes; ++c) sum += y[c * LANES + lane] = std::exp(y[c * LANES + lane] - top);
-            score.loss += double(std::log(sum) + (top - own));
-            score.weight += 1;
-            score.hits += best == slot.targets[i];
-            const T share = 1 / sum;
-            for (int c = 0; c < classes; ++c) y[c * LANES + lane] *= share;
-            y[slot.targets[i] * LANES + lane] -= 1;
-        }
+        const int valid = std::clamp(slot.valid - b * LANES, 0, LANES);
+        score.loss += kernels.softmax(classes, valid, slot.targets.data() + b * LANES,
+                                      slot.acts.back().data() + size_t(b) * classes * LANES, &hits);
     }
+    score.weight += slot.valid;
+    score.hits += hits;
 }
 
 template class Stage<float>;

@@ -39,7 +39,11 @@ class Stage {
     void load(int microbatch, const Samples& samples, int64_t step, int64_t first);
     // Segments end where a layer meets the other replicas: behind its measuring, before it uses the sums of all.
     void forward(int segment, int microbatch, uint64_t step, int64_t first, bool training);
-    void backward(int segment, int microbatch, uint64_t step, int64_t first);
+    // `parted`: but for the gradient of matrices, which `own` computes.
+    void backward(int segment, int microbatch, uint64_t step, int64_t first, bool parted = false);
+    // The n-th owner's part of the gradient of matrices, over the samples of all replicas of this stage.
+    void own(int segment, const std::vector<Stage*>& replicas, int n);
+    void own_by(int owners);  // room for that; before the first step
     // Softmax cross-entropy of the output, which it turns into its gradient when training.
     void lose(int microbatch, bool training);
 
@@ -86,6 +90,7 @@ class Stage {
     std::vector<size_t> meeting;    // layers that meet the other replicas in their middle
     Memory<T> scratch;
     std::vector<Term<T>> terms;
+    std::vector<Pass<T>> passes;
     uint64_t seed;
     int blocks;
 

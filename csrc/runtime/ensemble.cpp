@@ -26,7 +26,7 @@ bool meets(const Instruction& i) { return i.buffer == Buffer::moments || i.buffe
 
 // Throws if an instruction names a segment, or a layer that ends one, that a stage has not.
 void fits(const Body& body, const Instruction& i, int segments) {
-    const bool computes = i.op == Op::F || i.op == Op::B;
+    const bool computes = i.op == Op::F || i.op == Op::B || i.op == Op::I || i.op == Op::W;
     const int number = computes ? i.segment : i.bucket;
     if ((computes || meets(i)) && (number < 0 || number >= segments - meets(i)))
         throw std::invalid_argument("body " + body.name + " has other segments than its stage");
@@ -55,6 +55,14 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
             own.weights = std::make_shared<Weights<T>>(own.parameters, own.statistics);
         strips.emplace_back(STRIP);
     }
+    bool owners = false;
+    for (const Body& body : this->bodies)
+        for (const auto& list : body.ranks)
+            for (const Instruction& i : list) owners |= i.op == Op::W;
+    // Of a pipeline, the stage in front would overwrite what the owners behind it still read.
+    if (owners && (!shared || stages[0]->microbatches > 1 || grid.pp > 1))
+        throw std::invalid_argument("owners of gradients need weights in common, one microbatch and one stage");
+    divide(owners);
     connect();
 }
 
@@ -197,7 +205,9 @@ void Ensemble<T>::execute(Hand& hand, const Instruction& i) {
     switch (i.op) {
         case Op::Load:
         case Op::F:
-        case Op::B: return compute(hand, i);
+        case Op::B:
+        case Op::I:
+        case Op::W: return compute(hand, i);
         case Op::Update: return update(hand, i);
         case Op::SendActStart: return links[behind]->acts.push(stage.output(i.microbatch));
         case Op::RecvActWait: return stage.give_input(i.microbatch, links[before]->acts.pop());
@@ -216,6 +226,8 @@ void Ensemble<T>::compute(Hand& hand, const Instruction& i) {
     Stage<T>& stage = *stages[hand.rank];
     const int64_t first = int64_t(i.slice) * stage.slice;
     if (i.op == Op::Load) return stage.load(i.microbatch, *hand.samples, hand.within, first);
+    if (i.op == Op::W) return stage.own(i.segment, kin[grid.pp_of(hand.rank)], grid.dp_of(hand.rank));
+    if (i.op == Op::I) return stage.backward(i.segment, i.microbatch, uint64_t(hand.step), first, true);
     if (i.op == Op::B) return stage.backward(i.segment, i.microbatch, uint64_t(hand.step), first);
     stage.forward(i.segment, i.microbatch, uint64_t(hand.step), first, i.rule != Rule::evaluate);
 }
@@ -300,11 +312,32 @@ void Ensemble<T>::update(Hand& hand, const Instruction& i) {
     }
 }
 
-// Of the parameters, what this rank sums and updates: all of its own copy, or its share of the common one.
+// Of the parameters, what each rank updates: all of its own copy, or its share of the common one; owners also compute the
+// gradient of their share, where it is one of a matrix.
 template <class T>
-std::pair<size_t, size_t> Ensemble<T>::share(int rank) const {
-    const size_t all = stages[rank]->parameters;
-    return shared ? part_of(all, grid.dp_of(rank), grid.dp) : std::pair<size_t, size_t>{0, all};
+void Ensemble<T>::divide(bool owners) {
+    pieces.resize(grid.size());
+    kin.resize(grid.pp);
+    sources.resize(grid.size());
+    for (int rank = 0; rank < grid.size(); ++rank) {
+        Stage<T>& stage = *stages[rank];
+        const int me = grid.dp_of(rank);
+        kin[grid.pp_of(rank)].push_back(&stage);
+        if (!owners) {
+            const auto [begin, end] = shared ? part_of(stage.parameters, me, grid.dp) : std::pair<size_t, size_t>{0, stage.parameters};
+            pieces[rank].push_back({begin, end, shared && grid.dp > 1});
+            continue;
+        }
+        stage.own_by(grid.dp);
+        for (size_t n = 0; n < stage.layers.size(); ++n) {
+            const Layer<T>& layer = *stage.layers[n];
+            const size_t at = stage.places[n].weights, rest = at + layer.matrix;
+            const auto [first, last] = layer.owned(me, grid.dp);
+            const auto [begin, end] = part_of(layer.parameters - layer.matrix, me, grid.dp);
+            if (first < last) pieces[rank].push_back({at + first, at + last, false});
+            if (begin < end) pieces[rank].push_back({rest + begin, rest + end, true});
+        }
+    }
 }
 
 template <class T>
@@ -314,24 +347,27 @@ T Ensemble<T>::scale(int rank) const {
     return T(scale);
 }
 
+// A strip of a piece's gradient, summed over the replicas where it must be.
+template <class T>
+const T* Ensemble<T>::gradient(int rank, const Piece& piece, size_t at, size_t count) {
+    Stage<T>& stage = *stages[rank];
+    if (!piece.summed) return stage.gradients.data() + at;
+    const auto& replicas = kin[grid.pp_of(rank)];
+    std::vector<const T*>& from = sources[rank];
+    from.resize(replicas.size());
+    for (size_t n = 0; n < replicas.size(); ++n) from[n] = replicas[n]->gradients.data() + at;
+    stage.kernels.sum_parts(ptrdiff_t(count), int(replicas.size()), from.data(), strips[rank].data());
+    return strips[rank].data();
+}
+
 // Sum the replicas' gradients and apply them, a strip at a time, so that the sum never leaves the first cache.
 template <class T>
 void Ensemble<T>::descend(Hand& hand) {
-    Stage<T>& stage = *stages[hand.rank];
-    const auto [begin, end] = share(hand.rank);
-    const int parts = shared ? grid.dp : 1;
-    std::vector<const T*> from(parts);
-    for (size_t at = begin; at < end; at += STRIP) {
-        const size_t count = std::min(STRIP, end - at);
-        const T* gradient = stage.gradients.data() + at;
-        if (parts > 1) {
-            for (int n = 0; n < parts; ++n)
-                from[n] = stages[grid.rank(n, grid.pp_of(hand.rank))]->gradients.data() + at;
-            stage.kernels.sum_parts(ptrdiff_t(count), parts, from.data(), strips[hand.rank].data());
-            gradient = strips[hand.rank].data();
+    for (const Piece& piece : pieces[hand.rank])
+        for (size_t at = piece.begin; at < piece.end; at += STRIP) {
+            const size_t count = std::min(STRIP, piece.end - at);
+            apply(hand, at, count, gradient(hand.rank, piece, at, count), scale(hand.rank));
         }
-        apply(hand, at, count, gradient, scale(hand.rank));
-    }
 }
 
 template <class T>
@@ -367,18 +403,12 @@ void Ensemble<T>::hogwild(Hand& hand) {
 // Square of the gradient's norm on the part that this rank updates.
 template <class T>
 void Ensemble<T>::norm(Hand& hand) {
-    Stage<T>& stage = *stages[hand.rank];
-    const auto [begin, end] = share(hand.rank);
-    const int parts = shared ? grid.dp : 1;
-    std::vector<const T*> from(parts);
     double total = 0;
-    for (size_t at = begin; at < end; at += STRIP) {
-        const size_t count = std::min(STRIP, end - at);
-        for (int n = 0; n < parts; ++n)
-            from[n] = stages[shared ? grid.rank(n, grid.pp_of(hand.rank)) : hand.rank]->gradients.data() + at;
-        stage.kernels.sum_parts(ptrdiff_t(count), parts, from.data(), strips[hand.rank].data());
-        total += stage.kernels.square_sum(ptrdiff_t(count), strips[hand.rank].data());
-    }
+    for (const Piece& piece : pieces[hand.rank])
+        for (size_t at = piece.begin; at < piece.end; at += STRIP) {
+            const size_t count = std::min(STRIP, piece.end - at);
+            total += stages[hand.rank]->kernels.square_sum(ptrdiff_t(count), gradient(hand.rank, piece, at, count));
+        }
     norms[hand.rank] = total / (hyper.weight * hyper.weight);
 }
 

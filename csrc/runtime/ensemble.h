@@ -79,6 +79,13 @@ class Ensemble {
     std::vector<double> norms;
     std::vector<std::vector<int64_t>> clocks;  // [rank * RING + step % RING]
     std::vector<Memory<T>> strips;
+    struct Piece {  // of the parameters; summed: its gradient is the sum of the replicas' own
+        size_t begin, end;
+        bool summed;
+    };
+    std::vector<std::vector<Piece>> pieces;    // that each rank updates
+    std::vector<std::vector<Stage<T>*>> kin;  // replicas of each stage
+    std::vector<std::vector<const T*>> sources;  // whose gradients a rank is summing
 
     void connect();
     void start(const std::function<void(int)>& f);
@@ -92,7 +99,8 @@ class Ensemble {
     void hogwild(Hand& hand);
     void norm(Hand& hand);
     T* buffer(int rank, Buffer which, size_t* size);
-    std::pair<size_t, size_t> share(int rank) const;  // of the parameters, that this rank updates
+    void divide(bool owners);
+    const T* gradient(int rank, const Piece& piece, size_t at, size_t count);
     T scale(int rank) const;
     void apply(Hand& hand, size_t begin, size_t count, const T* gradient, T scale);
 };

@@ -7,23 +7,24 @@
 
 namespace paraxis {
 
-inline constexpr std::array<const char*, 18> OPS = {
-    "Load", "F", "B", "Update", "SendActStart", "SendActWait", "SendGradStart", "SendGradWait", "RecvActStart",
+inline constexpr std::array<const char*, 20> OPS = {
+    "Load", "F", "B", "I", "W", "Update", "SendActStart", "SendActWait", "SendGradStart", "SendGradWait", "RecvActStart",
     "RecvActWait", "RecvGradStart", "RecvGradWait", "AllReduceStart", "AllReduceWait", "ReduceScatterStart",
     "ReduceScatterWait", "AllGatherStart", "AllGatherWait",
 };
 enum class Op : int {
-    Load, F, B, Update, SendActStart, SendActWait, SendGradStart, SendGradWait, RecvActStart,
+    Load, F, B, I, W, Update, SendActStart, SendActWait, SendGradStart, SendGradWait, RecvActStart,
     RecvActWait, RecvGradStart, RecvGradWait, AllReduceStart, AllReduceWait, ReduceScatterStart,
     ReduceScatterWait, AllGatherStart, AllGatherWait,
 };
-enum class Rule : int { none, zero, step, norm, statistics, evaluate, hogwild };
-enum class Buffer : int { none, params, grads, totals, score, statistics, running, norm, moments, moment_grads };
+enum class Rule : int { none, zero, step, norm, statistics, evaluate, hogwild, owner };
+enum class Buffer : int { none, params, grads, totals, score, statistics, running, norm, factors, moments, moment_grads };
 enum class Axis : int { none, dp, pp, tp };
 
-inline constexpr std::array<const char*, 7> RULES = {"", "zero", "step", "norm", "statistics", "evaluate", "hogwild"};
-inline constexpr std::array<const char*, 10> BUFFERS = {"",           "params",  "grads", "totals",  "score",
-                                                        "statistics", "running", "norm",  "moments", "moment_grads"};
+inline constexpr std::array<const char*, 8> RULES = {"",           "zero",     "step",    "norm",
+                                                     "statistics", "evaluate", "hogwild", "owner"};
+inline constexpr std::array<const char*, 11> BUFFERS = {"",        "params", "grads",   "totals",  "score",       "statistics",
+                                                        "running", "norm",   "factors", "moments", "moment_grads"};
 inline constexpr std::array<const char*, 4> AXES = {"", "dp", "pp", "tp"};
 
 struct Instruction {

@@ -67,6 +67,7 @@ struct Plan {
     int microbatches;
     bool shared;
     const Kernels<float>* kernels;
+    bool owners = false;
     bool whole = false;  // statistics over all replicas
     bool meets() const { return whole && grid.dp > 1; }
 };
@@ -109,12 +110,13 @@ struct Lister {
 
     void backward(int m) {
         if (!last()) add(Op::RecvGradWait, m);
+        const Op op = plan.owners ? Op::I : Op::B;
         if (plan.meets() && first()) {
-            add(Op::B, m);
+            add(op, m);
             list.back().segment = 1;
             meet(Buffer::moment_grads);
         }
-        add(Op::B, m);
+        add(op, m);
         if (!first()) add(Op::SendGradStart, m);
     }
 
@@ -126,7 +128,11 @@ struct Lister {
             backward(m);
             if (m + ahead < plan.microbatches) forward(m + ahead, Rule::none);
         }
-        if (plan.shared && !seeded) add(Op::ReduceScatterWait, 0, Axis::dp, Buffer::grads);
+        if (plan.shared && !seeded) add(plan.owners ? Op::AllGatherWait : Op::ReduceScatterWait, 0, Axis::dp, Buffer::grads);
+        for (int segment = plan.meets() && first(); plan.owners && segment >= 0; --segment) {
+            add(Op::W, 0, Axis::none, Buffer::none, Rule::owner);
+            list.back().segment = segment;
+        }
         if (!plan.shared) add(Op::AllReduceWait, 0, Axis::dp, Buffer::grads);
         update(Rule::norm);
         if (plan.shared) add(Op::AllReduceWait, 0, Axis::dp, Buffer::norm);
@@ -270,14 +276,16 @@ void all() {
         {"fast kernels", {{1, 1}, 4, false, &fastest()}},
         {"two replicas, weights in common", {{2, 1}, 2, true, &fastest()}},
         {"four replicas, weights in common", {{4, 1}, 1, true, &fastest()}},
+        {"four owners of gradients", {{4, 1}, 1, true, &fastest(), true}},
         {"two replicas, weights of their own", {{2, 1}, 2, false, &fastest()}},
         {"two stages", {{1, 2}, 4, false, &fastest()}},
         {"two replicas of two stages, weights in common", {{2, 2}, 2, true, &fastest()}},
-        {"four replicas, statistics of all", {{4, 1}, 1, true, &fastest(), true}},
-        {"two replicas of two stages, statistics of all", {{2, 2}, 1, true, &fastest(), true}},
-        {"two replicas, weights of their own, statistics of all", {{2, 1}, 1, false, &fastest(), true}},
+        {"four replicas, statistics of all", {{4, 1}, 1, true, &fastest(), false, true}},
+        {"four owners of gradients, statistics of all", {{4, 1}, 1, true, &fastest(), true, true}},
+        {"two replicas of two stages, statistics of all", {{2, 2}, 1, true, &fastest(), false, true}},
+        {"two replicas, weights of their own, statistics of all", {{2, 1}, 1, false, &fastest(), false, true}},
     };
-    const Result whole = trained({{1, 1}, 1, false, &naive(), true}, data);
+    const Result whole = trained({{1, 1}, 1, false, &naive(), false, true}, data);
     expect(difference(whole, wanted) > 10 * ROUNDING, "statistics of the whole batch are those of slices");
     for (const auto& [name, plan] : plans) {
         const float apart = difference(trained(plan, data), plan.whole ? whole : wanted);

@@ -43,17 +43,19 @@ def explore(
     tell: Tell = silent,
     **settings: Any,
 ) -> Study:
-    """Find out which plan to train a network with on this machine; writes study.json and report.html if `out` is given.
+    """Find out which plan to train a network with on this machine; `out` is a folder for records and report.html.
 
     `network` is a shipped name, FILE.py[:FUNCTION], an nn.Module or a function that makes one; `batches` any iterable
     that can be read again. Settings are TaskSpec's fields, and loss, inputs, optimizer, scheduler, stages, example.
     Raises TaskError for a task that cannot be trained; plans that fail are rows of the study.
     """
     from paraxis.experiment import explore_task, save_to
+    from paraxis.measure.samples import open_book
 
     spec, objects = _task(network, batches, settings)
     folder = writable(Path(out)) if out else None
-    study = explore_task(spec, objects, workers, budget, comms, tell, save_to(folder) if folder else lambda _: None)
+    save, book = (save_to(folder), open_book(folder)) if folder else (lambda _: None, None)
+    study = explore_task(spec, objects, workers, budget, comms, tell, save, book=book)
     if folder:
         from paraxis.report.page import write as write_page
 

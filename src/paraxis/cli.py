@@ -90,6 +90,7 @@ def explore(
     budget: float = 60.0,
     engine: Literal["all", "native", "torch"] = "all",
     out: Path = STUDY,
+    resume: Annotated[bool, Parameter(negative="")] = False,
     schema: Annotated[bool, Parameter(negative="")] = False,
     json_: Json = False,
     task: TaskOptions = DEFAULT,
@@ -107,7 +108,9 @@ def explore(
     engine
         native: our C++ on OpenMP threads; torch: PyTorch, over MPI and Gloo.
     out
-        Folder for study.json and report.html.
+        Folder for study.json, samples.jsonl and report.html.
+    resume
+        Go on with what an earlier exploration of the same task has measured in that folder; proofs are made again.
     schema
         Print the JSON Schema of study.json and end.
     """
@@ -117,23 +120,28 @@ def explore(
         print(json.dumps(Study.model_json_schema(), indent=1))
         return 0
     from paraxis.experiment import explore_task, save_to
+    from paraxis.measure.samples import open_book
     from paraxis.session import writable
 
     spec = _spec(network, task)
     save = save_to(writable(out))
     with joined_ranks() as joined, progress() as tell:
-        study = explore_task(spec, {}, workers, budget, COMMS[engine], tell, save, joined)
+        study = explore_task(spec, {}, workers, budget, COMMS[engine], tell, save, joined, open_book(out, resume))
     from paraxis.report.page import write as write_page
 
     page = write_page(study, out)
     if json_:
         print(study.model_dump_json(indent=1))
     else:
-        from paraxis.report.tables import terminal
-
-        terminal(study, Console(highlight=False))
-        print(f"report: {page}")
+        _print_study(study, page)
     return 0 if study.recommendation else 1
+
+
+def _print_study(study: Any, page: Path) -> None:
+    from paraxis.report.tables import terminal
+
+    terminal(study, Console(highlight=False))
+    print(f"report: {page}")
 
 
 @app.command

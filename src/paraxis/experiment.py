@@ -1,10 +1,6 @@
 """The experiment: the space of plans -> prove -> measure in interleaved rounds -> recommend."""
 
-import os
-import random
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,58 +8,26 @@ from typing import Any
 from paraxis import __version__
 from paraxis.errors import MissingError, ParaxisError, TaskError
 from paraxis.measure import records
-from paraxis.measure.breakdown import Trace, bound_by, events, replay, split, timelines
-from paraxis.measure.machine import ForeignLoad, describe, usable_cores
+from paraxis.measure.breakdown import bound_by, events, replay, split, timelines
+from paraxis.measure.machine import describe, pinned, usable_cores
 from paraxis.measure.records import Baseline, MeshRecord, Result, Study
-from paraxis.measure.statistics import paired, seconds
+from paraxis.measure.samples import Book
+from paraxis.measure.speed import with_speeds
+from paraxis.measure.statistics import paired
 from paraxis.plan.plan import Plan
 from paraxis.plan.space import space
 from paraxis.program.grid import draw, simplify
-from paraxis.proof import mean_losses, prove, steps_for
+from paraxis.proof import prove, steps_for
 from paraxis.recommend import recommend
+from paraxis.rounds import Clock, Row, chunk, lost, measure
 from paraxis.run.joined import JoinedPool
 from paraxis.session import Session, Tell, failure, open_session
 from paraxis.task.spec import TaskSpec
 
 PROOF_STEPS = 4
 REPORTING = 6.0  # seconds of the budget kept for the statistics and the report
-TRACED = 3  # steps whose instructions are timed, at the end of every chunk
 PROOF_SHARE = 0.6  # of the budget left after start-up: what is not set up and proved by then is not reached
-SHORTEST, LONGEST = 0.04, 0.4  # seconds of a chunk
 Save = Callable[[Study], None]
-
-
-@dataclass
-class Row:
-    """A plan on its way through the experiment; `times` are step seconds by round."""
-
-    plan: Plan
-    key: str
-    result: Result
-    times: dict[int, float] = field(default_factory=dict)
-    traces: list[Trace] = field(default_factory=list)
-    steps: int = 1
-
-    @property
-    def live(self) -> bool:
-        """Whether it is set up and can be measured."""
-        return self.result.status == "ok"
-
-
-@dataclass(frozen=True)
-class Clock:
-    """The budget, in seconds since the start."""
-
-    budget: float
-    start: float = field(default_factory=time.monotonic)
-
-    def spent(self) -> float:
-        """Seconds gone."""
-        return time.monotonic() - self.start
-
-    def left(self) -> float:
-        """Seconds to go."""
-        return self.budget - self.spent()
 
 
 def explore_task(
@@ -75,11 +39,14 @@ def explore_task(
     tell: Tell,
     save: Save,
     joined: JoinedPool | None = None,
+    book: Book | None = None,
 ) -> Study:
     """Find out what each plan buys. `save` is called with every better version of the study, the last one whole.
 
-    Raises TaskError for a task that cannot be trained at all; a plan that fails is a row, not an error.
+    Samples go into `book` as they come; what it holds already is gone on with. Raises TaskError for a task that cannot
+    be trained at all, or is not that of the book; a plan that fails is a row, not an error.
     """
+    book = book or Book()
     if not budget > 0 or (workers is not None and workers < 1):
         raise TaskError(f"budget={budget:g}, workers={workers}: both must be above 0")
     clock = Clock(budget - min(REPORTING, 0.2 * budget))
@@ -94,11 +61,12 @@ def explore_task(
         study.notes += facts.notes
         if "mpi" in session.pools:
             study.machine.mpi = session.pools["mpi"].facts["library"]
-        rows = _rows(session, count, comms, missing)
+        rows = _rows(session, count, comms, missing, book)
         today = _today(session)
+        book.agrees(study.task, study.machine, [row.plan.text() for row in (today, *rows)])
         try:
             _set_up(session, [today, *rows], clock, lambda: _publish(study, session, today, rows, save))
-            _measure(session, [today, *rows], clock, study)
+            measure(session, [today, *rows], clock, study, book)
             _traffic(session, [r for r in rows if r.live])
             study.finished = True
         finally:
@@ -111,23 +79,24 @@ def _empty(spec: TaskSpec, session: Session, workers: int) -> Study:
     facts = session.known()
     task = spec.model_dump() | {"batch": facts.batch, "parameters": facts.parameters, "workers": workers}
     task |= {"name": facts.network, "layers": len(facts.layers), "steps_per_epoch": facts.steps_per_epoch}
-    machine = describe()
+    machine = with_speeds(describe())  # the ranks are up and asleep
+    machine.pinning = pinned(session.quiet)
     return Study(
         task=task, machine=machine, today=None, baseline=None, results=[], recommendation=None, version=__version__
     )
 
 
-def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[str, str]) -> list[Row]:
+def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[str, str], book: Book) -> list[Row]:
     """Every plan of the space; those that the task cannot meet, or whose transport is missing, are refused at once."""
     facts = session.known()
     layers = 2 if facts.layout.cuttable else len(facts.layers)  # so that the refusal is listed once a kind
     rows = []
     for plan in space(workers, layers, comms):
-        row = Row(plan, plan.text(), _blank(plan))
+        row = Row(plan, plan.text(), blank(plan))
         try:
             if plan.comm in missing and plan.processes > 1:
                 raise MissingError(missing[plan.comm])
-            row.plan = session.settled(plan)
+            row.plan = book.cut(plan) or session.settled(plan)
             row.result.program = session.program(row.plan).digest()
             row.result.plan = row.plan.text()
         except ParaxisError as error:
@@ -136,7 +105,8 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
     return rows
 
 
-def _blank(plan: Plan) -> Result:
+def blank(plan: Plan) -> Result:
+    """The record of a plan of which nothing is known yet."""
     return Result(
         plan=plan.text(),
         label=plan.label(),
@@ -156,7 +126,7 @@ def _today(session: Session) -> Row:
     """The user's own way: one process, the framework's default threads."""
     threads = session.pool("solo").facts["threads"]
     plan = Plan(engine="plain", threads=threads)
-    return Row(plan, "today", _blank(plan))
+    return Row(plan, "today", blank(plan))
 
 
 def _set_up(session: Session, rows: list[Row], clock: Clock, publish: Callable[[], None]) -> None:
@@ -176,7 +146,7 @@ def _set_up(session: Session, rows: list[Row], clock: Clock, publish: Callable[[
         except ParaxisError as error:
             row.result.status, row.result.reason = failure(error)
             if not session.home_alive(row.plan):
-                _lost(session, rows, row)
+                lost(session, rows, row)
         publish()
 
 
@@ -194,81 +164,13 @@ def _prove_row(session: Session, row: Row) -> None:
         )
 
 
-def _lost(session: Session, rows: list[Row], fallen: Row) -> None:
-    """Ranks have died: what was set up on them must be set up again before it can be measured."""
-    for row in rows:
-        same = row.plan.comm == fallen.plan.comm and row.plan.processes == fallen.plan.processes
-        if row is not fallen and row.live and row.steps > 1 and same:
-            session.setup(row.key, row.plan)
-
-
 def _time_once(session: Session, row: Row) -> None:
     """A few steps to know how many make a chunk."""
     if not row.live:
         return
-    answers = _chunk(session, row, warm=1, steps=2, trace=0)
+    answers = chunk(session, row, warm=1, steps=2, trace=0)
     guess = answers[0]["seconds"] / 2
     row.steps = max(1, min(2000, round(0.1 / guess)))
-
-
-def _chunk(session: Session, row: Row, warm: int, steps: int, trace: int) -> list[Any]:
-    request = {"do": "measure", "warm": warm, "steps": steps, "trace": min(trace, steps)}
-    answers = session.ask(row.key, row.plan, request)
-    row.result.losses += mean_losses([a["losses"] for a in answers])
-    return answers
-
-
-def _measure(session: Session, rows: list[Row], clock: Clock, study: Study) -> None:
-    """Rounds in random order until the budget ends; every plan that lives has one chunk in each.
-
-    Plans that are far behind take part in every third round only: what is left goes into telling apart the others.
-    """
-    rng = random.Random(0)
-    foreign: list[float] = []
-    rounds = 0
-    while rounds < 3 or clock.left() > 0:
-        live = [row for row in rows if row.live and (rounds < 3 or rounds % 3 == 0 or not _far_behind(row, rows))]
-        if not live or rounds >= 200:
-            break
-        _choose_chunks(live, clock, rounds)
-        load = ForeignLoad([pid for pool in session.pools.values() for pid in pool.pids])
-        for row in rng.sample(live, len(live)):
-            if rounds >= 3 and clock.left() <= 0:
-                break
-            session.tell(f"measuring, round {rounds + 1}", min(1.0, clock.spent() / clock.budget))
-            try:
-                answers = _chunk(session, row, warm=1 + row.steps // 10, steps=row.steps, trace=TRACED)
-            except ParaxisError as error:
-                row.result.status, row.result.reason = failure(error)
-                if not session.home_alive(row.plan):
-                    _lost(session, rows, row)
-                continue
-            row.times[rounds] = answers[0]["seconds"] / row.steps
-            traces = zip(*(a["traces"] for a in answers), strict=True)
-            row.traces = [*row.traces[-9:], *((same[0][0], [r for t in same for r in t[1]]) for same in traces)]
-        foreign.append(load.cores())
-        rounds += 1
-    study.machine.foreign_cores = round(median(foreign), 2) if foreign else None
-    study.machine.load_after = os.getloadavg()[0]
-    if foreign and median(foreign) > 0.15:
-        study.notes.append(
-            f"other programs kept {median(foreign):.1f} cores busy while measuring: intervals are wide for it"
-        )
-
-
-def _far_behind(row: Row, rows: list[Row]) -> bool:
-    """Slower than twice the best by its own best step; today, with which the best is compared, never is."""
-    best = min(min(other.times.values()) for other in rows if other.live and other.times)
-    return row.plan.engine != "plain" and bool(row.times) and min(row.times.values()) > 2 * best
-
-
-def _choose_chunks(live: list[Row], clock: Clock, rounds: int) -> None:
-    """Chunks such that about eight rounds fit into what is left."""
-    to_go = max(1.0, 12 - rounds)
-    length = min(LONGEST, max(SHORTEST, clock.left() / to_go / len(live) * 0.8))
-    for row in live:
-        known = median(row.times.values()) if row.times else 0.1 / row.steps
-        row.steps = max(1, min(5000, round(length / max(known, 1e-6))))
 
 
 def _memory(session: Session, row: Row) -> None:
@@ -295,7 +197,7 @@ def _publish(study: Study, session: Session, today: Row, rows: list[Row], save: 
     best = min([r for r in (*serial, today) if r.times], key=lambda r: median(r.times.values()), default=None)
     ones = {row.plan.engine: row for row in serial if row.plan.threads == 1}
     if best is not None:
-        study.baseline = Baseline(plan=best.result.plan, step_seconds=seconds(list(best.times.values())))
+        study.baseline = Baseline(plan=best.result.plan, step_seconds=best.sorted.record())
     for row in (today, *rows):
         one = ones.get("native" if row.plan.engine == "native" else "torch")
         _derive(row, session, today, best, one, study.task["batch"])
@@ -307,7 +209,7 @@ def _derive(row: Row, session: Session, today: Row, best: Row | None, one: Row |
     result = row.result
     if not row.times:
         return
-    result.step_seconds = seconds(list(row.times.values()))
+    result.step_seconds = row.sorted.record()
     time_of_step = result.step_seconds.median
     result.samples_per_second = batch / time_of_step
     result.vs_today = paired(row.times, today.times) if today.times else None

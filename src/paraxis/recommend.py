@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any
 
 from paraxis.measure.records import Recommendation, Result, Study
-from paraxis.measure.statistics import told_apart
+from paraxis.measure.statistics import corrected, told_apart
 
 Times = dict[str, dict[int, float]]  # full plan text -> step seconds by round
 
@@ -18,7 +18,7 @@ def recommend(study: Study, times: Times) -> Recommendation | None:
         return None
     best = min(rows, key=lambda r: r.step_seconds.median)  # type: ignore[union-attr]
     others = [r for r in [*rows, *([study.today] if study.today else [])] if r is not best]
-    level = 1 - 0.05 / max(1, len(others))
+    level = corrected(len(others))
     same = [r.label for r in others if not told_apart(times[best.plan], times[r.plan], level)]
     return Recommendation(
         plan=best.plan,

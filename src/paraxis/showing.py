@@ -5,7 +5,7 @@ from typing import Any
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
 from paraxis.program.grid import blocks, draw, explain, simplify, slot_width
-from paraxis.program.instructions import Instruction, Program
+from paraxis.program.instructions import COMPUTE, Instruction, Program
 from paraxis.program.lower import Layout, lower
 from paraxis.program.simulate import Costs, simulate, uniform
 from paraxis.program.timeline import cells
@@ -59,10 +59,11 @@ def measured(program: Program, forward: tuple[float, ...], backward: tuple[float
     """Costs of segments from the measured seconds of their layers; `share` is a microbatch's part of what was timed."""
 
     def compute(i: Instruction) -> float:
-        if i.op not in ("F", "B"):
+        if i.op not in COMPUTE:
             return 0.0
         first, last = program.segments[i.stage][i.segment]
-        return share * sum((forward if i.op == "F" else backward)[first:last])
+        seconds = sum((forward if i.op == "F" else backward)[first:last])
+        return share * (seconds / 2 if i.op in "IW" else seconds)
 
     return Costs(compute)
 

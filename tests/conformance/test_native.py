@@ -97,9 +97,13 @@ PLANS = [
     *map(native, (f"pp=2,schedule={schedule},microbatches=4" for schedule in ("layerwise", "gpipe", "1f1b"))),
     *map(native, ("dp=2,pp=2,microbatches=2", "pp=3,microbatches=2", "dp=2,sync=average@2", "dp=2,sync=average@epoch")),
     native("dp=2,pp=2,microbatches=2,sync=average@4"),
+    *map(native, ("dp=2,gradients=owner", "dp=4,gradients=owner")),
 ]
-FEW = [native(text) for text in ("serial", "dp=2", "dp=2,pp=2,microbatches=2")]
-HEAVY = {"cnn": ("dp=4", "pp=2,microbatches=4"), "residual": ("dp=2", "dp=2,pp=2,microbatches=2")}
+FEW = [native(text) for text in ("serial", "dp=2", "dp=2,gradients=owner", "dp=2,pp=2,microbatches=2")]
+HEAVY = {
+    "cnn": ("dp=4", "dp=3,gradients=owner", "pp=2,microbatches=4"),
+    "residual": ("dp=2", "dp=2,gradients=owner", "dp=2,pp=2,microbatches=2"),
+}
 CASES = [(name, plan) for name in NETS for plan in PLANS if name not in HEAVY]
 CASES += [(name, native(text)) for name, texts in HEAVY.items() for text in texts]
 
@@ -295,6 +299,7 @@ def plainly_evaluated_whole(spec: TaskSpec, state: dict[str, torch.Tensor]) -> l
 # -- the same program in the reference interpreter -------------------------------------------------------------
 
 SHARED = [native(text) for text in ("dp=2", "dp=4", "dp=2,microbatches=2", "dp=2,pp=2,microbatches=2")]
+SHARED.append(native("dp=2,gradients=owner"))
 
 
 @pytest.mark.parametrize("plan", SHARED, ids=Plan.short)

@@ -87,7 +87,8 @@ def test_replicas_equal_the_serial_run(name: str, plan: str, folder: Path) -> No
     assert difference(spec, parse(plan), trained(spec, parse(plan))) < EXACT
 
 
-NATIVE = [f"{plan},engine=native" for plan in ("dp=2", "dp=4", "dp=2,pp=2", "dp=2,comm=mpi", "dp=2,pp=2,comm=mpi")]
+NATIVE_PLANS = ("dp=2", "dp=4", "dp=2,gradients=owner", "dp=2,pp=2", "dp=2,comm=mpi", "dp=2,pp=2,comm=mpi")
+NATIVE = [f"{plan},engine=native" for plan in NATIVE_PLANS]
 NORMS = {"batch": 20, "bn_group": 20, "momentum": 0.8, "clip": 0.5}
 
 

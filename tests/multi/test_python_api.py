@@ -74,7 +74,7 @@ print(json.dumps([study.finished, ok, study.recommendation.sentence, [r.reason f
     finished, ok, sentence, reasons, phases = said
     assert finished and "serial" in ok and sentence.startswith("Use ") and phases
     assert all(reason is None or "--budget" in reason for reason in reasons)
-    assert sorted(p.name for p in (desk.folder / "study").iterdir()) == ["report.html", "study.json"]
+    assert sorted(p.name for p in (desk.folder / "study").iterdir()) == ["report.html", "samples.jsonl", "study.json"]
 
 
 def test_mistakes_are_errors_of_ours(desk: Any) -> None:

@@ -105,6 +105,7 @@ def test_a_long_period_is_checked_as_fast_as_a_short_one() -> None:
 
 
 PIPE, GPIPE, DATA = "pp=2,microbatches=3", "pp=2,schedule=gpipe,microbatches=3", "dp=2,bucket_bytes=16,microbatches=2"
+OWNER = "dp=2,engine=native,gradients=owner"
 SEEDED = {
     "lost activation": (PIPE, 1, without("RecvAct", microbatch=1), "F1 before its activation has arrived"),
     "lost gradient": (PIPE, 0, without("RecvGrad", microbatch=2), "B2 before its gradient has arrived"),
@@ -126,6 +127,20 @@ SEEDED = {
     "wait without start": (PIPE, 0, without("SendActStart", microbatch=0), "SendActWait of token 1 has no start"),
     "token used twice": (PIPE, 0, lambda row: [replace(i, token=1) if i.starts else i for i in row], "already open"),
     "update too early": ("microbatches=2", 0, moved("Update", "B", rule="step"), "while microbatch 1 is between F and"),
+    "weight gradients forgotten": (OWNER, 0, without("W"), "the update comes without W0"),
+    "weight gradients without factors": (
+        OWNER,
+        1,
+        without("AllGather", buffer="factors"),
+        "W0 before the other",
+    ),
+    "factors before they are made": (
+        OWNER,
+        1,
+        moved("AllGatherStart", "I", buffer="factors"),
+        "before every",
+    ),
+    "weight gradients twice": (OWNER, 0, lambda row: [*row[:7], *row[6:]], "W0 without an I0 before it"),
     "unknown microbatch": ("serial", 0, lambda row: [*row, I("F", 0, 0, 5)], "there are 1 microbatches and 1 stages"),
     "unknown stage": ("serial", 0, lambda row: [*row, I("F", 7, 0, 0)], "there are 1 microbatches and 1 stages"),
 }

@@ -275,6 +275,9 @@ def test_space_keeps_to_what_it_is_told() -> None:
         ("engine=native,threads=2", "write dp=2,engine=native"),
         ("dp=2,sync=hogwild", "engine=native,comm=openmp"),
         ("dp=2,pp=2,engine=native,sync=hogwild", "pp=1"),
+        ("dp=2,gradients=owner", "engine=native,comm=openmp"),
+        ("dp=2,pp=2,engine=native,gradients=owner", "pp=1"),
+        ("dp=2,engine=native,gradients=own", "did you mean owner"),
     ],
 )
 def test_the_native_engine_says_what_it_needs(text: str, part: str) -> None:

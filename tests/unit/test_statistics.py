@@ -5,7 +5,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paraxis.measure.statistics import chance, interval, paired, seconds, told_apart
+from paraxis.measure.statistics import (
+    at_a_look,
+    chance,
+    clear,
+    corrected,
+    interval,
+    paired,
+    seconds,
+    signed_ranks,
+    sort_rounds,
+    told_apart,
+    warm_up,
+)
 
 SAMPLES = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=30)
 
@@ -143,3 +155,90 @@ def test_far_apart_is_told_in_six_rounds_at_a_strict_level() -> None:
     fast, slow = ({n: float(v) for n, v in enumerate(m * rng.lognormal(0, 0.1, 6))} for m in (1.0, 5.0))
     near = {n: 1.1 * v for n, v in fast.items()} | {0: 0.99 * fast[0]}
     assert told_apart(fast, slow, 1 - 0.05 / 40) and not told_apart(fast, near, 1 - 0.05 / 40)
+
+
+@pytest.mark.parametrize(
+    ("values", "known"),  # of the tables of Wilcoxon's test: n = 6, 10 and 20 at their two-sided limits
+    [
+        ([1, 2, 3, 4, 5, 6], 2 / 64),
+        ([-1, 2, 3, 4, 5, 6], 4 / 64),
+        ([-8, *range(1, 8), 9, 10], 0.0488),
+        ([-n if n in (20, 19, 13) else n for n in range(1, 21)], 0.0484),
+        ([1, -1], 1.0),
+        ([], 1.0),
+        ([0, 0, 5], 1.0),
+    ],
+)
+def test_signed_ranks_are_those_of_the_tables(values: list[float], known: float) -> None:
+    assert signed_ranks(values) == pytest.approx(known, abs=6e-5)
+    assert signed_ranks([-v for v in values]) == pytest.approx(signed_ranks(values))
+
+
+def test_strict_levels_are_kept() -> None:
+    """At 1 in 200, where a bootstrap of the median is wrong three times as often."""
+    rng, found, eager = np.random.default_rng(7), 0, 0
+    for trial in range(1500):
+        a, b = ({n: float(v) for n, v in enumerate(rng.lognormal(0, 0.2, 10))} for _ in range(2))
+        found += told_apart(a, b, 0.995)
+        if trial < 500:
+            low, high = interval([b[n] / a[n] for n in a], 0.995)
+            eager += low > 1 or high < 1
+    assert found <= 1500 * 0.005 + 7 and eager >= 500 * 0.005 + 3
+
+
+@pytest.mark.parametrize("slow", [1, 2, 4])
+def test_slow_starts_are_warm_up(slow: int) -> None:
+    rng = np.random.default_rng(slow)
+    steady = (1 + 0.02 * rng.standard_normal(16)).tolist()
+    assert warm_up([2.0 - 0.2 * n for n in range(slow)] + steady) == slow
+
+
+def test_what_is_steady_or_gets_slower_has_no_warm_up() -> None:
+    rng = np.random.default_rng(5)
+    cut = [warm_up((1 + 0.05 * rng.standard_normal(12)).tolist()) > 0 for _ in range(400)]
+    assert sum(cut) <= 20
+    assert warm_up([1.0 + n / 10 for n in range(12)]) == 0
+    assert warm_up([9.0, 1.0, 1.0, 1.0, 1.0]) == 0, "too few to know"
+    assert warm_up([]) == 0
+
+
+@given(st.lists(st.floats(1e-6, 1e3), max_size=30))
+@settings(deadline=None, max_examples=60)
+def test_at_most_half_is_warm_up(samples: list[float]) -> None:
+    assert 0 <= warm_up(samples) <= len(samples) // 2
+
+
+def test_what_never_settles_is_said() -> None:
+    falling = {n: 2.0 - 0.02 * n for n in range(40)}
+    found = sort_rounds(falling, ())
+    assert len(found.warmup) == 20 and not found.stationary
+    assert sort_rounds(dict.fromkeys(range(24), 1.0), ()).stationary
+
+
+def test_disturbed_rounds_are_set_aside_where_enough_calm_ones_are_left() -> None:
+    measured = {n: 1.0 + n / 1000 for n in range(12)} | {3: 5.0, 7: 6.0}
+    found = sort_rounds(measured, {3, 7, 99})
+    assert found.disturbed == {3: 5.0, 7: 6.0} and not found.warmup and len(found.kept) == 10
+    few = sort_rounds(measured, set(range(3, 12)))
+    assert few.kept == measured and not few.disturbed, "three calm ones are not enough"
+    record = found.record()
+    assert record.disturbed == [5.0, 6.0] and 5.0 not in record.samples and record.p95 is not None
+    assert record.p95 == pytest.approx(float(np.quantile(record.samples, 0.95)))
+
+
+def test_levels_share_the_risk() -> None:
+    assert 1 - corrected(20) == pytest.approx((1 - corrected(1)) / 20) and corrected(0) == corrected(1)
+    assert 1 - at_a_look(0.95, 10) == pytest.approx(0.005)
+
+
+def test_clear_is_told_apart_or_hardly_different() -> None:
+    rng = np.random.default_rng(8)
+    fast, same, slow = (
+        {n: float(v) for n, v in enumerate(by * (1 + noise * rng.standard_normal(20)))}
+        for by, noise in ((1.0, 0.005), (1.0, 0.005), (1.3, 0.005))
+    )
+    vague = {n: float(v) for n, v in enumerate(1 + 0.2 * rng.standard_normal(20))}
+    assert clear(fast, slow, 0.999) and clear(fast, same, 0.999) and not clear(fast, vague, 0.999)
+    assert clear(fast, slow, 0.999, width=0.1) and not clear(fast, slow, 0.999, width=1e-4)
+    first = {n: fast[n] for n in range(5)}
+    assert not clear(first, slow, 0.5), "five rounds are too few to stop"

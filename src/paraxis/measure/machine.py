@@ -2,13 +2,17 @@
 
 import os
 import platform
+import re
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 
 from paraxis.measure.records import Machine
+
+VERSIONS = ("paraxis", "numpy", "mpi4py")
 
 
 def usable_cores() -> int:
@@ -37,6 +41,17 @@ def cpu_model() -> str:
     )
 
 
+def pinned(quiet: bool) -> str:
+    """What `pinning` does with ranks here, in words."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if not cores:
+        return "none: this system cannot"
+    where = f"cores {', '.join(map(str, cores[:64]))}"
+    if not quiet:
+        return f"none, for other programs were busy at the start; ranks share {where}"
+    return f"several ranks that fit have cores of their own among {where}"
+
+
 def describe(mpi: str | None = None) -> Machine:
     """The record of this machine, as it is now."""
     return Machine(
@@ -48,7 +63,44 @@ def describe(mpi: str | None = None) -> Machine:
         torch=installed("torch") or "",
         mpi=mpi,
         system=f"{platform.system()} {platform.machine()}",
+        caches=caches(),
+        frequency_hz=frequency(),
+        versions={name: found for name in VERSIONS if (found := installed(name))}
+        | ({"compiler": built} if (built := compiler()) else {}),
     )
+
+
+def caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int]:
+    """Bytes of the first core's caches by level (L1d, L1i, L2 ...); empty where the system does not tell."""
+    found = {}
+    for index in sorted(folder.glob("index*")):
+        try:
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+            suffix = {"Data": "d", "Instruction": "i"}.get(kind, "")
+            found[f"L{level}{suffix}"] = int(size.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(size[-1:], 0)
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def frequency() -> float | None:
+    """Hertz of the cores now, where the system tells; inside virtual machines it is often the nominal one."""
+    try:
+        now = psutil.cpu_freq()
+    except (OSError, RuntimeError, AttributeError):
+        return None
+    return now.current * 1e6 if now and now.current else None
+
+
+def compiler() -> str | None:
+    """What the native engine was compiled with, as compilers write it into what they make."""
+    try:
+        spec = find_spec("paraxis._native")
+        text = Path(spec.origin).read_bytes() if spec and spec.origin else b""
+    except (OSError, ImportError):
+        return None
+    found = re.search(rb"(GCC): \([^)]*\) ([\d.]+)|(clang) version ([\d.]+)", text)
+    return b" ".join(part for part in found.groups() if part).decode() if found else None
 
 
 def installed(package: str) -> str | None:

@@ -18,12 +18,21 @@ class Record(BaseModel):
 
 
 class Seconds(Record):
-    """A measured time: median and 95% bootstrap interval of the samples, and the samples themselves."""
+    """A measured time: median, 95% bootstrap interval and percentiles of the samples, and the samples themselves.
+
+    `warmup` and `disturbed` are samples that were set aside, by rule, and count in no figure.
+    """
 
     median: float
     low: float
     high: float
     samples: list[float]
+    p5: float | None = None
+    p25: float | None = None
+    p75: float | None = None
+    p95: float | None = None
+    warmup: list[float] = []
+    disturbed: list[float] = []
 
 
 class Ratio(Record):
@@ -129,8 +138,16 @@ class Recommendation(Record):
     not_told_apart: list[str]
 
 
+class Rate(Record):
+    """What this machine was measured to do, with one core and with all usable ones, and how it was measured."""
+
+    one_core: float
+    all_cores: float
+    how: str
+
+
 class Machine(Record):
-    """The machine the figures hold for."""
+    """The machine the figures hold for. What it does not tell is null."""
 
     cpu: str
     usable_cores: int
@@ -143,6 +160,12 @@ class Machine(Record):
     mpi: str | None
     system: str
     gpus: list[str] = []
+    caches: dict[str, int] = {}  # bytes by level, e.g. L1d; of one instance of it
+    pinning: str | None = None
+    frequency_hz: float | None = None
+    memory_bytes_per_second: Rate | None = None
+    flops_per_second: Rate | None = None  # float32, multiply and add counted apart
+    versions: dict[str, str] = {}  # of paraxis, numpy, mpi4py, and the compiler of the native engine
 
 
 class Study(Record):

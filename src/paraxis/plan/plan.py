@@ -10,6 +10,7 @@ from paraxis.errors import PlanError, ProgramError
 SCHEDULES = ("layerwise", "gpipe", "1f1b")
 ENGINES = ("torch", "native", "plain")
 COMMS = ("openmp", "mpi", "gloo", "nccl")
+GRADIENTS = ("private", "owner")
 SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -52,8 +53,9 @@ class Plan:
 
     `split` is the number of layers of each stage (empty: balanced by measured cost); `threads` are an
     engine's own in one rank; `bucket_bytes` 0 reduces all gradients at once; `sync` is "gradient",
-    "average@H" (H steps), "average@epoch" or "hogwild". Under comm=openmp ranks are threads. Raises
-    PlanError for values that no network could meet.
+    "average@H" (H steps), "average@epoch" or "hogwild". Under comm=openmp ranks are threads, and `gradients` of weights
+    are "private" (each rank those of its samples, then summed) or "owner" (each rank its own block, over all samples).
+    Raises PlanError for values that no network could meet.
     """
 
     dp: int = 1
@@ -67,6 +69,7 @@ class Plan:
     comm: str = ""
     threads: int = 1
     bucket_bytes: int = 0
+    gradients: str = "private"
 
     def __post_init__(self) -> None:
         for key in ("dp", "pp", "tp", "microbatches", "threads"):
@@ -84,7 +87,7 @@ class Plan:
         self._drop_what_has_no_effect()
 
     def _check_words(self) -> None:
-        words = {"schedule": ("", *SCHEDULES), "engine": ENGINES, "comm": ("", *COMMS)}
+        words = {"schedule": ("", *SCHEDULES), "engine": ENGINES, "comm": ("", *COMMS), "gradients": GRADIENTS}
         for key, allowed in words.items():
             value = getattr(self, key)
             if value not in allowed:
@@ -102,6 +105,9 @@ class Plan:
             )
         if self.sync == "hogwild" and (self.comm or "openmp", self.engine, self.pp) != ("openmp", "native", 1):
             raise PlanError("sync=hogwild needs weights in common: dp=N,engine=native,comm=openmp with pp=1")
+        threaded = self.engine == "native" and (self.comm or "openmp") == "openmp" and self.sync == "gradient"
+        if self.gradients == "owner" and not (threaded and self.microbatches == self.pp == 1):
+            raise PlanError("gradients=owner needs dp=N,engine=native,comm=openmp, sync=gradient, microbatches=1, pp=1")
 
     def _check_threads(self) -> None:
         inside = self.mesh.size > 1 and self.comm not in ("", "openmp")
@@ -121,6 +127,8 @@ class Plan:
             quiet["sync"] = "gradient"
         if self.dp == 1 or self.sync != "gradient":
             quiet["bucket_bytes"] = 0
+        if self.dp == 1:
+            quiet["gradients"] = "private"
         if self.pp == 1:
             quiet |= {"schedule": "", "split": ()}
         elif self.microbatches == 1 or not self.schedule:
@@ -167,6 +175,7 @@ class Plan:
         words += [self.schedule] * bool(self.schedule)
         words += [f"m={self.microbatches}"] * (self.microbatches > 1)
         words += [self.sync] * (self.sync != "gradient")
+        words += [f"{self.gradients} gradients"] * (self.gradients != "private")
         words += [f"threads={self.threads}"] * (self.threads > 1)
         words += [f"bucket={_bytes(self.bucket_bytes)}"] * (self.bucket_bytes > 0)
         words += ["serial"] * (not words)

@@ -33,6 +33,8 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
     for kind in _kinds(workers, layers, inexact):
         for comm in comms:
             yield Plan(**kind, comm=comm, engine="native" if comm == "openmp" else "torch")  # type: ignore[arg-type]
+        if kind == {"dp": workers} and "openmp" in comms:
+            yield Plan(dp=workers, comm="openmp", engine="native", gradients="owner")
     processes = [comm for comm in comms if comm != "openmp"]
     if not processes:
         return

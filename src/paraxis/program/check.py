@@ -12,7 +12,16 @@ from typing import NoReturn
 from paraxis.errors import Deadlock, ProgramError
 from paraxis.plan.plan import Mesh
 from paraxis.program.grid import point_at
-from paraxis.program.instructions import COLLECTIVES, MOMENTS, RECEIVES, SENDS, Instruction, Program
+from paraxis.program.instructions import (
+    BACKWARD,
+    COLLECTIVES,
+    COMPUTE,
+    MOMENTS,
+    RECEIVES,
+    SENDS,
+    Instruction,
+    Program,
+)
 
 Fail = Callable[[int, str], NoReturn]
 
@@ -36,6 +45,8 @@ class _Rank:
     open: dict[int, Instruction] = field(default_factory=dict)
     reduced: set[int] = field(default_factory=set)
     met: set[tuple[str, int]] = field(default_factory=set)  # (buffer, batch norm) whose sums over replicas are there
+    parted: set[tuple[int, int, int]] = field(default_factory=set)  # backwards that left the weights' gradient to a W
+    factors: bool = False  # of weight gradients: those of all ranks are there
     gathered: bool = False
     peak: int = 0
 
@@ -83,11 +94,13 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
 
     for slot, i in enumerate(instructions):
         _check_token(state, i, slot, fail)
-        if i.op in ("F", "B") and not (0 <= i.microbatch < program.microbatches and 0 <= i.stage <= stage_last):
+        if i.op in COMPUTE and not (0 <= i.microbatch < program.microbatches and 0 <= i.stage <= stage_last):
             fail(slot, f"{i.label()}: there are {program.microbatches} microbatches and {stage_last + 1} stages")
         if i.op == "F":
             _check_forward(program, state, i, slot, fail)
-        elif i.op == "B":
+        elif i.op == "W":
+            _check_weight_gradient(state, i, slot, fail)
+        elif i.op in BACKWARD:
             _check_backward(program, state, i, slot, fail)
         elif i.op == "Load":
             state.loaded.add(i.microbatch)
@@ -103,10 +116,10 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
     if state.open:
         token, i = next(iter(state.open.items()))
         fail(len(instructions) - 1, f"{i.op} {i.label()} (token {token}) is never awaited")
-    if any(i.op == "B" for row in body for i in row):
+    if any(i.op in BACKWARD for row in body for i in row):
         _check_complete(program, state, rank, fail, len(instructions) - 1)
         _check_shared(program, state, instructions, fail)
-    return state.peak if any(i.op == "B" for i in instructions) else 1
+    return state.peak if any(i.op in BACKWARD for i in instructions) else 1
 
 
 def _check_token(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
@@ -157,6 +170,8 @@ def _check_backward(program: Program, state: _Rank, i: Instruction, slot: int, f
     if i.segment in state.reduced:
         fail(slot, f"{i.label()} adds to bucket {i.segment} after its reduction has started")
     state.backward.add(key)
+    if i.op == "I":
+        state.parted.add(key)
 
 
 def _check_send(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
@@ -179,6 +194,16 @@ def _check_moments(program: Program, rank: int, state: _Rank, i: Instruction, sl
         state.met.add((i.buffer, i.bucket))
 
 
+def _check_weight_gradient(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    key = (i.stage, i.segment, i.microbatch)
+    if key not in state.parted:
+        fail(slot, f"{i.label()} without an I{i.microbatch} before it")
+    if not state.factors:
+        fail(slot, f"{i.label()} before the other ranks' factors are there")
+    state.parted.remove(key)
+    state.reduced.add(i.segment)
+
+
 def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
     """Reductions and updates: complete gradients only, and no write between F and B of a microbatch."""
     live = state.forward - state.backward
@@ -191,9 +216,14 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
             if done < program.microbatches:
                 fail(slot, f"bucket {bucket} is reduced after {done} of {program.microbatches} microbatches")
             state.reduced.add(bucket)
+    if i.starts and i.buffer == "factors" and (live or not state.parted):
+        fail(slot, f"{i.label()} before every microbatch has made its part")
     if i.waits and i.base == "AllGather":
-        state.gathered = True
+        state.factors |= i.buffer == "factors"
+        state.gathered |= i.buffer == "params"
     if i.rule == "step":
+        if state.parted:
+            fail(slot, f"the update comes without W{min(state.parted)[2]}, its microbatch's gradient of weights")
         if any(o.buffer == "grads" for o in state.open.values()):
             fail(slot, "the update does not wait for the reduction")
         if state.gathered:

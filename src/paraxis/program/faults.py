@@ -9,7 +9,7 @@ from typing import Any
 
 from paraxis.errors import PlanError
 from paraxis.plan.plan import Plan
-from paraxis.program.instructions import Instruction, Program
+from paraxis.program.instructions import BACKWARD, Instruction, Program
 
 Rewrite = Callable[[Program, int, list[Instruction]], Iterable[Instruction]]
 
@@ -62,7 +62,7 @@ def _early(match: Callable[[Instruction], bool]) -> Rewrite:
     def rewrite(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
         moved = [i for i in body if match(i)]
         rest = [i for i in body if not match(i)]
-        last = max(n for n, i in enumerate(rest) if i.op == "B")
+        last = max(n for n, i in enumerate(rest) if i.op in BACKWARD)
         return rest[:last] + moved + rest[last:]
 
     return rewrite
@@ -86,7 +86,7 @@ def _swap_samples(program: Program, rank: int, body: list[Instruction]) -> list[
 def _skip_backward(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
     """The first stage forgets the backward of its last microbatch."""
     first = program.mesh.coordinates(rank)[1] == 0
-    return [i for i in body if not (first and i.op == "B" and i.microbatch == program.microbatches - 1)]
+    return [i for i in body if not (first and i.op in BACKWARD and i.microbatch == program.microbatches - 1)]
 
 
 def _local_slice(program: Program, i: Instruction) -> Instruction:

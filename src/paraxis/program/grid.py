@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from paraxis.program.instructions import Instruction, Program
+from paraxis.program.instructions import COMPUTE, Instruction, Program
 
 Ranks = Sequence[Sequence[Instruction]]
 
 
 def draw(body: Ranks, computing_only: bool = False) -> list[str]:
     """A line a rank, cells in columns; `computing_only` leaves transfers out, as textbooks draw a pipeline."""
-    rows = [[i for i in rank if not computing_only or i.op in ("F", "B", "Update")] for rank in body]
+    rows = [[i for i in rank if not computing_only or i.op in (*COMPUTE, "Update")] for rank in body]
     labels = [[i.label() for i in row] for row in rows]
     width = max((len(label) for row in labels for label in row), default=1)
     name = len(f"rank {len(labels) - 1}")

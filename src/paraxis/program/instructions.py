@@ -11,13 +11,14 @@ from typing import Any
 from paraxis.errors import ProgramError
 from paraxis.plan.plan import Mesh
 
-COMPUTE = ("F", "B")
+COMPUTE = ("F", "B", "I", "W")
+BACKWARD = ("B", "I")  # what ends the life of an activation
 SENDS = ("SendAct", "SendGrad")
 RECEIVES = ("RecvAct", "RecvGrad")
 COLLECTIVES = ("AllReduce", "ReduceScatter", "AllGather")
 MOMENTS = {"F": "moments", "B": "moment_grads"}  # what replicas add up where a batch norm cuts a stage
 OPS = (
-    *("Load", "F", "B", "Update"),
+    *("Load", "F", "B", "I", "W", "Update"),
     *(f"{op}{end}" for op in (*SENDS, *RECEIVES, *COLLECTIVES) for end in ("Start", "Wait")),
 )
 
@@ -28,6 +29,7 @@ class Instruction:
 
     `slice` says which of the dp x microbatches equal slices of the global batch is meant, `peer` is a rank, `axis` a
     direction of the mesh, `buffer` a declared buffer, `bucket` a segment's part of it (-1: all), `rule` an update rule.
+    A `W` with rule "owner" computes the rank's own block of the weights' gradient, over the samples of all replicas.
     Of buffers `moments` (in a forward) and `moment_grads` (in a backward), `bucket` is the batch norm between segments
     `bucket` and `bucket` + 1.
     """

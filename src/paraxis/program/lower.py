@@ -41,7 +41,7 @@ def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
     every = period(plan.sync, steps_per_epoch)
     bodies, runs = {}, []
     if plan.sync in ("gradient", "hogwild"):
-        agree = "shared" if shared(plan) else plan.sync
+        agree = plan.gradients if plan.gradients == "owner" else "shared" if shared(plan) else plan.sync
         bodies["step"] = [training(plan, layout, segments, rank, agree) for rank in range(plan.mesh.size)]
         runs = [("step", 1)]
     else:
@@ -144,12 +144,13 @@ def buffers(layout: Layout, plan: Plan) -> list[Buffer]:
     names = ["params", "grads", "totals", "score"]
     names += ["statistics", "running"] * layout.statistics + ["norm"] * layout.clip
     names += list(MOMENTS.values()) * synchronised(plan, layout)
-    common = ("params", "running") if shared(plan) or plan.sync == "hogwild" else ()
+    names += ["factors"] * (plan.gradients == "owner")
+    common = ("params", "running", "factors") if shared(plan) or plan.sync == "hogwild" else ()
     return [Buffer(name, "shared" if name in common else "private") for name in names]
 
 
 def training(plan: Plan, layout: Layout, segments: Sequence[Sequence[tuple[int, int]]], rank: int, agree: str) -> Body:
-    """One optimiser step of one rank; `agree`: how replicas agree in it (gradient, shared, hogwild, average, none)."""
+    """One optimiser step of one rank; `agree`: how replicas do (gradient, shared, owner, hogwild, average, none)."""
     dp, stage, _ = plan.mesh.coordinates(rank)
     order = SCHEDULES[plan.schedule or "layerwise"](plan.pp, plan.microbatches, stage)
     cuts = len(segments[stage])
@@ -161,6 +162,8 @@ def training(plan: Plan, layout: Layout, segments: Sequence[Sequence[tuple[int, 
     body = add_transfers(body, plan, rank)  # last, so that a gradient is on its way before a reduction begins
     if meets:
         body = add_moments(body, stage, cuts)
+    if agree == "owner":
+        body = part_weight_gradients(body)
     body = [I("Update", stage=stage, rule="zero"), *body]
     body += finish(plan, layout, stage, agree)
     return pair_tokens(body)
@@ -242,6 +245,13 @@ def add_moments(body: Body, stage: int, cuts: int) -> Body:
     return out
 
 
+def part_weight_gradients(body: Body) -> Body:
+    """B becomes I; once all have what gradients are made of, each rank computes its own block: nothing to add up."""
+    own = [replace(i, op="W", rule="owner") for i in body if i.op == "B"]
+    parted = [replace(i, op="I") if i.op == "B" else i for i in body]
+    return [*parted, *_both("dp", "factors", "", "AllGather"), *own]
+
+
 def add_totals(body: Body, plan: Plan, layout: Layout, stage: int) -> Body:
     """Stages before the last learn the loss's weight, which only the last one sees, before bucket 0 carries it on."""
     if plan.pp == 1 or not layout.weight_in_data:
@@ -254,19 +264,20 @@ def add_totals(body: Body, plan: Plan, layout: Layout, stage: int) -> Body:
 def finish(plan: Plan, layout: Layout, stage: int, agree: str) -> Body:
     """What stands between the reduced gradients and the next step."""
     body: Body = []
+    common = agree in ("shared", "owner")
     if agree == "shared":
         body += _both("dp", "grads", "sum", "ReduceScatter")
     if layout.clip:
         body.append(I("Update", stage=stage, rule="norm"))
-        if agree == "shared":
+        if common:
             body += _both("dp", "norm", "sum")
         if plan.pp > 1:
             body += _both("pp", "norm", "sum")
     if layout.statistics:
-        body += _both("dp", "statistics", "mean") if agree in ("gradient", "shared") and plan.dp > 1 else []
+        body += _both("dp", "statistics", "mean") if (common or agree == "gradient") and plan.dp > 1 else []
         body.append(I("Update", stage=stage, rule="statistics"))
     body.append(I("Update", stage=stage, rule="hogwild" if agree == "hogwild" else "step"))
-    if agree == "shared":
+    if common:
         body += _both("dp", "params", "", "AllGather")
     return body + (averaging(layout, None) if agree == "average" else [])
 

@@ -21,8 +21,9 @@ class Costs:
 
 
 def uniform(forward: float = 1.0, backward: float = 2.0) -> Costs:
-    """Every F and B alike, everything else free: the costs of textbook pictures."""
-    return Costs(lambda i: {"F": forward, "B": backward}.get(i.op, 0.0))
+    """Every F and B alike, I and W half a B, everything else free: the costs of textbook pictures."""
+    costs = {"F": forward, "B": backward, "I": backward / 2, "W": backward / 2}
+    return Costs(lambda i: costs.get(i.op, 0.0))
 
 
 def simulate(program: Program, costs: Costs, body: str | None = None) -> Timeline:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from paraxis.comm.clocks import aligned
 from paraxis.engine.native_rank import NativeEngine
 from paraxis.engine.torch_engine import TorchEngine
 from paraxis.errors import Diverged, RankError
@@ -194,6 +195,8 @@ class Duties:
         traces = rank.run_traced(traced) if rank is not None and traced else []
         barrier()
         seconds = time.perf_counter() - start
+        if traces and isinstance(rank, Rank) and running.plan.processes > 1 and self.transport != "nccl":
+            traces = aligned(rank.world, traces)
         return {"seconds": seconds, "traces": traces, "losses": self._losses(running)}
 
     def traffic(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter_ns
 from typing import Any
@@ -151,7 +151,12 @@ def _scatter(i: Instruction, c: Context) -> Action:
 
 
 def _gather(i: Instruction, c: Context) -> Action:
-    """Parts that are zero everywhere else add up to the whole."""
+    """Parts that are zero everywhere else add up to the whole.
+
+    Of weight gradients' factors an engine without I and W apart has but their products: it adds those up.
+    """
+    if i.buffer == "factors":
+        return _scatter(replace(i, buffer="grads"), c)
     begin = _reduce_start(i, c)
 
     def start() -> None:
@@ -165,6 +170,8 @@ BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
     "Load": _load,
     "F": _forward,
     "B": _backward,
+    "I": _backward,  # autograd makes both gradients in one go
+    "W": lambda i, c: lambda: None,
     "Update": _update,
     "SendActStart": _send,
     "SendGradStart": _send,
