@@ -21,8 +21,8 @@ template <class T>
 using Array = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Numpy = nb::ndarray<nb::numpy, T, nb::c_contig, nb::device::cpu>;
-// (op, microbatch, slice, peer, axis, buffer, rule, mean)
-using Words = std::tuple<std::string, int, int, int, std::string, std::string, std::string, bool>;
+// (op, microbatch, slice, peer, axis, buffer, rule, mean, segment, bucket)
+using Words = std::tuple<std::string, int, int, int, std::string, std::string, std::string, bool, int, int>;
 
 template <class List>
 int number_of(const List& list, const std::string& word, const char* what) {
@@ -36,7 +36,7 @@ Instruction instruction(nb::handle h, int microbatches) {
     auto text = [&](size_t n) { return nb::cast<std::string>(t[n]); };
     Instruction i{Op(number_of(OPS, text(0), "operation")), nb::cast<int>(t[1]), nb::cast<int>(t[2]), nb::cast<int>(t[3]),
                   Axis(number_of(AXES, text(4), "axis")), Buffer(number_of(BUFFERS, text(5), "buffer")),
-                  Rule(number_of(RULES, text(6), "rule")), nb::cast<bool>(t[7])};
+                  Rule(number_of(RULES, text(6), "rule")), nb::cast<bool>(t[7]), nb::cast<int>(t[8]), nb::cast<int>(t[9])};
     if (i.microbatch >= microbatches) throw nb::value_error("an instruction names a microbatch that there is not");
     return i;
 }
@@ -93,6 +93,12 @@ template <class T>
 int checked(Ensemble<T>& e, int microbatch) {
     if (microbatch < 0 || microbatch >= e.stage(0).microbatches) throw std::out_of_range("no such microbatch");
     return microbatch;
+}
+
+template <class T>
+int checked_segment(Ensemble<T>& e, int segment) {
+    if (segment < 0 || segment >= e.stage(0).segments()) throw std::out_of_range("no such segment");
+    return segment;
 }
 
 template <class T>
@@ -178,18 +184,18 @@ void bind(nb::module_& m, const char* name) {
         "microbatch"_a, "inputs"_a, "targets"_a.noconvert(), "index"_a.noconvert(), "size"_a, "scale"_a, "first"_a);
     c.def(
         "forward",
-        [](E& e, int microbatch, int64_t step, int64_t first, bool training) {
+        [](E& e, int segment, int microbatch, int64_t step, int64_t first, bool training) {
             nb::gil_scoped_release release;
-            e.forward(checked(e, microbatch), step, first, training);
+            e.forward(checked_segment(e, segment), checked(e, microbatch), step, first, training);
         },
-        "microbatch"_a, "step"_a, "first"_a, "training"_a);
+        "segment"_a, "microbatch"_a, "step"_a, "first"_a, "training"_a);
     c.def(
         "backward",
-        [](E& e, int microbatch, int64_t step, int64_t first) {
+        [](E& e, int segment, int microbatch, int64_t step, int64_t first) {
             nb::gil_scoped_release release;
-            e.backward(checked(e, microbatch), step, first);
+            e.backward(checked_segment(e, segment), checked(e, microbatch), step, first);
         },
-        "microbatch"_a, "step"_a, "first"_a);
+        "segment"_a, "microbatch"_a, "step"_a, "first"_a);
     c.def("finish", &E::finish, nb::call_guard<nb::gil_scoped_release>(), "step"_a, "rate"_a, "scale"_a);
     // Of one thread's samples: what a microbatch hands on, and where it takes in what others hand on.
     c.def("output", [](nb::handle self, int rank, int m) {
@@ -245,6 +251,13 @@ void bind(nb::module_& m, const char* name) {
                                      stage.weights->running.data() + place.statistics, tensor.data());
         throw nb::value_error((name + "." + part + " has another size or is not there").c_str());
     });
+    c.def("segments", [](E& e, int rank) { return e.stage(rank).segments(); });
+    // What a layer's replicas add up in the middle of a pass: the n-th such layer of a rank.
+    c.def("moments", [](nb::handle self, int rank, int n) {
+        Stage<T>& stage = nb::cast<E&>(self).stage(rank);
+        if (n < 0 || n >= int(stage.moments.size())) throw std::out_of_range("no such layer");
+        return view<double>(self, stage.moments[n].data(), stage.moments[n].size());
+    });
     // The flat buffers of a rank, as they lie in memory.
     c.def("buffer", [](nb::handle self, int rank, const std::string& name) {
         Stage<T>& stage = nb::cast<E&>(self).stage(rank);
@@ -289,6 +302,7 @@ NB_MODULE(_native, m) {
         .def_rw("epsilon", &Spec::epsilon)
         .def_rw("momentum", &Spec::momentum)
         .def_rw("group", &Spec::group)
+        .def_rw("across", &Spec::across)
         .def_rw("key", &Spec::key);
     nb::class_<Hyper>(m, "Hyper")
         .def(nb::init<>())

@@ -30,6 +30,7 @@ struct Spec {
     bool bias = true, relu = false;
     double p = 0, epsilon = 1e-5, momentum = 0.1;
     int group = 0;  // samples of a batch norm's group, whole blocks (0: all of a microbatch)
+    int across = 1;  // replicas over whose microbatches a batch norm's statistics go; then `group` is 0
     uint32_t key = 0;  // of a dropout layer
 };
 
@@ -59,6 +60,7 @@ struct Pass {
     T* scratch;
     std::vector<Term<T>>* terms;
     T share = 1;  // of a group among those of a microbatch
+    double* moments = nullptr;  // of a layer that meets other replicas in its middle: this one's, then those of all
 
     int valid(int block) const { return samples - block * LANES < LANES ? samples - block * LANES : LANES; }
 };
@@ -70,6 +72,9 @@ class Layer {
     virtual ~Layer() = default;
     virtual void forward(const Pass<T>& p) const = 0;
     virtual void backward(const Pass<T>& p) const = 0;
+    // Of a layer with `moments`: the halves of a forward and a backward before its replicas' moments are summed.
+    virtual void measure(const Pass<T>&) const {}
+    virtual void measure_back(const Pass<T>&) const {}
     // Move a tensor of the state_dict ("weight", "bias", "running_mean" ...) into or out of the flat buffers.
     virtual void pack(const std::string& part, const T* tensor, T* w, T* running) const;
     virtual void unpack(const std::string& part, const T* w, const T* running, T* tensor) const;
@@ -85,6 +90,7 @@ class Layer {
     size_t parameters = 0, statistics = 0;  // elements of the flat buffers
     size_t matrix = 0;                      // elements whose gradient can be computed apart, by several owners
     size_t kept = 0, marks = 0;             // elements and bytes a block
+    size_t moments = 0;                     // sums that replicas add up in the middle of a pass; 0: it needs none
     // Elements of scratch for so many blocks.
     virtual size_t scratch(int) const { return 0; }
 };

@@ -28,6 +28,8 @@ class BatchNorm final : public Layer<T> {
         this->parameters = (2 * s.out.c + LANES - 1) / LANES * LANES;
         this->statistics = 2 * s.out.c;
         this->kept = 2 * s.out.c;  // mean and inverse deviation; those of a group's first block hold for all of it
+        if (s.across > 1 && s.group) throw std::invalid_argument(s.name + ": groups within a microbatch meet nobody");
+        this->moments = s.across > 1 ? 2 * s.out.c : 0;
     }
 
     void forward(const Pass<T>& p) const override {
@@ -36,6 +38,23 @@ class BatchNorm final : public Layer<T> {
 
     void backward(const Pass<T>& p) const override {
         each_group(p, [&](const Pass<T>& group) { backward_group(group); });
+    }
+
+    // Sums about the running mean, which all replicas know, so that they can be added up; in double precision, which
+    // bears that this mean is not the batch's.
+    void measure(const Pass<T>& p) const override {
+        const int c = this->spec.out.c;
+        sum_up(p, [&](int f, double count, double mean, double variance) {
+            const double apart = mean - double(p.running[f]);
+            p.moments[f] = count * apart;
+            p.moments[c + f] = count * (variance + apart * apart);
+        });
+    }
+
+    void measure_back(const Pass<T>& p) const override {
+        const int c = this->spec.out.c;
+        rectify(p);
+        sum_up_back(p, [&](int f, double sum, double product) { p.moments[f] = sum, p.moments[c + f] = product; });
     }
 
     size_t scratch(int) const override { return 2 * size_t(this->spec.out.c) * LANES; }
@@ -79,7 +98,7 @@ class BatchNorm final : public Layer<T> {
         const int c = this->spec.out.c;
         T *mean = p.kept, *inverse = p.kept + c;
         if (p.training) {
-            measure(p, mean, inverse);
+            settle(p, mean, inverse);
         } else {
             for (int f = 0; f < c; ++f) {
                 mean[f] = p.running[f];
@@ -101,21 +120,18 @@ class BatchNorm final : public Layer<T> {
         const int c = this->spec.out.c, positions = this->spec.in.positions();
         const size_t size = size_t(this->spec.in.size()) * LANES;
         const T *mean = p.kept, *inverse = p.kept + c;
-        const double count = double(p.samples) * positions;
-        if (this->spec.relu) p.kernels->relu_back(ptrdiff_t(p.blocks) * size, p.y, p.dy, p.dy);
+        const double count = double(p.samples) * positions * this->spec.across;
         std::vector<T> factor(c), slope(c), shift(c);
-        T *sums = p.scratch, *products = sums + c * LANES;
-        std::fill_n(sums, 2 * c * LANES, T(0));
-        for (int b = 0; b < p.blocks; ++b)
-            p.kernels->norm_sums(positions, c, p.x + b * size, p.dy + b * size, mean, sums, products);
-        for (int f = 0; f < c; ++f) {
-            const double sum = over_lanes(sums + f * LANES), product = over_lanes(products + f * LANES);
-            const double scaled = product * double(inverse[f]);
-            p.dw[f] = (p.add ? p.dw[f] : T(0)) + T(scaled);
-            p.dw[c + f] = (p.add ? p.dw[c + f] : T(0)) + T(sum);
+        auto derive = [&](int f, double sum, double scaled) {
             factor[f] = p.w[f] * inverse[f];
             slope[f] = T(-double(factor[f]) * scaled / count * double(inverse[f]));
             shift[f] = T(-double(factor[f]) * sum / count - double(slope[f]) * double(mean[f]));
+        };
+        if (this->moments) {
+            for (int f = 0; f < c; ++f) derive(f, p.moments[f], p.moments[c + f]);
+        } else {
+            rectify(p);
+            sum_up_back(p, derive);
         }
         if (p.skip && p.dskip) pass_on(p, size);
         if (!p.dx) return;
@@ -127,18 +143,63 @@ class BatchNorm final : public Layer<T> {
         }
     }
 
+    void rectify(const Pass<T>& p) const {
+        const size_t size = size_t(this->spec.in.size()) * LANES;
+        if (this->spec.relu) p.kernels->relu_back(ptrdiff_t(p.blocks) * size, p.y, p.dy, p.dy);
+    }
+
+    // f(feature, sum of dy, sum of dy times the normalised x), which are also the gradients of bias and weight.
+    template <class F>
+    void sum_up_back(const Pass<T>& p, F f) const {
+        const int c = this->spec.out.c, positions = this->spec.in.positions();
+        const size_t size = size_t(this->spec.in.size()) * LANES;
+        const T *mean = p.kept, *inverse = p.kept + c;
+        T *sums = p.scratch, *products = sums + c * LANES;
+        std::fill_n(sums, 2 * c * LANES, T(0));
+        for (int b = 0; b < p.blocks; ++b)
+            p.kernels->norm_sums(positions, c, p.x + b * size, p.dy + b * size, mean, sums, products);
+        for (int k = 0; k < c; ++k) {
+            const double sum = over_lanes(sums + k * LANES), product = over_lanes(products + k * LANES);
+            const double scaled = product * double(inverse[k]);
+            p.dw[k] = (p.add ? p.dw[k] : T(0)) + T(scaled);
+            p.dw[c + k] = (p.add ? p.dw[c + k] : T(0)) + T(sum);
+            f(k, sum, scaled);
+        }
+    }
+
     template <class P>
     P place(const std::string& part, P w, P running) const {
         const int c = this->spec.out.c;
         return part == "weight" ? w : part == "bias" ? w + c : part == "running_mean" ? running : running + c;
     }
 
-    void measure(const Pass<T>& p, T* mean, T* inverse) const {
+    // Mean and inverse deviation, and what they make of the running statistics.
+    void settle(const Pass<T>& p, T* mean, T* inverse) const {
+        const int c = this->spec.out.c;
+        const double momentum = this->spec.momentum;
+        auto keep = [&](int f, double count, double centre, double variance) {
+            mean[f] = T(centre);
+            inverse[f] = T(1 / std::sqrt(variance + this->spec.epsilon));
+            const double unbiased = variance * count / std::max(1.0, count - 1);
+            p.collected[f] += p.share * T((1 - momentum) * double(p.running[f]) + momentum * centre);
+            p.collected[c + f] += p.share * T((1 - momentum) * double(p.running[c + f]) + momentum * unbiased);
+        };
+        if (!this->moments) return sum_up(p, keep);
+        const double count = double(p.samples) * this->spec.in.positions() * this->spec.across;
+        for (int f = 0; f < c; ++f) {
+            const double apart = p.moments[f] / count;
+            keep(f, count, double(p.running[f]) + apart, std::max(0.0, p.moments[c + f] / count - apart * apart));
+        }
+    }
+
+    // f(feature, values, mean, variance) of the samples here.
+    template <class F>
+    void sum_up(const Pass<T>& p, F f) const {
         const int c = this->spec.out.c, positions = this->spec.in.positions();
         const size_t size = size_t(this->spec.in.size()) * LANES;
-        const double count = double(p.samples) * positions, momentum = this->spec.momentum;
+        const double count = double(p.samples) * positions;
         std::vector<T> pivot(c);
-        for (int f = 0; f < c; ++f) pivot[f] = p.x[f * LANES];
+        for (int k = 0; k < c; ++k) pivot[k] = p.x[k * LANES];
         T *sums = p.scratch, *squares = sums + c * LANES;
         std::fill_n(sums, 2 * c * LANES, T(0));
         for (int b = 0; b < p.blocks; ++b) {
@@ -146,14 +207,9 @@ class BatchNorm final : public Layer<T> {
             mask_of(p, b, mask);
             p.kernels->moments(positions, c, p.x + b * size, pivot.data(), mask, sums, squares);
         }
-        for (int f = 0; f < c; ++f) {
-            const double first = over_lanes(sums + f * LANES), second = over_lanes(squares + f * LANES);
-            const double centre = first / count, variance = std::max(0.0, second / count - centre * centre);
-            mean[f] = T(double(pivot[f]) + centre);
-            inverse[f] = T(1 / std::sqrt(variance + this->spec.epsilon));
-            const double unbiased = variance * count / std::max(1.0, count - 1);
-            p.collected[f] += p.share * T((1 - momentum) * double(p.running[f]) + momentum * (double(pivot[f]) + centre));
-            p.collected[c + f] += p.share * T((1 - momentum) * double(p.running[c + f]) + momentum * unbiased);
+        for (int k = 0; k < c; ++k) {
+            const double centre = over_lanes(sums + k * LANES) / count, second = over_lanes(squares + k * LANES);
+            f(k, count, double(pivot[k]) + centre, std::max(0.0, second / count - centre * centre));
         }
     }
 

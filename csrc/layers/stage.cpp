@@ -23,6 +23,11 @@ Stage<T>::Stage(const std::vector<Spec>& specs, int slice, int microbatches, boo
         parameters += layers.back()->parameters;
         statistics += layers.back()->statistics;
         most = std::max(most, layers.back()->scratch(blocks));
+        if (layers.back()->moments) {
+            if (microbatches > 1) throw std::invalid_argument(spec.name + ": replicas meet in one microbatch a step");
+            meeting.push_back(layers.size() - 1);
+            moments.emplace_back(layers.back()->moments);
+        }
         elements.push_back(size_t(blocks) * spec.out.size() * LANES);
     }
     if (tail && specs.back().out.positions() != 1) throw std::invalid_argument("the last layer must give one row a sample");
@@ -81,6 +86,7 @@ Pass<T> Stage<T>::pass(size_t n, int m, uint64_t step, int64_t first, bool train
     const Spec& spec = layers[n]->spec;
     Slot& slot = slots[m];
     const bool first_layer = head && spec.x == 0;
+    const auto place = std::find(meeting.begin(), meeting.end(), n);
     return {
         .kernels = &kernels, .blocks = blocks, .samples = slot.valid, .seed = seed, .step = step, .first = first,
         .training = training, .add = backwards > 0, .parted = false, .w = weights->params.data() + places[n].weights,
@@ -90,7 +96,8 @@ Pass<T> Stage<T>::pass(size_t n, int m, uint64_t step, int64_t first, bool train
         .dx = first_layer ? nullptr : grad(m, spec.x),
         .dskip = spec.skip > 0 || (spec.skip == 0 && !head) ? grad(m, spec.skip) : nullptr, .dx_add = dx_add[n],
         .dskip_add = dskip_add[n], .kept = slot.kept[n].data(), .marks = slot.marks[n].data(),
-        .scratch = scratch.data(), .terms = &terms,
+        .scratch = scratch.data(), .terms = &terms, .share = 1,
+        .moments = place == meeting.end() ? nullptr : moments[place - meeting.begin()].data(),
     };
 }
 
@@ -117,19 +124,28 @@ void Stage<T>::load(int m, const Samples& samples, int64_t step, int64_t first) 
 }
 
 template <class T>
-void Stage<T>::forward(int m, uint64_t step, int64_t first, bool training) {
-    for (size_t n = 0; n < layers.size(); ++n) layers[n]->forward(pass(n, m, step, first, training));
-    if (tail) lose(m, training);
+void Stage<T>::forward(int segment, int m, uint64_t step, int64_t first, bool training) {
+    for (size_t n = begin(segment); n < end(segment); ++n) layers[n]->forward(pass(n, m, step, first, training));
+    if (segment + 1 < segments()) {
+        if (training) layers[end(segment)]->measure(pass(end(segment), m, step, first, training));
+    } else if (tail) {
+        lose(m, training);
+    }
 }
 
 template <class T>
-void Stage<T>::backward(int m, uint64_t step, int64_t first, bool parted) {
-    for (size_t n = layers.size(); n-- > 0;) {
+void Stage<T>::backward(int segment, int m, uint64_t step, int64_t first, bool parted) {
+    const auto passed = [&](size_t n) {
         Pass<T> p = pass(n, m, step, first, true);
         p.parted = parted;
-        layers[n]->backward(p);
-    }
-    ++backwards;
+        return p;
+    };
+    if (segment + 1 < segments()) layers[end(segment)]->backward(passed(end(segment)));
+    for (size_t n = end(segment); n-- > begin(segment) + (segment > 0);) layers[n]->backward(passed(n));
+    if (segment)
+        layers[begin(segment)]->measure_back(passed(begin(segment)));
+    else
+        ++backwards;
 }
 
 template <class T>
@@ -138,8 +154,8 @@ void Stage<T>::own_by(int owners) {
 }
 
 template <class T>
-void Stage<T>::own(const std::vector<Stage*>& replicas, int number) {
-    for (size_t n = layers.size(); n-- > 0;) {
+void Stage<T>::own(int segment, const std::vector<Stage*>& replicas, int number) {
+    for (size_t n = end(segment); n-- > begin(segment);) {
         if (!layers[n]->matrix) continue;
         passes.clear();
         for (Stage* stage : replicas) passes.push_back(stage->pass(n, 0, 0, 0, true));

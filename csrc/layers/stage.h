@@ -37,11 +37,12 @@ class Stage {
           uint64_t seed);
 
     void load(int microbatch, const Samples& samples, int64_t step, int64_t first);
-    void forward(int microbatch, uint64_t step, int64_t first, bool training);
+    // Segments end where a layer meets the other replicas: behind its measuring, before it uses the sums of all.
+    void forward(int segment, int microbatch, uint64_t step, int64_t first, bool training);
     // `parted`: but for the gradient of matrices, which `own` computes.
-    void backward(int microbatch, uint64_t step, int64_t first, bool parted = false);
+    void backward(int segment, int microbatch, uint64_t step, int64_t first, bool parted = false);
     // The n-th owner's part of the gradient of matrices, over the samples of all replicas of this stage.
-    void own(const std::vector<Stage*>& replicas, int n);
+    void own(int segment, const std::vector<Stage*>& replicas, int n);
     void own_by(int owners);  // room for that; before the first step
     // Softmax cross-entropy of the output, which it turns into its gradient when training.
     void lose(int microbatch, bool training);
@@ -54,6 +55,7 @@ class Stage {
     void give_gradient(int m, T* dy) { slots[m].gradient = dy; }
     T* input_gradient(int m) { return slots[m].entering.data(); }
     int features_in() const { return layers.front()->spec.in.size(); }
+    int segments() const { return int(meeting.size()) + 1; }
 
     struct Place {
         size_t weights, statistics;
@@ -63,6 +65,7 @@ class Stage {
     size_t parameters = 0, statistics = 0;
     std::shared_ptr<Weights<T>> weights;
     Memory<T> gradients, collected;
+    std::vector<Memory<double>> moments;  // of every layer that meets the other replicas, in order
     Score step_score, evaluation;
     int backwards = 0;  // of this step; the first one overwrites the gradients
     const int slice, microbatches;
@@ -84,6 +87,7 @@ class Stage {
     std::vector<Memory<T>> grads;   // of every activation but the input; no two microbatches are in a backward at once
     std::vector<size_t> elements;   // of every activation
     std::vector<bool> dx_add, dskip_add;
+    std::vector<size_t> meeting;    // layers that meet the other replicas in their middle
     Memory<T> scratch;
     std::vector<Term<T>> terms;
     std::vector<Pass<T>> passes;
@@ -91,6 +95,8 @@ class Stage {
     int blocks;
 
     void plan_gradients();
+    size_t begin(int segment) const { return segment ? meeting[segment - 1] : 0; }
+    size_t end(int segment) const { return segment < int(meeting.size()) ? meeting[segment] : layers.size(); }
     Pass<T> pass(size_t layer, int m, uint64_t step, int64_t first, bool training);
     T* act(int m, int id) { return id ? slots[m].acts[id].data() : slots[m].given; }
     T* grad(int m, int id);

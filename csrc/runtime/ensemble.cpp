@@ -22,6 +22,16 @@ std::pair<size_t, size_t> part_of(size_t count, int n, int parts) {
     return {std::min(count, n * each * 32), std::min(count, (n + 1) * each * 32)};
 }
 
+bool meets(const Instruction& i) { return i.buffer == Buffer::moments || i.buffer == Buffer::moment_grads; }
+
+// Throws if an instruction names a segment, or a layer that ends one, that a stage has not.
+void fits(const Body& body, const Instruction& i, int segments) {
+    const bool computes = i.op == Op::F || i.op == Op::B || i.op == Op::I || i.op == Op::W;
+    const int number = computes ? i.segment : i.bucket;
+    if ((computes || meets(i)) && (number < 0 || number >= segments - meets(i)))
+        throw std::invalid_argument("body " + body.name + " has other segments than its stage");
+}
+
 }  // namespace
 
 template <class T>
@@ -33,6 +43,9 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
     for (const Body& body : this->bodies)
         if (int(body.ranks.size()) != grid.size())
             throw std::invalid_argument("body " + body.name + " has another number of ranks than the mesh");
+    for (const Body& body : this->bodies)
+        for (int rank = 0; rank < grid.size(); ++rank)
+            for (const Instruction& i : body.ranks[rank]) fits(body, i, stages[rank]->segments());
     for (int rank = 0; rank < grid.size(); ++rank) {
         Stage<T>& own = *stages[rank];
         const int first = grid.rank(0, grid.pp_of(rank));
@@ -142,18 +155,18 @@ void Ensemble<T>::load(int microbatch, const Samples& samples, int64_t first) {
 }
 
 template <class T>
-void Ensemble<T>::forward(int microbatch, int64_t step, int64_t first, bool training) {
+void Ensemble<T>::forward(int segment, int microbatch, int64_t step, int64_t first, bool training) {
     start([&](int rank) {
-        stages[rank]->forward(microbatch, uint64_t(step), first + int64_t(rank) * stages[rank]->slice, training);
+        stages[rank]->forward(segment, microbatch, uint64_t(step), first + int64_t(rank) * stages[rank]->slice, training);
     });
 }
 
 template <class T>
-void Ensemble<T>::backward(int microbatch, int64_t step, int64_t first) {
-    const bool last = stages[0]->backwards + 1 == stages[0]->microbatches;
+void Ensemble<T>::backward(int segment, int microbatch, int64_t step, int64_t first) {
+    const bool last = !segment && stages[0]->backwards + 1 == stages[0]->microbatches;
     start([&](int rank) {
         Stage<T>& own = *stages[rank];
-        own.backward(microbatch, uint64_t(step), first + int64_t(rank) * own.slice);
+        own.backward(segment, microbatch, uint64_t(step), first + int64_t(rank) * own.slice);
         if (!last || grid.dp == 1) return;
         replicas[0]->wait(rank);
         const auto [begin, end] = part_of(own.parameters, rank, grid.dp);
@@ -213,10 +226,10 @@ void Ensemble<T>::compute(Hand& hand, const Instruction& i) {
     Stage<T>& stage = *stages[hand.rank];
     const int64_t first = int64_t(i.slice) * stage.slice;
     if (i.op == Op::Load) return stage.load(i.microbatch, *hand.samples, hand.within, first);
-    if (i.op == Op::W) return stage.own(kin[grid.pp_of(hand.rank)], grid.dp_of(hand.rank));
-    if (i.op == Op::I) return stage.backward(i.microbatch, uint64_t(hand.step), first, true);
-    if (i.op == Op::B) return stage.backward(i.microbatch, uint64_t(hand.step), first);
-    stage.forward(i.microbatch, uint64_t(hand.step), first, i.rule != Rule::evaluate);
+    if (i.op == Op::W) return stage.own(i.segment, kin[grid.pp_of(hand.rank)], grid.dp_of(hand.rank));
+    if (i.op == Op::I) return stage.backward(i.segment, i.microbatch, uint64_t(hand.step), first, true);
+    if (i.op == Op::B) return stage.backward(i.segment, i.microbatch, uint64_t(hand.step), first);
+    stage.forward(i.segment, i.microbatch, uint64_t(hand.step), first, i.rule != Rule::evaluate);
 }
 
 template <class T>
@@ -233,6 +246,7 @@ T* Ensemble<T>::buffer(int rank, Buffer which, size_t* size) {
 // In shared memory: every rank sums its own part over all and writes it back to all.
 template <class T>
 void Ensemble<T>::all_reduce(Hand& hand, const Instruction& i) {
+    if (meets(i)) return sum_moments(hand, i);
     const bool along_dp = i.axis == Axis::dp;
     const int parts = along_dp ? grid.dp : grid.pp, me = along_dp ? grid.dp_of(hand.rank) : grid.pp_of(hand.rank);
     Barrier& gate = *(along_dp ? replicas[grid.pp_of(hand.rank)] : pipelines[grid.dp_of(hand.rank)]);
@@ -258,6 +272,21 @@ void Ensemble<T>::all_reduce(Hand& hand, const Instruction& i) {
         if (i.mean)
             for (size_t k = 0; k < count; ++k) strip[k] /= T(parts);
         for (int n = 0; n < parts; ++n) std::copy(strip, strip + count, from[n] + at);
+    }
+    gate.wait(me);
+}
+
+// The same for the sums of one layer that its replicas share, which are few and in double precision.
+template <class T>
+void Ensemble<T>::sum_moments(Hand& hand, const Instruction& i) {
+    const int stage = grid.pp_of(hand.rank), me = grid.dp_of(hand.rank);
+    Barrier& gate = *replicas[stage];
+    gate.wait(me);
+    const auto [begin, end] = part_of(stages[hand.rank]->moments[i.bucket].size(), me, grid.dp);
+    for (size_t k = begin; k < end; ++k) {
+        double sum = 0;
+        for (int n = 0; n < grid.dp; ++n) sum += stages[grid.rank(n, stage)]->moments[i.bucket][k];
+        for (int n = 0; n < grid.dp; ++n) stages[grid.rank(n, stage)]->moments[i.bucket][k] = sum;
     }
     gate.wait(me);
 }

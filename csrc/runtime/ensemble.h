@@ -46,8 +46,8 @@ class Ensemble {
     // Driven from outside, as one rank of a larger mesh: the replicas here are the threads of that rank, which share
     // the samples of every microbatch and add their gradients up in those of the first.
     void load(int microbatch, const Samples& samples, int64_t first);
-    void forward(int microbatch, int64_t step, int64_t first, bool training);
-    void backward(int microbatch, int64_t step, int64_t first);
+    void forward(int segment, int microbatch, int64_t step, int64_t first, bool training);
+    void backward(int segment, int microbatch, int64_t step, int64_t first);
     void finish(int64_t step, double rate, double scale);
     void begin();
 
@@ -93,6 +93,7 @@ class Ensemble {
     void execute(Hand& hand, const Instruction& i);
     void compute(Hand& hand, const Instruction& i);
     void all_reduce(Hand& hand, const Instruction& i);
+    void sum_moments(Hand& hand, const Instruction& i);
     void update(Hand& hand, const Instruction& i);
     void descend(Hand& hand);
     void hogwild(Hand& hand);

@@ -18,13 +18,13 @@ enum class Op : int {
     ReduceScatterWait, AllGatherStart, AllGatherWait,
 };
 enum class Rule : int { none, zero, step, norm, statistics, evaluate, hogwild, owner };
-enum class Buffer : int { none, params, grads, totals, score, statistics, running, norm, factors };
+enum class Buffer : int { none, params, grads, totals, score, statistics, running, norm, factors, moments, moment_grads };
 enum class Axis : int { none, dp, pp, tp };
 
 inline constexpr std::array<const char*, 8> RULES = {"",           "zero",     "step",    "norm",
                                                      "statistics", "evaluate", "hogwild", "owner"};
-inline constexpr std::array<const char*, 9> BUFFERS = {"",           "params",  "grads", "totals", "score",
-                                                       "statistics", "running", "norm",  "factors"};
+inline constexpr std::array<const char*, 11> BUFFERS = {"",        "params", "grads",   "totals",  "score",       "statistics",
+                                                        "running", "norm",   "factors", "moments", "moment_grads"};
 inline constexpr std::array<const char*, 4> AXES = {"", "dp", "pp", "tp"};
 
 struct Instruction {
@@ -34,6 +34,7 @@ struct Instruction {
     Buffer buffer;
     Rule rule;
     bool mean;
+    int segment = 0, bucket = -1;
 };
 
 struct Body {

@@ -68,6 +68,8 @@ struct Plan {
     bool shared;
     const Kernels<float>* kernels;
     bool owners = false;
+    bool whole = false;  // statistics over all replicas
+    bool meets() const { return whole && grid.dp > 1; }
 };
 
 // Lists of instructions as Python's lowering makes them, for 1F1B.
@@ -87,16 +89,34 @@ struct Lister {
     }
     void update(Rule rule) { add(Op::Update, 0, Axis::none, Buffer::none, rule); }
 
+    // The replicas of the first stage add up the sums of its batch norm.
+    void meet(Buffer buffer) {
+        if (seeded) return;
+        add(Op::AllReduceWait, 0, Axis::dp, buffer);
+        list.back().bucket = 0;
+    }
+
     void forward(int m, Rule rule) {
         if (first() || last()) add(Op::Load, m);
         if (!first()) add(Op::RecvActWait, m);
         add(Op::F, m, Axis::none, Buffer::none, rule);
+        if (plan.meets() && first()) {
+            if (rule == Rule::none) meet(Buffer::moments);
+            add(Op::F, m, Axis::none, Buffer::none, rule);
+            list.back().segment = 1;
+        }
         if (!last()) add(Op::SendActStart, m);
     }
 
     void backward(int m) {
         if (!last()) add(Op::RecvGradWait, m);
-        add(plan.owners ? Op::I : Op::B, m);
+        const Op op = plan.owners ? Op::I : Op::B;
+        if (plan.meets() && first()) {
+            add(op, m);
+            list.back().segment = 1;
+            meet(Buffer::moment_grads);
+        }
+        add(op, m);
         if (!first()) add(Op::SendGradStart, m);
     }
 
@@ -109,7 +129,10 @@ struct Lister {
             if (m + ahead < plan.microbatches) forward(m + ahead, Rule::none);
         }
         if (plan.shared && !seeded) add(plan.owners ? Op::AllGatherWait : Op::ReduceScatterWait, 0, Axis::dp, Buffer::grads);
-        if (plan.owners) add(Op::W, 0, Axis::none, Buffer::none, Rule::owner);
+        for (int segment = plan.meets() && first(); plan.owners && segment >= 0; --segment) {
+            add(Op::W, 0, Axis::none, Buffer::none, Rule::owner);
+            list.back().segment = segment;
+        }
         if (!plan.shared) add(Op::AllReduceWait, 0, Axis::dp, Buffer::grads);
         update(Rule::norm);
         if (plan.shared) add(Op::AllReduceWait, 0, Axis::dp, Buffer::norm);
@@ -202,7 +225,9 @@ Result trained(const Plan& plan, const Data& data) {
     std::vector<std::unique_ptr<Stage<float>>> stages;
     for (int rank = 0; rank < plan.grid.size(); ++rank) {
         const int p = plan.grid.pp_of(rank);
-        const auto specs = numbered(plan.grid.pp == 1 ? joined(front(), back()) : p ? back() : front());
+        auto specs = numbered(plan.grid.pp == 1 ? joined(front(), back()) : p ? back() : front());
+        for (Spec& spec : specs)
+            if (spec.kind == "batch_norm" && plan.whole) spec.across = plan.grid.dp;
         stages.push_back(std::make_unique<Stage<float>>(specs, slice, plan.microbatches, p == 0,
                                                         p == plan.grid.pp - 1, *plan.kernels, 5));
     }
@@ -255,9 +280,15 @@ void all() {
         {"two replicas, weights of their own", {{2, 1}, 2, false, &fastest()}},
         {"two stages", {{1, 2}, 4, false, &fastest()}},
         {"two replicas of two stages, weights in common", {{2, 2}, 2, true, &fastest()}},
+        {"four replicas, statistics of all", {{4, 1}, 1, true, &fastest(), false, true}},
+        {"four owners of gradients, statistics of all", {{4, 1}, 1, true, &fastest(), true, true}},
+        {"two replicas of two stages, statistics of all", {{2, 2}, 1, true, &fastest(), false, true}},
+        {"two replicas, weights of their own, statistics of all", {{2, 1}, 1, false, &fastest(), false, true}},
     };
+    const Result whole = trained({{1, 1}, 1, false, &naive(), false, true}, data);
+    expect(difference(whole, wanted) > 10 * ROUNDING, "statistics of the whole batch are those of slices");
     for (const auto& [name, plan] : plans) {
-        const float apart = difference(trained(plan, data), wanted);
+        const float apart = difference(trained(plan, data), plan.whole ? whole : wanted);
         expect(apart < ROUNDING, std::string(name) + ": differs by " + std::to_string(apart));
     }
 }

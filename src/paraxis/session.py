@@ -250,18 +250,30 @@ def check_divides(plan: Plan, batch: int, group: int | None = None, least: int =
         )
     size = batch // parts
     if group and size % group:
-        common = math.gcd(group, size)
-        smaller = f"bn_group={common} or " if common > 1 else ""
-        raise PlanError(
-            f"bn_group={group} does not divide the slices of {_samples(size)} (batch={batch} over dp={plan.dp} x "
-            f"microbatches={plan.microbatches}), and statistics are not synchronised over ranks or microbatches; "
-            f"{smaller}batch={-(-batch // (parts * group)) * parts * group} would fit"
-        )
+        _check_whole(plan, batch, group, size)
     if size < least:
         raise PlanError(
             f"dp={plan.dp} x microbatches={plan.microbatches}: slices of {_samples(size)}, of which batch norm has no "
             f"statistics; batch={parts * least} would do"
         )
+
+
+def _check_whole(plan: Plan, batch: int, group: int, size: int) -> None:
+    """A batch norm that goes beyond a slice goes over the whole batch, whose slices are computed at one time."""
+    if plan.microbatches == 1 and plan.sync == "gradient" and group == batch:
+        if plan.bucket_bytes:
+            raise PlanError(f"bn_group={group}: with batch norm over all ranks leave out bucket_bytes")
+        return
+    common, parts = math.gcd(group, size), plan.dp * plan.microbatches
+    fitting = [f"bn_group={common}"] * (common > 1)
+    fitting += [f"bn_group={batch} (all)"] * (plan.microbatches == 1 and plan.dp > 1 and plan.sync == "gradient")
+    fitting += ["microbatches=1"] * (plan.microbatches > 1 and plan.sync == "gradient" and group == batch)
+    larger = f"batch={-(-batch // (parts * group)) * parts * group}"
+    raise PlanError(
+        f"bn_group={group} does not divide the slices of {_samples(size)} (batch={batch} over dp={plan.dp} x "
+        f"microbatches={plan.microbatches}), and statistics are synchronised only over all ranks, with microbatches=1 "
+        f"and sync=gradient; {', '.join(fitting)}{' or ' * bool(fitting)}{larger} would fit"
+    )
 
 
 def _samples(count: int) -> str:

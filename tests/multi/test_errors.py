@@ -52,8 +52,12 @@ QUICK = [  # words, what the one line must hold; none of them needs the framewor
     ("nosuchverb", "nosuchverb"),
     (
         "verify resnet18 --plan dp=2,microbatches=2 --batch 16 --bn-group 6",
-        *("bn_group=6", "slices of 4 samples", "not synchronised", "bn_group=2 or batch=24 would fit"),
+        *("bn_group=6", "slices of 4 samples", "synchronised only over all ranks", "bn_group=2 or batch=24 would fit"),
     ),
+    ("verify resnet18 --plan dp=4 --batch 16 --bn-group 8", "slices of 4", "bn_group=4, bn_group=16 (all) or batch=32"),
+    ("verify resnet18 --plan microbatches=2 --batch 16 --bn-group 16", "bn_group=8, microbatches=1 or batch=32 would"),
+    ("train resnet18 --plan dp=2,sync=average@2 --batch 16 --bn-group 16", "sync=gradient", "bn_group=8 or batch=32"),
+    ("verify resnet18 --plan dp=2,bucket_bytes=1M --batch 16 --bn-group 16", "bn_group=16", "leave out bucket_bytes"),
     ("verify resnet18 --bn-group 0", "bn_group=0", "at least one"),
 ]
 

@@ -11,7 +11,7 @@ from paraxis.plan.space import space
 from paraxis.program.check import check
 from paraxis.program.faults import FAULTS, _nothing
 from paraxis.program.grid import draw, explain, simplify
-from paraxis.program.instructions import Instruction, Program
+from paraxis.program.instructions import MOMENTS, Instruction, Program, parse_program
 from paraxis.program.lower import Layout, lower
 
 I = Instruction  # noqa: E741
@@ -326,9 +326,55 @@ def test_grids_line_up() -> None:
     assert "local x2 then average" in explain(made("dp=2,sync=average@3"))
 
 
+# -- batch norm over all replicas --------------------------------------------------------------------------------
+
+WHOLE = replace(RICH, norms=(1, 2, 0, 0))
+
+
+@pytest.mark.parametrize("plan", ["dp=2", "dp=3,pp=2", "dp=2,pp=4", "dp=2,engine=native", "dp=2,pp=2,engine=native"])
+def test_batch_norms_cut_stages_and_replicas_meet_there(plan: str) -> None:
+    program = made(plan, WHOLE)
+    check(program)
+    assert program.synchronised() and parse_program(program.text()) == program
+    for rank, row in enumerate(program.body("step")):
+        first, last = program.stages[program.mesh.coordinates(rank)[1]]
+        norms = sum(WHOLE.norms[first:last])
+        joined = [(i.buffer, i.bucket) for i in row if i.base == "AllReduce" and i.starts and "moment" in i.buffer]
+        assert joined == [("moments", k) for k in range(norms)] + [("moment_grads", k) for k in reversed(range(norms))]
+        grads = [i for i in row if i.starts and i.buffer == "grads"]
+        assert len(grads) == 1, "gradients are reduced at once"
+    assert "ARm of" in explain(program) and any("ARm1" in line for line in draw(simplify(program.body("step"))))
+    assert not any(i.buffer in MOMENTS.values() for row in program.body("evaluate") for i in row)
+
+
+def test_what_computes_alone_is_not_cut_by_batch_norms() -> None:
+    for plan in ("serial", "pp=2", "pp=2,microbatches=2"):
+        assert made(plan, WHOLE) == made(plan, RICH)
+
+
+@pytest.mark.parametrize("plan", ["dp=2,microbatches=2", "dp=2,sync=average@2", "dp=2,bucket_bytes=8"])
+def test_what_cannot_have_batch_norms_over_all_replicas_is_refused(plan: str) -> None:
+    with pytest.raises(PlanError, match=r"microbatches=1|leave it out|leave bucket_bytes out"):
+        made(plan, WHOLE)
+
+
+SUMS: dict[str, tuple[Callable[[Row], Row], str]] = {
+    "never": (without("AllReduce", buffer="moments", bucket=1), "F0.2 before the replicas' sums of batch norm 1"),
+    "never back": (without("AllReduce", buffer="moment_grads", bucket=1), "batch norm 1's gradient"),
+    "too late": (moved("AllReduceWait", "Update", buffer="moments", bucket=0), "F0.1 before the replicas' sums"),
+    "too early": (swapped(2, 3), "must stand between segments 0 and 1"),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_in_the_wrong_place_are_refused(name: str) -> None:
+    change, why = SUMS[name]
+    assert why in refused(edited(made("dp=2", WHOLE), 1, change), 1)
+
+
 # -- faults ----------------------------------------------------------------------------------------------------
 
-CARRIERS = [*map(parse, ("dp=2,microbatches=2", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@2", "serial"))]
+CARRIERS = [*map(parse, ("dp=2", "dp=2,microbatches=2", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@2", "serial"))]
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -338,7 +384,7 @@ def test_every_fault_changes_the_program_or_spoils_an_engine(name: str) -> None:
     able = [plan for plan in CARRIERS if fault.needs(plan)]
     assert able and fault.what
     for plan in able:
-        program = lower(plan, RICH)
+        program = lower(plan, replace(RICH, norms=(0, 1, 0, 2)) if name == "local-moments" else RICH)
         mutated = fault.mutated(plan, program)
         assert (mutated != program) != (fault.spoil is not _nothing), "one of both, not both"
         assert [(n, len(ranks)) for n, ranks in mutated.bodies] == [(n, len(ranks)) for n, ranks in program.bodies]

@@ -23,7 +23,9 @@ class Flat:
     names: tuple[tuple[str, int, int], ...]
 
     def gradients(self, bucket: int) -> Tensor:
-        """What a reduction of a bucket sends: bucket 0 carries the totals in front."""
+        """What a reduction of a bucket sends: bucket 0 carries the totals in front; -1: all there is."""
+        if bucket < 0:
+            return self.grads
         first, last = self.bounds[bucket]
         return self.grads[TOTALS + first if bucket else 0 : TOTALS + last]
 

@@ -202,8 +202,10 @@ def _batch_norm(m: Any, c: Compiler, name: str) -> None:
     _need(fine, name, m, "affine=True, running statistics and a momentum")
     _frozen(m, name)
     group = getattr(m, "group", 0)
-    _need(group in (0, c.samples) or group % LANES == 0, name, m, f"bn_group to be a multiple of {LANES}, or the slice")
-    c.add("batch_norm", m, epsilon=m.eps, momentum=m.momentum, group=0 if group == c.samples else group)
+    across = max(1, group // c.samples)  # replicas: plans are held to whole slices
+    within = across > 1 or group == c.samples
+    _need(within or group % LANES == 0, name, m, f"bn_group to be a multiple of {LANES}, or the slice")
+    c.add("batch_norm", m, epsilon=m.eps, momentum=m.momentum, group=0 if within else group, across=across)
 
 
 def _layer_norm(m: Any, c: Compiler, name: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from paraxis.engine.native_engine import extension, stages_of
 from paraxis.engine.native_task import Feed, feed_of, get_weights, hyper_of, put_weights
 from paraxis.errors import PlanError
-from paraxis.program.instructions import Program
+from paraxis.program.instructions import MOMENTS, Program
 from paraxis.task.batches import Source
 from paraxis.task.task import Task
 
@@ -24,10 +24,11 @@ class NativeEngine:
 
     def __init__(self, task: Task, program: Program, rank: int, threads: int) -> None:
         _, self.stage, _ = program.mesh.coordinates(rank)
-        if len(program.segments[self.stage]) > 1:
+        if len(program.segments[self.stage]) > 1 and not program.synchronised():
             raise PlanError("engine=native reduces all gradients at once: leave out bucket_bytes")
         self.task, self.hyper, self.threads = task, task.hyper(), threads
         self.last_stage = self.stage == len(program.stages) - 1
+        self.last_segment = len(program.segments[self.stage]) - 1
         self.slice_size = task.batch // (program.mesh.dp * program.microbatches)
         if self.slice_size % threads:
             raise PlanError(f"threads={threads} do not divide the {self.slice_size} samples of a microbatch")
@@ -84,12 +85,15 @@ class NativeEngine:
     def forward(self, segment: int, microbatch: int, part: int) -> None:
         """F: keeps what its backward needs, and hands the output on, where it lies."""
         self.places[microbatch] = part * self.slice_size
-        self.ensemble.forward(microbatch, self.step, self.places[microbatch], True)
-        self.leaving[microbatch] = self._made(self.ensemble.output, microbatch)
+        self.ensemble.forward(segment, microbatch, self.step, self.places[microbatch], True)
+        if segment == self.last_segment:
+            self.leaving[microbatch] = self._made(self.ensemble.output, microbatch)
 
     def evaluate(self, segment: int, microbatch: int, part: int) -> None:
         """Forward only, without noise; the last stage adds loss, weight and hits."""
-        self.ensemble.forward(microbatch, self.step, part * self.slice_size, False)
+        self.ensemble.forward(segment, microbatch, self.step, part * self.slice_size, False)
+        if segment < self.last_segment:
+            return
         self.leaving[microbatch] = self._made(self.ensemble.output, microbatch)
         self.held.pop((False, microbatch), None)
         if self.last_stage:
@@ -97,7 +101,9 @@ class NativeEngine:
 
     def backward(self, segment: int, microbatch: int) -> None:
         """B: adds to the gradients, and hands the input's gradient on."""
-        self.ensemble.backward(microbatch, self.step, self.places[microbatch])
+        self.ensemble.backward(segment, microbatch, self.step, self.places[microbatch])
+        if segment:
+            return
         self.leaving[microbatch] = self._made(self.ensemble.input_gradient, microbatch)
         self.held.pop((False, microbatch), None)
         self.held.pop((True, microbatch), None)
@@ -133,6 +139,8 @@ class NativeEngine:
 
     def buffer(self, name: str, bucket: int) -> Tensor:
         """A declared flat buffer."""
+        if name in MOMENTS.values():
+            return torch.from_numpy(self.ensemble.moments(0, bucket))
         named = {"grads": self.flat.grads, "params": self.flat.params, "running": self.running}
         return (named | {"statistics": self.statistics, "norm": self.norm, "score": self.score})[name]
 

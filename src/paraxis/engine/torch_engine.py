@@ -3,30 +3,23 @@
 It knows nothing of ranks, peers or schedules: an interpreter tells it what to compute and hands over what arrives.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from paraxis.engine.boundary import boundaries, leaf
 from paraxis.engine.flat import Flat, flatten
+from paraxis.engine.pausing import pausing_for
 from paraxis.engine.rules import RULES, State
-from paraxis.errors import TaskError
-from paraxis.program.instructions import Program
+from paraxis.program.instructions import MOMENTS, Program
 from paraxis.task.batches import Nest, Source, leaves, map_nest, samples
 from paraxis.task.task import Task
 from paraxis.task.trial import running
 
 Key = tuple[int, int]  # (segment, microbatch)
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """What crosses the front of a stage for one microbatch: the nest with its tensors' shapes, types and gradients."""
-
-    nest: Nest
-    gradients: tuple[bool, ...]
 
 
 class TorchEngine:
@@ -37,7 +30,7 @@ class TorchEngine:
         self.task, self.draw = task, task.draw
         self.last_stage = self.stage == len(program.stages) - 1
         self.slice_size = task.batch // (program.mesh.dp * program.microbatches)
-        self.entry = self._boundary(program)
+        self.entry, self.exit, self.entry_counts = boundaries(task, program, self.stage, self.slice_size)
         cuts = program.segments[self.stage]
         self.segments = [task.chain[first:last] for first, last in cuts]
         self.calls = [[task.callable(layer) for layer in segment] for segment in self.segments]
@@ -48,6 +41,7 @@ class TorchEngine:
         self.flat: Flat = flatten(self.segments, groups, task.names, task.dtype)
         for p in (p for g in self.hyper.groups for p in g["params"] if id(p) in unreached):
             p.grad = None
+        self.pausing = pausing_for(self, program)
         self._keep_own_parameters(task)
         self.gradients_flat = self.flat.grads[len(self.flat.totals) :]
         # Cut once: every tensor operation, be it a mere slice, costs microseconds of a step.
@@ -91,26 +85,50 @@ class TorchEngine:
 
     def forward(self, segment: int, microbatch: int, part: int) -> None:
         """F of one segment: keeps what its backward needs, and hands the output on."""
+        last = segment == len(self.segments) - 1
+        if self.pausing is None:
+            x, entering = self._enter(segment, microbatch, part)
+            self._leave(segment, microbatch, entering, _through(self.calls[segment], x, self._loss(last, microbatch)))
+            return
+        if segment == 0:
+            x, self.entering = self._enter(segment, microbatch, part)
+            calls = [call for own in self.calls for call in own]
+            self.pausing.forward(partial(_through, calls, x, self._loss(True, microbatch)))
+        else:
+            self.pausing.resume()
+        self.pausing.check_forward(None if last else segment)
+        if last:
+            self._leave(segment, microbatch, self.entering, self.pausing.end())
+
+    def _enter(self, segment: int, microbatch: int, part: int) -> tuple[Nest, list[Tensor]]:
         self._draw_at(segment, microbatch, part)
         x, entering = self._input(segment, microbatch)
         if self.statistics and segment == 0:
             self._from_running()
-        for call in self.calls[segment]:
-            x = call(x)
+        return x, entering
+
+    def _loss(self, last: bool, microbatch: int) -> Callable[[Nest], Any] | None:
+        """Of the last segment's output."""
+        if not (last and self.last_stage):
+            return None
+        loss, batch = self.task.recipe.loss, self.batches.pop(microbatch)
+        return lambda x: loss(x, batch)
+
+    def _leave(self, segment: int, microbatch: int, entering: list[Tensor], made: Any) -> None:
         if self.statistics and segment == len(self.segments) - 1:
             self._to_statistics()
         if segment < len(self.segments) - 1:
-            self.stash[segment, microbatch] = entering, leaves(x)
-            self.between[segment + 1, microbatch] = x
+            self.stash[segment, microbatch] = entering, leaves(made)
+            self.between[segment + 1, microbatch] = made
         elif self.last_stage:
-            loss, weight = self.task.recipe.loss(x, self.batches.pop(microbatch))
+            loss, weight = made
             self.stash[segment, microbatch] = entering, [loss]
             self.loss_sum += loss.item()
             self.loss_weight += float(weight)
             if not self.known_weight:
                 self.totals[0], self.totals[1] = self.loss_sum, self.loss_weight
         else:
-            outputs = leaves(x)
+            outputs = leaves(made)
             self.stash[segment, microbatch] = entering, outputs
             self.leaving[microbatch] = [t.detach().contiguous() for t in outputs]
 
@@ -126,10 +144,7 @@ class TorchEngine:
             batch = self.batches[microbatch] if self.last_stage else self.batches.pop(microbatch)
             inputs = self.task.recipe.inputs(batch)
             return map_nest(inputs, Tensor.clone) if self.altered[0] else inputs, []
-        if segment == 0:
-            nest = self.arrived.pop(microbatch)
-        else:
-            nest = map_nest(self.between.pop((segment, microbatch)), _leaf)
+        nest = map_nest(self.between.pop((segment, microbatch)), leaf) if segment else self.arrived.pop(microbatch)
         entering = [t for t in leaves(nest) if t.requires_grad]
         if self.altered[segment]:  # its first layer works in place, which a leaf does not bear
             nest = map_nest(nest, lambda t: t.clone() if t.requires_grad else t)
@@ -137,21 +152,42 @@ class TorchEngine:
 
     def backward(self, segment: int, microbatch: int) -> None:
         """B of one segment: adds to the flat gradients, and hands the input's gradient on."""
-        entering, outputs = self.stash.pop((segment, microbatch))
-        if segment == len(self.segments) - 1 and self.last_stage:
-            torch.autograd.backward(outputs, [self.unit])
+        if self.pausing is None:
+            entering, descend = self._descent(segment, microbatch)
+            descend()
         else:
-            outputs = [t for t in outputs if t.requires_grad]
-            given = self.gradients.pop((segment, microbatch))
-            torch.autograd.backward(outputs, given)
+            if segment == len(self.segments) - 1:
+                self.entering, descend = self._descent(segment, microbatch)
+                self.pausing.backward(descend)
+            elif self.pausing.at == segment:
+                self.pausing.resume()
+            self.pausing.check_backward(segment)
+            if segment:
+                return
+            entering, self.entering = self.entering, []
         upstream = [t.grad if t.grad is not None else torch.zeros_like(t) for t in entering]
         if segment:
             self.gradients[segment - 1, microbatch] = list(upstream)
         elif self.stage:
             self.leaving[microbatch] = [g.contiguous() for g in upstream]
 
+    def _descent(self, segment: int, microbatch: int) -> tuple[list[Tensor], Callable[[], None]]:
+        """(what collects a gradient in front, autograd's work from what has been made there)."""
+        entering, outputs = self.stash.pop((segment, microbatch))
+        if segment == len(self.segments) - 1 and self.last_stage:
+            return entering, partial(torch.autograd.backward, outputs, [self.unit])
+        outputs = [t for t in outputs if t.requires_grad]
+        return entering, partial(torch.autograd.backward, outputs, self.gradients.pop((segment, microbatch)))
+
     def evaluate(self, segment: int, microbatch: int, part: int) -> None:
         """Forward only, without noise; the last stage adds loss, weight and hits of the samples that are no padding."""
+        self._apart(partial(self._evaluate, segment, microbatch, part))
+
+    def _apart(self, compute: Callable[[], None]) -> None:
+        """In the one thread that computes this stage."""
+        compute() if self.pausing is None else self.pausing.run(compute)
+
+    def _evaluate(self, segment: int, microbatch: int, part: int) -> None:
         self.draw.at(self.step, part * self.slice_size, self.slice_size)
         with torch.no_grad():
             x, _ = self._input(segment, microbatch)
@@ -213,33 +249,14 @@ class TorchEngine:
         """What this stage has made for a neighbour."""
         return self.leaving.pop(microbatch)
 
-    def _boundary(self, program: Program) -> Boundary:
-        """Run the layers in front once, on one microbatch, to learn the shapes that will arrive; also of the exit."""
-        task = self.task
-        batch = map_nest(task.train.share(0, 0, self.slice_size), Tensor.clone)
-        self.draw.at(0, 0, self.slice_size)
-        x = task.recipe.inputs(batch)
-        entry = exit_ = Boundary(x, ())
-        self.entry_counts: dict[str, int] = {}
-        first, last = program.stages[self.stage]
-        if len(program.stages) > 1:
-            saved = [b.clone() for b in task.net.buffers()]
-            for index, layer in enumerate(task.chain[:last]):
-                if index == first:
-                    entry, self.entry_counts = _shapes(x), dict(self.draw.calls)
-                x = task.call(layer, x)
-            exit_ = _shapes(x)
-            for buffer, old in zip(task.net.buffers(), saved, strict=True):
-                buffer.copy_(old)
-        self.exit = exit_
-        return entry
-
     # -- buffers and updates -----------------------------------------------------------------------------------
 
     def buffer(self, name: str, bucket: int) -> Tensor:
         """A declared flat buffer, or a segment's part of the gradients."""
         if name == "grads":
             return self.flat.gradients(bucket)
+        if name in MOMENTS.values() and self.pausing is not None:
+            return self.pausing.moments[bucket]
         return {
             "params": self.flat.params,
             "totals": self.totals,
@@ -294,16 +311,19 @@ class TorchEngine:
         clip = self.task.spec.clip
         if clip is not None:
             scale *= min(1.0, clip / (float(self.norm[0]) ** 0.5 + 1e-6))
+        self._apart(partial(self._step, scale))
+        self.hyper.advance()
+        if self.last_stage:
+            self.losses.append((self.loss_sum, self.loss_weight))
+        self.step += 1
+
+    def _step(self, scale: float) -> None:
         if self.rule is not None:
             for weights, gradients, state, group in self.runs:
                 self.rule(weights, gradients, state, group, scale)
         elif self.hyper.optimizer is not None:
             self.gradients_flat.mul_(scale)
             self.hyper.optimizer.step()
-        self.hyper.advance()
-        if self.last_stage:
-            self.losses.append((self.loss_sum, self.loss_weight))
-        self.step += 1
 
     def _keep_own_parameters(self, task: Task) -> None:
         """The optimiser steps what lies on this stage; the layers of other stages are let go."""
@@ -365,13 +385,8 @@ class TorchEngine:
         return sum(t.nbytes for t in kept)
 
 
-def _leaf(t: Tensor) -> Tensor:
-    return t.detach().requires_grad_() if t.requires_grad else t.detach()
-
-
-def _shapes(x: Any) -> Boundary:
-    tensors = leaves(x)
-    if not tensors:
-        raise TaskError(f"a stage must pass tensors on, not {type(x).__name__}")
-    empty = map_nest(x, lambda t: torch.empty_like(t, requires_grad=False, memory_format=torch.contiguous_format))
-    return Boundary(empty, tuple(t.requires_grad for t in tensors))
+def _through(calls: Sequence[Callable[[Any], Any]], x: Any, loss: Callable[[Nest], Any] | None) -> Any:
+    """What layers make of an input, or its loss and weight."""
+    for call in calls:
+        x = call(x)
+    return x if loss is None else loss(x)

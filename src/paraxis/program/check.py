@@ -12,7 +12,16 @@ from typing import NoReturn
 from paraxis.errors import Deadlock, ProgramError
 from paraxis.plan.plan import Mesh
 from paraxis.program.grid import point_at
-from paraxis.program.instructions import BACKWARD, COLLECTIVES, COMPUTE, RECEIVES, SENDS, Instruction, Program
+from paraxis.program.instructions import (
+    BACKWARD,
+    COLLECTIVES,
+    COMPUTE,
+    MOMENTS,
+    RECEIVES,
+    SENDS,
+    Instruction,
+    Program,
+)
 
 Fail = Callable[[int, str], NoReturn]
 
@@ -35,6 +44,7 @@ class _Rank:
     received: set[tuple[str, int, int]] = field(default_factory=set)
     open: dict[int, Instruction] = field(default_factory=dict)
     reduced: set[int] = field(default_factory=set)
+    met: set[tuple[str, int]] = field(default_factory=set)  # (buffer, batch norm) whose sums over replicas are there
     parted: set[tuple[int, int, int]] = field(default_factory=set)  # backwards that left the weights' gradient to a W
     factors: bool = False  # of weight gradients: those of all ranks are there
     gathered: bool = False
@@ -98,6 +108,8 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             _check_send(program, state, i, slot, fail)
         elif i.waits and i.base in RECEIVES:
             state.received.add((i.base, i.stage, i.microbatch))
+        elif i.buffer in MOMENTS.values():
+            _check_moments(program, rank, state, i, slot, fail)
         elif i.base in COLLECTIVES or i.rule in ("step", "hogwild"):
             _check_write(program, rank, state, i, slot, fail)
         state.peak = max(state.peak, len({f[2] for f in state.forward - state.backward}))
@@ -127,6 +139,13 @@ def _check_forward(program: Program, state: _Rank, i: Instruction, slot: int, fa
         fail(slot, f"{i.label()} runs twice")
     if i.segment > 0 and (i.stage, i.segment - 1, i.microbatch) not in state.forward:
         fail(slot, f"{i.label()} before the segment in front of it")
+    if (
+        i.segment > 0
+        and program.synchronised()
+        and i.rule != "evaluate"
+        and ("moments", i.segment - 1) not in state.met
+    ):
+        fail(slot, f"{i.label()} before the replicas' sums of batch norm {i.segment - 1} are there")
     if i.segment == 0 and i.stage > 0 and ("RecvAct", i.stage, i.microbatch) not in state.received:
         fail(slot, f"{i.label()} before its activation has arrived")
     if i.stage in (0, len(program.stages) - 1) and i.microbatch not in state.loaded:
@@ -143,6 +162,8 @@ def _check_backward(program: Program, state: _Rank, i: Instruction, slot: int, f
         fail(slot, f"{i.label()} before its forward")
     if i.segment < last_segment and (i.stage, i.segment + 1, i.microbatch) not in state.backward:
         fail(slot, f"{i.label()} before the segment behind it")
+    if i.segment < last_segment and program.synchronised() and ("moment_grads", i.segment) not in state.met:
+        fail(slot, f"{i.label()} before the replicas' sums of batch norm {i.segment}'s gradient are there")
     needs = i.segment == last_segment and i.stage < len(program.stages) - 1
     if needs and ("RecvGrad", i.stage, i.microbatch) not in state.received:
         fail(slot, f"{i.label()} before its gradient has arrived")
@@ -158,6 +179,19 @@ def _check_send(program: Program, state: _Rank, i: Instruction, slot: int, fail:
     key = (i.stage, len(program.segments[i.stage]) - 1 if act else 0, i.microbatch)
     if key not in (state.forward if act else state.backward):
         fail(slot, f"{i.label()} before {'F' if act else 'B'}{i.microbatch} has made it")
+
+
+def _check_moments(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    """What replicas add up in the middle of a batch norm has just been measured, and is used by what comes next."""
+    stage, forward = program.mesh.coordinates(rank)[1], i.buffer == "moments"
+    if not 0 <= i.bucket < len(program.segments[stage]) - 1:
+        fail(slot, f"{i.label()}: stage {stage} has {len(program.segments[stage]) - 1} batch norms")
+    done = {segment for _, segment, _ in (state.forward if forward else state.backward)}
+    before, behind = (i.bucket, i.bucket + 1) if forward else (i.bucket + 1, i.bucket)
+    if before not in done or behind in done:
+        fail(slot, f"{i.label()} must stand between segments {before} and {behind}")
+    if i.waits:
+        state.met.add((i.buffer, i.bucket))
 
 
 def _check_weight_gradient(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:

@@ -192,5 +192,11 @@ FAULTS: dict[str, Fault] = {
         "dp > 1 and a network with batch norm",
         _without(_of("AllReduce", buffer="statistics")),
     ),
+    "local-moments": Fault(
+        "batch norm's sums are not added up over replicas",
+        lambda p: _replicas(p) and p.microbatches == 1,
+        "dp > 1, microbatches=1 and batch norm over the whole batch",
+        _without(lambda i: i.buffer == "moments"),
+    ),
     "never-averaged": Fault("replicas never agree", _averaging, "sync=average@H", _without(PARAMS)),
 }

@@ -49,6 +49,7 @@ def explain(program: Program) -> str:
     """Which cells mean what, and how the bodies follow each other."""
     runs = " then ".join(f"{name} x{times}" if times > 1 else name for name, times in program.period)
     keys = "F forward, B backward of a microbatch; L load; r/s receive/send A activation, G gradient; AR all-reduce"
+    keys += ", ARm of a batch norm's sums" * program.synchronised()
     return f"period: {runs}   ({keys}; < starts, > waits)"
 
 

@@ -16,6 +16,7 @@ BACKWARD = ("B", "I")  # what ends the life of an activation
 SENDS = ("SendAct", "SendGrad")
 RECEIVES = ("RecvAct", "RecvGrad")
 COLLECTIVES = ("AllReduce", "ReduceScatter", "AllGather")
+MOMENTS = {"F": "moments", "B": "moment_grads"}  # what replicas add up where a batch norm cuts a stage
 OPS = (
     *("Load", "F", "B", "I", "W", "Update"),
     *(f"{op}{end}" for op in (*SENDS, *RECEIVES, *COLLECTIVES) for end in ("Start", "Wait")),
@@ -29,6 +30,8 @@ class Instruction:
     `slice` says which of the dp x microbatches equal slices of the global batch is meant, `peer` is a rank, `axis` a
     direction of the mesh, `buffer` a declared buffer, `bucket` a segment's part of it (-1: all), `rule` an update rule.
     A `W` with rule "owner" computes the rank's own block of the weights' gradient, over the samples of all replicas.
+    Of buffers `moments` (in a forward) and `moment_grads` (in a backward), `bucket` is the batch norm between segments
+    `bucket` and `bucket` + 1.
     """
 
     op: str
@@ -76,6 +79,8 @@ class Instruction:
         short |= {"ReduceScatter": "RS", "AllGather": "AG"}
         mark = "<" if self.starts else ">" if self.waits else ""
         number = self.microbatch if self.microbatch >= 0 else self.bucket
+        if self.buffer in MOMENTS.values():
+            return f"ARm{self.bucket}{mark}"
         return f"{short[self.base]}{number if number >= 0 else self.buffer[:1]}{mark}"
 
 
@@ -115,6 +120,10 @@ class Program:
     def common(self) -> bool:
         """Whether replicas have one copy of the weights."""
         return any(b.name == "params" and b.scope == "shared" for b in self.buffers)
+
+    def synchronised(self) -> bool:
+        """Whether replicas have batch norms in common, which cut their stages into segments."""
+        return any(b.name == "moments" for b in self.buffers)
 
     def steps_in_period(self) -> int:
         """Optimiser steps until the program repeats."""

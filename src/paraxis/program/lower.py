@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from paraxis.errors import PlanError
 from paraxis.plan.plan import Plan, period
-from paraxis.program.instructions import Buffer, Instruction, Program
+from paraxis.program.instructions import MOMENTS, Buffer, Instruction, Program
 from paraxis.program.schedules import SCHEDULES
 
 Body = list[Instruction]
@@ -20,7 +20,8 @@ class Layout:
     """What lowering has to know of a network: parameters of each layer, and what its training needs to agree on.
 
     `weight_in_data`: the loss's weight is known only after the forwards. `statistics`: it has running statistics.
-    `clip`: gradients are clipped by their global norm. `cuttable`: empty, or why its layers cannot be split.
+    `clip`: gradients are clipped by their global norm. `cuttable`: empty, or why its layers cannot be split. `norms`:
+    how many batch norms each layer has whose statistics cover the whole global batch (none: they cover slices).
     """
 
     parameters: tuple[int, ...]
@@ -29,12 +30,14 @@ class Layout:
     clip: bool = False
     cuttable: str = ""
     tied: tuple[tuple[int, int, str], ...] = ()  # (first layer, last layer, parameter) that share one parameter
+    norms: tuple[int, ...] = ()
 
 
 def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
     """The complete program of every rank; raises PlanError if the network cannot be cut as the plan asks."""
     stages = cut(plan, layout)
-    segments = tuple(bucketed(stage, layout, plan.bucket_bytes) for stage in stages)
+    split = norm_by_norm if synchronised(plan, layout) else bucketed
+    segments = tuple(split(stage, layout, plan.bucket_bytes) for stage in stages)
     every = period(plan.sync, steps_per_epoch)
     bodies, runs = {}, []
     if plan.sync in ("gradient", "hogwild"):
@@ -111,6 +114,26 @@ def bucketed(stage: tuple[int, int], layout: Layout, bucket_bytes: int) -> tuple
     return tuple(reversed([*cuts, (first, end)]))
 
 
+def synchronised(plan: Plan, layout: Layout) -> bool:
+    """Whether replicas sum up what their batch norms measure; raises PlanError for a plan that cannot."""
+    if plan.dp == 1 or not any(layout.norms):
+        return False
+    if plan.microbatches > 1 or plan.sync != "gradient":
+        raise PlanError("batch norm over the whole batch needs microbatches=1 and sync=gradient; or a smaller bn_group")
+    if plan.bucket_bytes:
+        raise PlanError(
+            "bucket_bytes: synchronised batch norm cuts stages where its layers are; leave bucket_bytes out"
+        )
+    return True
+
+
+def norm_by_norm(stage: tuple[int, int], layout: Layout, bucket_bytes: int) -> tuple[tuple[int, int], ...]:
+    """Segments of a stage: each ends in the middle of a batch norm, whose layer counts to the one it begins in."""
+    first, last = stage
+    cuts = [layer + 1 for layer in range(first, last) for _ in range(layout.norms[layer])]
+    return tuple(zip([first, *cuts], [*cuts, last], strict=True))
+
+
 def shared(plan: Plan) -> bool:
     """Whether replicas reduce gradients into one copy of the weights that all of them see."""
     return plan.comm == "openmp" and plan.dp > 1 and plan.sync == "gradient"
@@ -120,6 +143,7 @@ def buffers(layout: Layout, plan: Plan) -> list[Buffer]:
     """The flat buffers that a program's instructions may mention."""
     names = ["params", "grads", "totals", "score"]
     names += ["statistics", "running"] * layout.statistics + ["norm"] * layout.clip
+    names += list(MOMENTS.values()) * synchronised(plan, layout)
     names += ["factors"] * (plan.gradients == "owner")
     common = ("params", "running", "factors") if shared(plan) or plan.sync == "hogwild" else ()
     return [Buffer(name, "shared" if name in common else "private") for name in names]
@@ -131,10 +155,13 @@ def training(plan: Plan, layout: Layout, segments: Sequence[Sequence[tuple[int, 
     order = SCHEDULES[plan.schedule or "layerwise"](plan.pp, plan.microbatches, stage)
     cuts = len(segments[stage])
     body = expand(order, plan, stage, dp, cuts)
+    meets = synchronised(plan, layout)
     if agree == "gradient" and plan.dp > 1:
-        body = add_reductions(body, stage, cuts)
+        body = add_reductions(body, stage, {0: -1} if meets else {k: k for k in range(cuts)})
     body = add_totals(body, plan, layout, stage)
     body = add_transfers(body, plan, rank)  # last, so that a gradient is on its way before a reduction begins
+    if meets:
+        body = add_moments(body, stage, cuts)
     if agree == "owner":
         body = part_weight_gradients(body)
     body = [I("Update", stage=stage, rule="zero"), *body]
@@ -193,15 +220,29 @@ def _first(op: str, last: dict[str, int]) -> int:
     return 0 if op == "F" else last["F"]
 
 
-def add_reductions(body: Body, stage: int, cuts: int) -> Body:
-    """A bucket's reduction starts as soon as its last gradient is there; all are awaited before the update."""
+def add_reductions(body: Body, stage: int, buckets: dict[int, int]) -> Body:
+    """A bucket's reduction starts as soon as its last gradient is there; all are awaited before the update.
+
+    `buckets`: the bucket that is complete with the last backward of a segment.
+    """
     ends = {i.segment: index for index, i in enumerate(body) if i.op == "B"}
     out: Body = []
     for index, instruction in enumerate(body):
         out.append(instruction)
-        if instruction.op == "B" and ends[instruction.segment] == index:
-            out.append(_reduce("Start", stage, "grads", instruction.segment))
-    return out + [_reduce("Wait", stage, "grads", k) for k in reversed(range(cuts))]
+        if instruction.op == "B" and ends[instruction.segment] == index and instruction.segment in buckets:
+            out.append(_reduce("Start", stage, "grads", buckets[instruction.segment]))
+    return out + [_reduce("Wait", stage, "grads", k) for k in reversed(buckets.values())]
+
+
+def add_moments(body: Body, stage: int, cuts: int) -> Body:
+    """Between two segments of a stage replicas add up what they have measured: of samples, then of gradients."""
+    out: Body = []
+    for i in body:
+        out.append(i)
+        number = i.segment if i.op == "F" else i.segment - 1
+        if i.op in MOMENTS and 0 <= number < cuts - 1:
+            out += [_reduce(end, stage, MOMENTS[i.op], number) for end in ("Start", "Wait")]
+    return out
 
 
 def part_weight_gradients(body: Body) -> Body:
@@ -215,7 +256,7 @@ def add_totals(body: Body, plan: Plan, layout: Layout, stage: int) -> Body:
     """Stages before the last learn the loss's weight, which only the last one sees, before bucket 0 carries it on."""
     if plan.pp == 1 or not layout.weight_in_data:
         return body
-    at = next((n for n, i in enumerate(body) if i.op == "AllReduceStart" and i.bucket == 0), len(body))
+    at = next((n for n, i in enumerate(body) if i.op == "AllReduceStart" and i.bucket <= 0), len(body))
     both = [I(f"AllReduce{end}", stage=stage, axis="pp", buffer="totals", reduction="sum") for end in ("Start", "Wait")]
     return [*body[:at], *both, *body[at:]]
 

@@ -133,6 +133,8 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
         raise PlanError(
             "engine=native: a layer works in place and alters its neighbour's output; make it inplace=False"
         )
+    if any(len(cuts) > 1 for cuts in program.segments) and not program.synchronised():
+        raise PlanError("engine=native reduces all gradients at once: leave out bucket_bytes")
     words = [(name, [[_words(i) for i in rank] for rank in ranks]) for name, ranks in program.bodies]
     samples = task.batch // (mesh.dp * program.microbatches)
     make = native.Float if task.dtype == torch.float32 else native.Double
@@ -157,7 +159,7 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
 
 
 def _words(i: Instruction) -> tuple[Any, ...]:
-    return i.op, i.microbatch, i.slice, i.peer, i.axis, i.buffer, i.rule, i.reduction == "mean"
+    return i.op, i.microbatch, i.slice, i.peer, i.axis, i.buffer, i.rule, i.reduction == "mean", i.segment, i.bucket
 
 
 @lru_cache(maxsize=1)
@@ -172,7 +174,7 @@ def record_cost(count: int = 256, passes: int = 200) -> float:
     spec.kind, spec.name, spec.x, spec.y = "affine", "one", 0, 1
     spec.in_ = spec.out = native.Shape(1, 1, 1)
     spec.kernel_h = spec.kernel_w = 1
-    nothing = ("SendActWait", -1, -1, -1, "", "", "", False)
+    nothing = ("SendActWait", -1, -1, -1, "", "", "", False, -1, -1)
     ensemble = native.Float(
         dp=1,
         pp=1,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paraxis.errors import TaskError
+from paraxis.task.moments import Meeting, Synchronised
 from paraxis.task.randomness import Draw
 
 PLAIN: tuple[type, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -18,8 +19,11 @@ PLAIN: tuple[type, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class GroupedNorm(_BatchNorm):
     """nn.BatchNorm*d with statistics over `group` consecutive samples; takes over a module's own tensors.
 
-    Running statistics become the mean of what every group alone would have made of them.
+    Running statistics become the mean of what every group alone would have made of them. With a `meeting` the one group
+    goes over all replicas that come there.
     """
+
+    meeting: Meeting | None = None
 
     def __init__(self, norm: Any, group: int, draw: Draw) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
@@ -42,9 +46,21 @@ class GroupedNorm(_BatchNorm):
         samples = self.draw.samples
         if x.shape[0] % samples:
             raise TaskError(f"bn_group: a batch norm meets {tuple(x.shape)}, whose rows do not count {samples} samples")
+        if self.meeting is not None:
+            return self._synchronised(x, self.meeting)
         # A trial before training may have fewer samples than a group; plans are held to whole groups.
         groups = 1 if samples % self.group else samples // self.group
         return self._normalised(x.chunk(groups))
+
+    def _synchronised(self, x: Tensor, meeting: Meeting) -> Tensor:
+        y, mean, variance = Synchronised.apply(x, self.weight, self.bias, self.eps, self.running_mean, meeting)
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+            factor = 1.0 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, factor)
+            self.running_var.lerp_(variance, factor)
+        made: Tensor = y
+        return made
 
     def _normalised(self, parts: tuple[Tensor, ...]) -> Tensor:
         mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked

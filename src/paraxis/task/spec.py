@@ -12,8 +12,9 @@ class TaskSpec(BaseModel):
     """A task in words. `network` is a shipped one or FILE.py[:FUNCTION]; `live` objects come by pipe instead.
 
     `batch` is the global batch in samples (None: 128, or what the user's batches hold). `bn_group` is the number of
-    consecutive samples that batch-norm statistics cover (None: those that a plan computes at once). `horizon` is the
-    number of steps over which a cosine falls. `validation` is the fraction of the training samples held out.
+    consecutive samples that batch-norm statistics cover (None: those that a plan computes at once; the whole batch:
+    those of all replicas). `horizon` is the number of steps over which a cosine falls. `validation` is the fraction of
+    the training samples held out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

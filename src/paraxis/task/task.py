@@ -14,9 +14,10 @@ from paraxis.engine.rules import Hyper, of_optimizer
 from paraxis.errors import TaskError
 from paraxis.program.lower import Layout
 from paraxis.task import data as data_module
-from paraxis.task.batches import ArraySource, Nest, Source, StreamSource, leaves, seed_everything
+from paraxis.task.batches import ArraySource, Nest, Source, StreamSource, leaves, map_nest, seed_everything
+from paraxis.task.moments import counting
 from paraxis.task.networks import build
-from paraxis.task.norm import group_norms, resting
+from paraxis.task.norm import GroupedNorm, group_norms, resting
 from paraxis.task.randomness import Draw, Keyed, KeyedFunctions, key_randomness
 from paraxis.task.recipe import Recipe, from_file, from_objects
 from paraxis.task.spec import DEFAULT_BATCH, TaskSpec
@@ -47,6 +48,7 @@ class Task:
     weight_in_data: bool = False  # only the loss function knows a batch's weight
     altering: frozenset[int] = frozenset()  # places of layers that change their input
     least: int = 1  # samples without which its batch norms have no statistics
+    norms: list[list[int]] = field(default_factory=list)  # how long the sums of each layer's whole batch norms are
 
     @property
     def batch(self) -> int:
@@ -142,6 +144,7 @@ class Task:
             clip=self.spec.clip is not None,
             cuttable=self.cuttable,
             tied=tuple((at[0], at[-1], self.names[key]) for key, at in owners.items() if at[0] != at[-1]),
+            norms=tuple(map(len, self.norms)),
         )
 
 
@@ -171,6 +174,8 @@ def make_task(
     draw.at(0, 0, count)
     if len(chain) > 1 or "stages" in recipe.own:
         task.altering = check_composition(net, recipe, chain, task.call, names, batch)
+    if spec.bn_group == train.batch and not plain:
+        task.norms = _whole_norms(task, batch, count)
     task.weight_in_data = "loss" in recipe.own or any(t.is_floating_point() for t in leaves(_targets(batch)))
     return task
 
@@ -192,6 +197,18 @@ def _key(net: nn.Module, draw: Draw, recipe: Recipe, source: Source, count: int)
     for buffer, old in zip(net.buffers(), before, strict=True):
         buffer.copy_(old)
     return keyed
+
+
+def _whole_norms(task: Task, batch: Nest, samples: int) -> list[list[int]]:
+    """Of each layer, its batch norms in the order of a forward: replicas add up their sums, one after the other."""
+    x, sizes = task.recipe.inputs(map_nest(batch, Tensor.clone)), []
+    task.draw.at(0, 0, samples)
+    with counting(task.net, GroupedNorm) as count:
+        for layer in task.chain:
+            x = task.call(layer, x)
+            sizes.append(count.sizes)
+            count.sizes = []
+    return sizes
 
 
 def _least(net: nn.Module, recipe: Recipe, source: Source, spec: TaskSpec) -> int:
