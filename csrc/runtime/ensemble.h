@@ -1,6 +1,7 @@
 // All ranks of a program as the threads of one process, with the stages that they compute.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 
@@ -27,6 +28,17 @@ struct Hyper {
 };
 
 constexpr int RING = 1024;  // steps whose timestamps are kept: those of a chunk that is measured
+
+constexpr size_t STRIP = 2048;  // elements whose gradients are summed and applied at once, in the first cache
+
+// The part of `count` elements, in whole cache lines, that number `n` of `parts` takes care of.
+inline std::pair<size_t, size_t> part_of(size_t count, int n, int parts) {
+    const size_t lines = (count + 31) / 32, each = (lines + parts - 1) / parts;
+    return {std::min(count, n * each * 32), std::min(count, (n + 1) * each * 32)};
+}
+
+// Whether an instruction sums what a batch norm over all replicas needs.
+inline bool meets(const Instruction& i) { return i.buffer == Buffer::moments || i.buffer == Buffer::moment_grads; }
 
 template <class T>
 class Ensemble {

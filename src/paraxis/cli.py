@@ -72,7 +72,7 @@ class TaskOptions:
 
 DEFAULT = TaskOptions()
 COMMS = {"all": ("openmp", "mpi", "gloo"), "native": ("openmp",), "torch": ("mpi", "gloo")}  # of every engine
-Exports = list[Literal["csv", "tensorboard"]] | None
+Exports = Annotated[list[Literal["csv", "tensorboard"]] | None, Parameter(negative="")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON document on standard output.")]
 
 

@@ -1,0 +1,193 @@
+// The ensemble's reductions and updates: gradients are summed where they lie, and every rank steps its own part.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "ensemble.h"
+
+namespace paraxis {
+
+template <class T>
+T* Ensemble<T>::buffer(int rank, Buffer which, size_t* size) {
+    Stage<T>& stage = *stages[rank];
+    const Memory<T>& found = which == Buffer::params    ? stage.weights->params
+                             : which == Buffer::running ? stage.weights->running
+                             : which == Buffer::statistics ? stage.collected
+                                                        : stage.gradients;
+    *size = found.size();
+    return found.data();
+}
+
+// In shared memory: every rank sums its own part over all and writes it back to all.
+template <class T>
+void Ensemble<T>::all_reduce(Hand& hand, const Instruction& i) {
+    if (meets(i)) return sum_moments(hand, i);
+    const bool along_dp = i.axis == Axis::dp;
+    const int parts = along_dp ? grid.dp : grid.pp, me = along_dp ? grid.dp_of(hand.rank) : grid.pp_of(hand.rank);
+    Barrier& gate = *(along_dp ? replicas[grid.pp_of(hand.rank)] : pipelines[grid.dp_of(hand.rank)]);
+    auto member = [&](int n) { return along_dp ? grid.rank(n, grid.pp_of(hand.rank)) : grid.rank(grid.dp_of(hand.rank), n); };
+    gate.wait(me);
+    if (i.buffer == Buffer::norm) {
+        double sum = 0;
+        for (int n = 0; n < parts; ++n) sum += norms[member(n)];
+        gate.wait(me);
+        norms[hand.rank] = sum;
+        return gate.wait(me);
+    }
+    if (i.buffer == Buffer::score || i.buffer == Buffer::totals) return gate.wait(me);  // summed by whoever asks
+    std::vector<T*> from(parts);
+    size_t size = 0;
+    for (int n = 0; n < parts; ++n) from[n] = buffer(member(n), i.buffer, &size);
+    const auto [begin, end] = part_of(size, me, parts);
+    T* strip = strips[hand.rank].data();
+    for (size_t at = begin; at < end; at += STRIP) {
+        const size_t count = std::min(STRIP, end - at);
+        std::fill(strip, strip + count, T(0));
+        for (int n = 0; n < parts; ++n) stages[hand.rank]->kernels.add_into(ptrdiff_t(count), from[n] + at, strip);
+        if (i.mean)
+            for (size_t k = 0; k < count; ++k) strip[k] /= T(parts);
+        for (int n = 0; n < parts; ++n) std::copy(strip, strip + count, from[n] + at);
+    }
+    gate.wait(me);
+}
+
+// The same for the sums of one layer that its replicas share, which are few and in double precision.
+template <class T>
+void Ensemble<T>::sum_moments(Hand& hand, const Instruction& i) {
+    const int stage = grid.pp_of(hand.rank), me = grid.dp_of(hand.rank);
+    Barrier& gate = *replicas[stage];
+    gate.wait(me);
+    const auto [begin, end] = part_of(stages[hand.rank]->moments[i.bucket].size(), me, grid.dp);
+    for (size_t k = begin; k < end; ++k) {
+        double sum = 0;
+        for (int n = 0; n < grid.dp; ++n) sum += stages[grid.rank(n, stage)]->moments[i.bucket][k];
+        for (int n = 0; n < grid.dp; ++n) stages[grid.rank(n, stage)]->moments[i.bucket][k] = sum;
+    }
+    gate.wait(me);
+}
+
+template <class T>
+void Ensemble<T>::update(Hand& hand, const Instruction& i) {
+    Stage<T>& stage = *stages[hand.rank];
+    if (i.rule == Rule::zero) {
+        stage.backwards = 0;
+        stage.step_score = {};
+    } else if (i.rule == Rule::norm) {
+        norm(hand);
+    } else if (i.rule == Rule::statistics) {
+        const bool writes = !shared || grid.dp_of(hand.rank) == 0;
+        for (size_t k = 0; k < stage.statistics; ++k) {
+            if (writes) stage.weights->running[k] = stage.collected[k] / T(stage.microbatches);
+            stage.collected[k] = 0;
+        }
+    } else if (i.rule == Rule::step) {
+        descend(hand);
+    } else if (i.rule == Rule::hogwild) {
+        hogwild(hand);
+    }
+}
+
+// Of the parameters, what each rank updates: all of its own copy, or its share of the common one; owners also compute the
+// gradient of their share, where it is one of a matrix.
+template <class T>
+void Ensemble<T>::divide(bool owners) {
+    pieces.resize(grid.size());
+    kin.resize(grid.pp);
+    sources.resize(grid.size());
+    for (int rank = 0; rank < grid.size(); ++rank) {
+        Stage<T>& stage = *stages[rank];
+        const int me = grid.dp_of(rank);
+        kin[grid.pp_of(rank)].push_back(&stage);
+        if (!owners) {
+            const auto [begin, end] = shared ? part_of(stage.parameters, me, grid.dp) : std::pair<size_t, size_t>{0, stage.parameters};
+            pieces[rank].push_back({begin, end, shared && grid.dp > 1});
+            continue;
+        }
+        stage.own_by(grid.dp);
+        for (size_t n = 0; n < stage.layers.size(); ++n) {
+            const Layer<T>& layer = *stage.layers[n];
+            const size_t at = stage.places[n].weights, rest = at + layer.matrix;
+            const auto [first, last] = layer.owned(me, grid.dp);
+            const auto [begin, end] = part_of(layer.parameters - layer.matrix, me, grid.dp);
+            if (first < last) pieces[rank].push_back({at + first, at + last, false});
+            if (begin < end) pieces[rank].push_back({rest + begin, rest + end, true});
+        }
+    }
+}
+
+template <class T>
+T Ensemble<T>::scale(int rank) const {
+    double scale = 1 / hyper.weight;
+    if (hyper.clip > 0) scale *= std::min(1.0, hyper.clip / (std::sqrt(norms[rank]) + 1e-6));
+    return T(scale);
+}
+
+// A strip of a piece's gradient, summed over the replicas where it must be.
+template <class T>
+const T* Ensemble<T>::gradient(int rank, const Piece& piece, size_t at, size_t count) {
+    Stage<T>& stage = *stages[rank];
+    if (!piece.summed) return stage.gradients.data() + at;
+    const auto& replicas = kin[grid.pp_of(rank)];
+    std::vector<const T*>& from = sources[rank];
+    from.resize(replicas.size());
+    for (size_t n = 0; n < replicas.size(); ++n) from[n] = replicas[n]->gradients.data() + at;
+    stage.kernels.sum_parts(ptrdiff_t(count), int(replicas.size()), from.data(), strips[rank].data());
+    return strips[rank].data();
+}
+
+// Sum the replicas' gradients and apply them, a strip at a time, so that the sum never leaves the first cache.
+template <class T>
+void Ensemble<T>::descend(Hand& hand) {
+    for (const Piece& piece : pieces[hand.rank])
+        for (size_t at = piece.begin; at < piece.end; at += STRIP) {
+            const size_t count = std::min(STRIP, piece.end - at);
+            apply(hand, at, count, gradient(hand.rank, piece, at, count), scale(hand.rank));
+        }
+}
+
+template <class T>
+void Ensemble<T>::apply(Hand& hand, size_t at, size_t count, const T* gradient, T by) {
+    Stage<T>& stage = *stages[hand.rank];
+    Weights<T>& weights = *stage.weights;
+    if (hyper.adam) {
+        const double t = double(hand.step + 1);
+        const Adam<T> rule{T(hand.rate), T(1 - hyper.beta1), T(hyper.beta2), T(1 - hyper.beta2), T(hyper.epsilon), T(hyper.decay), by,
+                           T(1 - std::pow(hyper.beta1, t)), T(1 - std::pow(hyper.beta2, t)), hyper.decoupled};
+        stage.kernels.adam(ptrdiff_t(count), rule, weights.params.data() + at, gradient, weights.first.data() + at,
+                           weights.second.data() + at);
+    } else {
+        const Sgd<T> rule{T(hand.rate), T(hyper.momentum), T(hyper.decay), by, hyper.nesterov, hand.step == 0};
+        stage.kernels.sgd(ptrdiff_t(count), rule, weights.params.data() + at, gradient, weights.first.data() + at);
+    }
+}
+
+// Every rank steps by itself on the common weights, whatever the others do (Niu et al. 2011): each element is read and
+// written by relaxed atomics, so that an update may be lost but never torn.
+template <class T>
+void Ensemble<T>::hogwild(Hand& hand) {
+    Stage<T>& stage = *stages[hand.rank];
+    T* w = stage.weights->params.data();
+    const T* g = stage.gradients.data();
+    const T rate = T(hand.rate * grid.dp / hyper.weight);  // of this rank's own samples
+    for (size_t k = 0; k < stage.parameters; ++k) {
+        std::atomic_ref<T> place(w[k]);
+        place.store(place.load(std::memory_order_relaxed) - rate * g[k], std::memory_order_relaxed);
+    }
+}
+
+// Square of the gradient's norm on the part that this rank updates.
+template <class T>
+void Ensemble<T>::norm(Hand& hand) {
+    double total = 0;
+    for (const Piece& piece : pieces[hand.rank])
+        for (size_t at = piece.begin; at < piece.end; at += STRIP) {
+            const size_t count = std::min(STRIP, piece.end - at);
+            total += stages[hand.rank]->kernels.square_sum(ptrdiff_t(count), gradient(hand.rank, piece, at, count));
+        }
+    norms[hand.rank] = total / (hyper.weight * hyper.weight);
+}
+
+template class Ensemble<float>;
+template class Ensemble<double>;
+
+}  // namespace paraxis
