@@ -284,7 +284,9 @@ def threads(find: Find) -> str:
         "## MLP on OpenMP threads: from 95% to 23% right",
         grid([*heads, "averaged", "each alone"], rows),
         "Ours: 784-50-10 with a sigmoid, learning rate 0.1, no momentum, five epochs. With gradients averaged, 16 "
-        "samples a step whatever the number of threads. By their rule: each thread starts from random weights of its "
+        "samples a step whatever the number of threads: few, as theirs, so that the accuracies can be compared, and as "
+        "many as our kernels take side by side, so that two threads have nothing to divide (at 128 they do: "
+        "`benchmarks/native.py mlp:128`, `docs/log.md`). By their rule: each thread starts from random weights of its "
         "own, trains one sample at a time on its share of the data, and the weights are combined once, at the end. "
         "They summed them; the mean, and the threads uncombined, stand beside it. (Theirs computes in double "
         "precision, ours in single.) " + _their_code("OpenMP"),
