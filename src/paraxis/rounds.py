@@ -145,7 +145,7 @@ def _one(session: Session, row: Row, rows: list[Row], number: int, load: Foreign
         )
     )
     if (seen := window(answers)) is not None:
-        row.windows = keep_middle(row.windows | {number: seen}, row.measured)
+        row.windows = keep_middle(row.windows | {number: seen}, row.times | {number: row.measured[number]})
 
 
 def _disturbances(rows: list[Row], book: Book) -> None:

@@ -29,7 +29,8 @@ def check_rows(study: dict[str, Any]) -> None:
         assert row["vs_today"]["median"] > 0
         assert abs(row["samples_per_second"] * row["step_seconds"]["median"] - study["task"]["batch"]) < 1e-6 * 128
         sum_of_parts = sum(row["split"].values())
-        assert abs(sum_of_parts - row["step_seconds"]["median"]) <= 1e-6 * row["step_seconds"]["median"]
+        spread = row["step_seconds"]["samples"]  # the parts are those of the round in the middle
+        assert 0.999 * min(spread) <= sum_of_parts <= 1.001 * max(spread)
         # 2% on a quiet machine (benchmarks/remainder.py); other programs can take the core between two steps
         assert abs(row["split"]["remainder"]) <= 0.05 * row["step_seconds"]["median"], row["plan"]
         assert len(row["split_by_rank"]) == plan.mesh.size and row["explanation"].startswith("Bound by ")

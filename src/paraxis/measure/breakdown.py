@@ -19,7 +19,7 @@ from paraxis.program.timeline import Resolved, Span, Timeline, classify, resolve
 
 Trace = tuple[str, list[list[int]]]  # a body's name, and nanoseconds of every rank's instruction boundaries
 Times = Mapping[int, float]  # step seconds by round
-KEPT = 5  # windows that are kept of each plan
+KEPT = 9  # windows that are kept of each plan
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,16 @@ def keep_middle(windows: dict[int, Window], times: Times, count: int = KEPT) -> 
 
 def middle_rounds(windows: Mapping[int, Window], times: Times, wide: bool = False) -> list[int]:
     """The round with the median time, or the two whose mean it is: their parts add up to the median step, which a mean
-    over more rounds would not. `wide`: with the third of all rounds around them, for medians of single instructions."""
+    over more rounds would not. `wide`: with the third of all rounds around them, for medians of single instructions.
+    Where their windows are not kept, the median having moved since, the nearest one that is."""
     order = sorted(times, key=lambda r: times[r])
     drop = max(0, (len(order) - 1) // 2 - wide * (len(order) // 6))
-    chosen = [r for r in order[drop : len(order) - drop] if r in windows]
-    return chosen or sorted(windows)[:1]
+    wanted = order[drop : len(order) - drop]
+    chosen = [r for r in wanted if r in windows]
+    if len(chosen) == len(wanted) or (wide and chosen):
+        return chosen
+    middle = median(times.values()) if times else 0.0
+    return sorted(windows, key=lambda r: abs(times.get(r, float("inf")) - middle))[:1]
 
 
 def timelines(program: Program, steps: Iterable[Trace]) -> list[Timeline]:

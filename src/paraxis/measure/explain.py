@@ -273,8 +273,8 @@ def fill(
 ) -> None:
     """Every field of a result that follows from the clocks of its timed steps. `result.step_seconds` must be there."""
     assert result.step_seconds is not None  # for the type checker
-    step = result.step_seconds.median
     chosen = middle_rounds(windows, times)
+    step = fmean(times[r] for r in chosen) if set(chosen) <= times.keys() else result.step_seconds.median
     by_round = [account(program, windows[r], timelines(program, windows[r].steps)) for r in chosen]
     ranks = [mean(same) for same in zip(*by_round, strict=True)]
     result.split_by_rank = [against(parts, step) for parts in ranks]
@@ -313,7 +313,7 @@ def evidence(result: Result, program: Program, facts: Facts, machine: Machine) -
         layers=tuple((f + b) * facts.batch / facts.samples for f, b in zip(facts.forward, facts.backward, strict=True)),
         dispatch=facts.dispatch,
         sent=(sent, messages / scale),
-        memory=getattr(machine, "memory_bandwidth", None),
+        memory=machine.memory_bytes_per_second.all_cores if machine.memory_bytes_per_second else None,
     )
 
 
