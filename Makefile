@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PARAXIS = .venv/bin/paraxis
 
-.PHONY: explore test slow lint bench clean sanitize
+.PHONY: explore test slow lint bench clean sanitize arm64
 
 explore: .venv/installed
 	$(PARAXIS) explore cnn $(ARGS)
@@ -33,3 +33,7 @@ clean:
 # AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer on the native runtime; a seeded race must be found.
 sanitize:
 	csrc/tests/sanitize.sh
+
+# The native runtime and its NEON kernels in an emulator.
+arm64:
+	csrc/tests/arm64.sh
