@@ -10,7 +10,8 @@ from paraxis.errors import MissingError, ParaxisError, TaskError
 from paraxis.measure import records
 from paraxis.measure.explain import explain_today, fill
 from paraxis.measure.machine import describe, pinned, usable_cores
-from paraxis.measure.records import Baseline, MeshRecord, Result, Study
+from paraxis.measure.records import Baseline, Machine, MeshRecord, Result, Roof, Study
+from paraxis.measure.roofline import roofline
 from paraxis.measure.samples import Book
 from paraxis.measure.speed import with_speeds
 from paraxis.measure.statistics import paired
@@ -80,9 +81,21 @@ def _empty(spec: TaskSpec, session: Session, workers: int) -> Study:
     task |= {"name": facts.network, "layers": len(facts.layers), "steps_per_epoch": facts.steps_per_epoch}
     machine = with_speeds(describe())  # the ranks are up and asleep
     machine.pinning = pinned(session.quiet)
-    return Study(
+    study = Study(
         task=task, machine=machine, today=None, baseline=None, results=[], recommendation=None, version=__version__
     )
+    study.roofline = _roofs(session, machine)
+    return study
+
+
+def _roofs(session: Session, machine: Machine) -> list[Roof]:
+    """The layers, measured in PyTorch with its default threads, under what as many cores were measured to do."""
+    facts, flops, carried = session.known(), machine.flops_per_second, machine.memory_bytes_per_second
+    if flops is None or carried is None:
+        return []
+    alone = session.pool("solo").facts["threads"] == 1
+    peaks = (flops.one_core, carried.one_core) if alone else (flops.all_cores, carried.all_cores)
+    return roofline(facts.work, facts.forward, facts.backward, *peaks)
 
 
 def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[str, str], book: Book) -> list[Row]:

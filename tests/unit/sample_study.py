@@ -17,6 +17,7 @@ from paraxis.measure.records import (
     Study,
     Verified,
 )
+from paraxis.measure.roofline import LayerWork, Work, roofline
 
 HOSTILE = "<script>alert(1)</script>.py"
 SENTENCE = (
@@ -251,6 +252,9 @@ def build() -> Study:
             command=f"paraxis train '{HOSTILE}' --plan dp=2,comm=mpi",
             vs_today=Ratio(median=1.31, low=1.24, high=1.38),
             not_told_apart=[],
+        ),
+        roofline=roofline(
+            [LayerWork(0, f"layer {HOSTILE}", 128, Work(2e9, 1e7), Work(4e9, 3e7))], [0.05], [0.1], 1e11, 2e10
         ),
         notes=["dropout was switched off for the proofs </script><img src=x onerror=alert(3)>"],
         finished=True,

@@ -273,3 +273,10 @@ def test_write(tmp_path: Path) -> None:
     path = page.write(bare(), tmp_path / "new")
     assert path.name == "report.html" and [entry.name for entry in path.parent.iterdir()] == ["report.html"]
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_the_roofline_is_a_table_and_a_sentence() -> None:
+    section = page.html(build()).partition('<section id="roofline"')[2].partition("</section>")[0]
+    assert section.count("<tr>") == 3 and section.count(">40.0<") == 2 and section.count(">100.0<") == 2
+    assert "s backward takes 67% of the time" in section and "<img" not in section
+    assert 'id="roofline"' not in page.html(bare())

@@ -184,6 +184,22 @@ class Machine(Record):
     versions: dict[str, str] = {}  # of paraxis, numpy, mpi4py, and the compiler of the native engine
 
 
+class Roof(Record):
+    """One layer in one direction against the machine. `share` is achieved / attainable, both in flops per second."""
+
+    layer: int
+    name: str
+    direction: Literal["forward", "backward"]
+    flops: float
+    bytes: float
+    seconds: float
+    intensity: float
+    attainable: float
+    achieved: float
+    share: float
+    bound: Literal["compute", "memory"]
+
+
 class Study(Record):
     """Everything one `explore` found; `study.json` is this record."""
 
@@ -193,6 +209,7 @@ class Study(Record):
     baseline: Baseline | None
     results: list[Result]
     recommendation: Recommendation | None
+    roofline: list[Roof] = []  # of the linear and convolution layers in PyTorch, on the machine's measured peaks
     notes: list[str] = []
     finished: bool = False
     elapsed_seconds: float = 0.0

@@ -6,10 +6,10 @@ if caches were large enough. Attainable is the lesser of the peak and intensity 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from paraxis.errors import TaskError
-from paraxis.measure.records import Record
+from paraxis.measure.records import Roof
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,6 @@ class LayerWork:
 def work_of(document: dict[str, Any]) -> LayerWork:
     """The inverse of `dataclasses.asdict`."""
     return LayerWork(**document | {key: Work(**document[key]) for key in ("forward", "backward")})
-
-
-class Roof(Record):
-    """One layer in one direction against the machine. `share` is achieved / attainable, both in flops per second."""
-
-    layer: int
-    name: str
-    direction: Literal["forward", "backward"]
-    flops: float
-    bytes: float
-    seconds: float
-    intensity: float
-    attainable: float
-    achieved: float
-    share: float
-    bound: Literal["compute", "memory"]
 
 
 def affine_work(
@@ -118,13 +102,13 @@ def _roof(layer: LayerWork, work: Work, seconds: float, direction: str, peak: fl
     )
 
 
-def in_words(points: Sequence[Roof], peak: float, bandwidth: float) -> str:
+def in_words(points: Sequence[Roof]) -> str:
     """The layer that takes longest, in a sentence; "" without points."""
     if not points:
         return ""
     longest = max(points, key=lambda p: p.seconds)
     total = sum(p.seconds for p in points)
-    limit = f"the peak of {peak / 1e9:.0f} GFLOP/s" if longest.bound == "compute" else f"{bandwidth / 1e9:.1f} GB/s"
+    limit = "the peak" if longest.bound == "compute" else "memory"
     return (
         f"{longest.name}'s {longest.direction} takes {longest.seconds / total:.0%} of the time in linear and "
         f"convolution layers at {longest.achieved / 1e9:.1f} GFLOP/s: {longest.share:.0%} of the "

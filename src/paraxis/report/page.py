@@ -37,6 +37,7 @@ def html(study: Study) -> str:
         ("programs", "Programs and their timelines", sections.programs(study, pictures)),
         ("theatre", "Bubble theatre", theatre.fragment()),
         ("notes", "Notes", sections.notes(study)),
+        ("roofline", "Layers under the roofline", sections.roofs(study)),
         ("setup", "Network and machine", sections.setup(study)),
         ("raw", "Raw samples", sections.raw(study)),
     ]

@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from paraxis.measure.records import Rate, Result, Seconds, Study
+from paraxis.measure.roofline import in_words
 from paraxis.report import tables
 from paraxis.report.markup import Cell, kind, plan, small, table, text, time
 
@@ -153,6 +154,34 @@ def missing(study: Study) -> str:
 def notes(study: Study) -> str:
     """What the study says of itself."""
     return f"<ul>{''.join(f'<li>{text(note)}</li>' for note in study.notes)}</ul>" if study.notes else ""
+
+
+def roofs(study: Study) -> str:
+    """The layers against what the machine allows."""
+    if not study.roofline:
+        return ""
+    heads = ("Layer", "direction", "ms", "GFLOP/s", "flops a byte", "allowed", "share", "bound by")
+    rows = [
+        (
+            "",
+            [
+                text(roof.name),
+                roof.direction,
+                tables.milliseconds(roof.seconds),
+                f"{roof.achieved / 1e9:,.1f}",
+                f"{roof.intensity:,.1f}",
+                f"{roof.attainable / 1e9:,.1f}",
+                tables.percent(roof.share),
+                roof.bound,
+            ],
+        )
+        for roof in study.roofline
+    ]
+    caption = "Linear and convolution layers in PyTorch, one batch, under this machine's measured peaks"
+    return table(caption, heads, rows, set(heads) - {"Layer", "direction", "bound by"}) + (
+        f"<p>{text(in_words(study.roofline))} Allowed is the lesser of the largest matrix product's rate and flops a "
+        "byte x memory bandwidth (Williams, Waterman and Patterson 2009).</p>"
+    )
 
 
 def setup(study: Study) -> str:
