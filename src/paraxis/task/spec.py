@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-SHIPPED = ("mlp", "cnn", "resnet18")  # the families of `networks`
+SHIPPED = ("mlp", "cnn", "resnet18", "gpt")  # the families of `networks`
 DEFAULT_BATCH = 128
 
 
