@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from paraxis.engine.rules import Hyper, of_optimizer
 from paraxis.errors import TaskError
-from paraxis.program.lower import Layout
+from paraxis.program.cut import Layout
 from paraxis.task import data as data_module
 from paraxis.task.batches import ArraySource, Nest, Source, StreamSource, leaves, map_nest, seed_everything
 from paraxis.task.gpt import shape_of
