@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from paraxis import __version__
+from paraxis.accuracy import learn, reserve
 from paraxis.errors import MissingError, ParaxisError, TaskError
 from paraxis.measure import records
 from paraxis.measure.explain import explain_today, fill
@@ -64,10 +65,13 @@ def explore_task(
         rows = _rows(session, count, comms, missing, book)
         today = _today(session)
         book.agrees(study.task, study.machine, [row.plan.text() for row in (today, *rows)])
+        every, shorter = [today, *rows], Clock(clock.budget - reserve(session, budget), clock.start)
         try:
-            _set_up(session, [today, *rows], clock, lambda: _publish(study, session, today, rows, save))
-            measure(session, [today, *rows], clock, study, book)
+            _set_up(session, every, shorter, lambda: _publish(study, session, today, rows, save))
+            measure(session, every, shorter, study, book)
             _traffic(session, [r for r in rows if r.live])
+            _publish(study, session, today, rows, save)
+            learn(session, every, study, clock, budget)
             study.finished = True
         finally:
             study.elapsed_seconds = clock.spent()
