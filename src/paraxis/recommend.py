@@ -73,7 +73,7 @@ def _accuracy(study: Study, quick: Result, best: Result) -> str:
 
 
 def chance_of(accuracy: float, samples: int) -> float:
-    """Half the 95% interval of an accuracy from so many samples, after Agresti and Coull 1998, who add 2 to each side."""
+    """Half the 95% interval of an accuracy from so many samples (Agresti and Coull 1998: 2 are added to each side)."""
     share = (accuracy * samples + 2) / (samples + 4)
     return 1.96 * math.sqrt(share * (1 - share) / (samples + 4))
 
