@@ -58,17 +58,19 @@ def told(found: Sequence[tuple[str, Law]]) -> str:
     refused: dict[str, list[str]] = {}
     for name, law in found:
         rows += [
-            ("", [text(name), law.law.capitalize(), *_figures(point)]) for point in law.counts if point.workers > 1
+            ("", [text(name), "strong" if law.law == "amdahl" else "weak", *_figures(point)])
+            for point in law.counts
+            if point.workers > 1
         ]
         if law.refusal and law.residual is None:
-            some = f"; {', '.join(map(str, law.left_out))} are more than the usable cores" if law.left_out else ""
-            refused.setdefault(f"{law.law.capitalize()}'s law is not fitted: {law.refusal}{some}.", []).append(name)
+            some = f"; left out as more than that: {', '.join(map(str, law.left_out))}" if law.left_out else ""
+            refused.setdefault(f"{law.law.capitalize()}'s law is not fitted: {law.refusal}{some}", []).append(name)
         else:
             words += f"<dt>{text(name)}</dt><dd>{text(law.sentence)}</dd>"
-    heads = ("Kind", "law", "workers", "speed-up [95%]", "serial fraction [95%]")
+    heads = ("Kind", "scaling", "workers", "speed-up [95%]", "serial fraction [95%]")
     alone = len(refused) == 1 and not words
-    reasons = [why if alone else f"{why} ({', '.join(names)})" for why, names in refused.items()]
-    said = "".join(f"<p>{text(why)}</p>" for why in reasons)
+    reasons = [why if alone else f"{', '.join(names)}: {why}" for why, names in refused.items()]
+    said = "".join(f"<p>{text(why)}.</p>" for why in reasons)
     figures = table("Speed-up over one worker", heads, rows, set(heads[2:])) if rows else ""
     under = "<p>The serial fraction is Karp and Flatt's, which needs no law.</p>" if rows else ""
     listed = f'<dl class="bound">{words}</dl>' if words else ""

@@ -33,8 +33,8 @@ from paraxis.study.trial import Factors, Scalar, Trial
 THEORY = ("bubble_uniform", "bubble_replayed")  # drawn beside the bubble
 WIDE, SLIM = 880, 390
 MARKS = (
-    "Dots are repeats, or the samples of a single one; the larger ones their medians, lines their 95% intervals, "
-    "of fewer than five values their range."
+    "Small dots are repeats, or the samples of a single one; the larger ones their medians with 95% intervals, or with "
+    "the range of fewer than five."
 )
 
 
@@ -55,7 +55,7 @@ def html(study: dict[str, Any]) -> str:
     parts = [
         *analysis(study),
         *results(definition, trials),
-        ("laws", "Laws of scaling", laws(study)),
+        ("laws", "Laws of scaling", laws(study, definition)),
         ("missing", "Without figures", missing(trials, study["not_reached"])),
         ("notes", "Notes", notes(study, trials)),
         ("asked", "What was asked", asked(definition)),
@@ -132,8 +132,10 @@ def results(definition: Definition, trials: list[Trial]) -> list[Section]:
         rows = [(cell, fine) for cell, same in rows_of(grid, trials) if (fine := [t for t in same if t.status == "ok"])]
         if rows:
             number = len(found) + 1
-            content = ("" if own else pictures(grid, rows)) + figures(grid, rows)
-            found.append((f"grid-{number}", text(grid.title or "Results"), content))
+            drawn = "" if own else pictures(grid, rows)
+            content = drawn + (f"<p>{MARKS}</p>" if drawn and not found else "") + figures(grid, rows)
+            title = grid.title or "Results"
+            found.append((f"grid-{number}", text(title[:1].upper() + title[1:]), content))
     return found
 
 
@@ -171,7 +173,9 @@ def told(grid: Grid, rows: list[Row], measure: str) -> str:
         f"{number(value, measure)} ({words({key: cell[key] for key in varying if key in cell}, 0)})"
         for value, cell in (ranked[0], ranked[-1])
     ]
-    said = f"{HEADS.get(measure, measure)}: from {ends[0]} to {ends[1]}. {MARKS}"
+    said = f"{HEADS.get(measure, measure)}: from {ends[0]} to {ends[1]}."
+    if number(ranked[0][0], measure) == number(ranked[-1][0], measure):
+        said = f"{HEADS.get(measure, measure)}: {number(ranked[0][0], measure)} throughout, to the digits shown."
     if measure != "bubble":
         return said
     apart = [
@@ -228,7 +232,7 @@ def middle(trials: list[Trial], measure: str) -> float | None:
     return median(values) * SCALE.get(measure, 1.0) if values else None
 
 
-def laws(study: dict[str, Any]) -> str:
+def laws(study: dict[str, Any], definition: Definition) -> str:
     """Amdahl's and Gustafson's law over worker counts, or why they are not fitted."""
     found = [
         (given["equal"], Law.model_validate({k: v for k, v in given.items() if k != "equal"}))
@@ -240,12 +244,20 @@ def laws(study: dict[str, Any]) -> str:
 
     told = differing([equal for equal, _ in found])
     kept = [key for key in told if key not in ("batch", "batch_per_worker", "plan")] or told
+    cells = [cell for grid in definition.grids() for cell in grid.cells()]
+    # In the order of the charts above, so that colours stay the same.
+    found.sort(key=lambda pair: next((i for i, c in enumerate(cells) if alike(pair[0], c, kept)), len(cells)))
     named = [(" ".join(level(equal[key]) for key in kept if key in equal) or "all", law) for equal, law in found]
     caption = (
         "Speed-up over one worker with its 95% interval; strong scaling keeps the batch, weak scaling the batch of a "
         "worker. Dashed: ideal. More workers than usable cores are left out."
     )
     return figure(speedups(named, WIDE), speedups(named, SLIM), caption) + speedup.told(named)
+
+
+def alike(one: Factors, other: Factors, keys: list[str]) -> bool:
+    """Whether two trials have the same levels of some factors."""
+    return all(one.get(key) == other.get(key) for key in keys)
 
 
 def missing(trials: list[Trial], not_reached: list[dict[str, Any]]) -> str:
@@ -269,22 +281,24 @@ def notes(study: dict[str, Any], trials: list[Trial]) -> str:
 
 def asked(definition: Definition) -> str:
     """Factors and their levels, what is fixed, what is measured, how often, in which order."""
-    items: list[tuple[str, str]] = []
     if definition.procedure != "grid":
-        items += [(key, spelled(value)) for key, value in definition.parameters.items()]
-    for grid in definition.grids() if definition.procedure == "grid" else []:
-        head = f"{grid.title}: " if grid.title else ""
-        items += [(head + key, spelled(levels)) for key, levels in grid.factors.items()]
-        items += [(f"{head}fixed", words(grid.fixed, 0))] if grid.fixed else []
-        items += [(f"{head}left out", spelled(grid.exclude))] if grid.exclude else []
-        items += [(f"{head}measured", ", ".join(HEADS.get(m, m) for m in grid.measure or definition.measure))]
-        items += [(f"{head}repeats", str(grid.repeats))]
-    items.append(("seeds", "another for each repeat" if definition.vary_seed else "the same in each repeat"))
-    if definition.procedure == "grid":
-        order = "drawn anew for each repeat" if definition.order == "random" else "as written"
-        items.append(("order of trials", f"{order}; every trial once before any a second time"))
-    listed = "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in items)
-    return f'<dl class="setup">{listed}</dl>'
+        return _listed({key: spelled(value) for key, value in definition.parameters.items()})
+    whole = ""
+    for grid in definition.grids():
+        items = {key: spelled(levels) for key, levels in grid.factors.items()}
+        items["fixed"] = words(grid.fixed, 0)
+        items["left out"] = spelled(grid.exclude)
+        items["measured"] = ", ".join(HEADS.get(m, m) for m in grid.measure or definition.measure)
+        items["repeats"] = str(grid.repeats)
+        whole += (f"<h3>{text(grid.title)}</h3>" if grid.title else "") + _listed(items)
+    seeds = "draws other weights and batches" if definition.vary_seed else "has the same weights and batches"
+    order = "in an order drawn anew each time" if definition.order == "random" else "in the order written"
+    return f"{whole}<p>Every trial runs once before any a second time, {order}; a repeat {seeds}.</p>"
+
+
+def _listed(items: dict[str, str]) -> str:
+    lines = "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in items.items() if value)
+    return f'<dl class="setup">{lines}</dl>'
 
 
 def spelled(value: Any) -> str:

@@ -20,6 +20,7 @@ from paraxis.study.axes import Axes
 from paraxis.study.table import HEADS, PERCENT, SCALE, Row, level, samples_of
 from paraxis.study.trial import Trial
 
+ROOM = 12  # pixels between the labels of an axis and its title
 SPREAD = 30  # a factor between the largest and the least from which on an axis is logarithmic
 MEASURED, REPLAYED, UNIFORM = "measured", "replayed with its own median times", "equal stages, in theory"
 
@@ -37,7 +38,7 @@ def against(axes: Axes, rows: list[Row], measure: str, width: int = 760) -> str:
     fill = _fill(names, width)
     shift: Line = {"xOffset": alt.XOffset("series:N", sort=names)} if not axes.numeric and len(names) > 1 else {}
     dots = base.properties(data=named(data, "dots", dots_of(axes, rows, measure)))
-    layers = [dots.mark_circle(size=14, opacity=0.45).encode(x=x, y=y, color=fill, **shift)]
+    layers = [dots.mark_circle(size=20, opacity=0.5).encode(x=x, y=y, color=fill, **shift)]
     if axes.numeric:
         layers.append(base.mark_line(strokeWidth=1.6).encode(x=x, y=y, color=fill))
     layers.append(base.mark_rule(strokeWidth=1.6).encode(x=x, y=low, y2="high:Q", color=fill, **shift))
@@ -96,17 +97,19 @@ def _up(field: str, measure: str, points: list[Line]) -> alt.Y:
     form: Line = {"format": "~%"} if measure in PERCENT else {}
     if least > 0 and most / least > SPREAD:
         edges = domain([least, most], 1.25)
-        axis = ms_axis(values=ticks(edges), labelOverlap=True, format="~g")
+        axis = ms_axis(values=ticks(edges), labelOverlap=True, titlePadding=ROOM, format="~g")
         return alt.Y(f"{field}:Q", title=title, axis=axis, scale=alt.Scale(type="log", domain=edges, nice=False))
     scores = measure in ("final_accuracy", "final_loss", "mean_accuracy", "alone_accuracy")
-    return alt.Y(f"{field}:Q", title=title, axis=ms_axis(**form), scale=alt.Scale(zero=not scores))
+    return alt.Y(f"{field}:Q", title=title, axis=ms_axis(titlePadding=ROOM, **form), scale=alt.Scale(zero=not scores))
 
 
 def _fill(names: list[str], width: int) -> Any:
     fills = [colour("accent"), *LINES][: len(names)]
     if len(names) == 1:
         return alt.value(fills[0])
-    look = alt.Legend(orient="top", title=None, columns=1 if width < NARROW else 4, symbolType="circle")
+    look = alt.Legend(
+        orient="top", title=None, columns=1 if width < NARROW else 4, symbolType="circle", symbolOpacity=1
+    )
     return alt.Color("series:N", scale=alt.Scale(domain=names, range=fills), legend=look)
 
 
@@ -123,7 +126,12 @@ def bubbles(axes: Axes, rows: list[Row], width: int = 760) -> str:
     x = _across(axes, lines["bubble"])
     top = max(point["high"] for points in lines.values() for point in points)
     y, low = (
-        alt.Y(f"{field}:Q", title="bubble", axis=ms_axis(format="~%"), scale=alt.Scale(domain=[0, top], nice=True))
+        alt.Y(
+            f"{field}:Q",
+            title="bubble",
+            axis=ms_axis(titlePadding=ROOM, format="~%"),
+            scale=alt.Scale(domain=[0, top], nice=True),
+        )
         for field in ("y", "low")
     )
     look = alt.Legend(orient="top", title=None, columns=1 if narrow else 3, symbolType="circle")
@@ -164,13 +172,13 @@ def speedups(laws: list[tuple[str, Law]], width: int = 760) -> str:
         ]
         x = _across(Axes("workers", True, ()), points)
         y, low = (
-            alt.Y(f"{field}:Q", title="speed-up", axis=ms_axis(), scale=alt.Scale(domainMin=0))
+            alt.Y(f"{field}:Q", title="speed-up", axis=ms_axis(titlePadding=ROOM), scale=alt.Scale(domainMin=0))
             for field in ("y", "low")
         )
         title = "strong scaling" if kind == "amdahl" else "weak scaling"
         base = alt.Chart(named(data, f"{kind} points", points)).properties(width=plot, height=230, title=title)
         most = max(point["x"] for point in points)
-        ideal = base.properties(data=named(data, f"{kind} ideal", [{"x": n, "y": n} for n in (1, most)]))
+        ideal = base.properties(data=named(data, f"{kind} ideal", [{"x": n, "y": n} for n in _places(most)]))
         fitted = base.properties(
             data=named(data, f"{kind} law", [c for n, law in found for c in _fitted(n, law, most)])
         )
@@ -192,8 +200,12 @@ def _fitted(name: str, law: Law, most: int) -> list[Line]:
     curve: Callable[[float], float] = (
         (lambda n: 1 / (s + (1 - s) / n)) if law.law == "amdahl" else (lambda n: n - s * (n - 1))
     )
-    places = [most ** (i / 40) for i in range(41)]
-    return [{"x": n, "y": curve(n), "series": name} for n in places]
+    return [{"x": n, "y": curve(n), "series": name} for n in _places(most)]
+
+
+def _places(most: int) -> list[float]:
+    """From one worker to the most, close enough together for a curve."""
+    return [most ** (i / 40) for i in range(41)]
 
 
 def _rows_of(drawn: list[Line], columns: int) -> Line:
