@@ -22,7 +22,7 @@ const boxes = visible(document.querySelectorAll("main svg, header svg"));
 told.empty = boxes.filter(s => !s.querySelector("rect, path") || s.getBoundingClientRect().width < 100).length;
 told.pictures = boxes.length;
 const tall = svg => svg.getBoundingClientRect().height > 50;
-told.drawn = Object.fromEntries(["split", "timeline", "scaling", "loss", "memory", "traffic", "theatre"]
+told.drawn = Object.fromEntries(["split", "timeline", "scaling", "loss", "accuracy", "memory", "traffic", "theatre"]
   .map(id => [id, visible(document.querySelectorAll(`#${id} svg`)).filter(tall).length]));
 
 const table = document.querySelector("table.sortable");

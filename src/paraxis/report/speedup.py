@@ -56,6 +56,7 @@ def told(found: Sequence[tuple[str, Law]]) -> str:
     rows: list[TableRow] = []
     words = ""
     refused: dict[str, list[str]] = {}
+    beyond: dict[str, set[int]] = {}  # counts above the usable cores
     for name, law in found:
         rows += [
             ("", [text(name), "strong" if law.law == "amdahl" else "weak", *_figures(point)])
@@ -63,14 +64,18 @@ def told(found: Sequence[tuple[str, Law]]) -> str:
             if point.workers > 1
         ]
         if law.refusal and law.residual is None:
-            some = f"; left out as more than that: {', '.join(map(str, law.left_out))}" if law.left_out else ""
-            refused.setdefault(f"{law.law.capitalize()}'s law is not fitted: {law.refusal}{some}", []).append(name)
+            why = f"{law.law.capitalize()}'s law is not fitted: {law.refusal}"
+            refused.setdefault(why, []).append(name)
+            beyond.setdefault(why, set()).update(law.left_out)
         else:
             words += f"<dt>{text(name)}</dt><dd>{text(law.sentence)}</dd>"
     heads = ("Kind", "scaling", "workers", "speed-up [95%]", "serial fraction [95%]")
     alone = len(refused) == 1 and not words
-    reasons = [why if alone else f"{', '.join(names)}: {why}" for why, names in refused.items()]
-    said = "".join(f"<p>{text(why)}.</p>" for why in reasons)
+    said = ""
+    for why, names in refused.items():
+        whom = "" if alone else f"{', '.join(names)}: "
+        some = f"; left out as more than that: {', '.join(map(str, sorted(beyond[why])))}" if beyond[why] else ""
+        said += f"<p>{text(whom + why + some)}.</p>"
     figures = table("Speed-up over one worker", heads, rows, set(heads[2:])) if rows else ""
     under = "<p>The serial fraction is Karp and Flatt's, which needs no law.</p>" if rows else ""
     listed = f'<dl class="bound">{words}</dl>' if words else ""
