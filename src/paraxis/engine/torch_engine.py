@@ -12,8 +12,10 @@ from paraxis.engine.pausing import pausing_for
 from paraxis.engine.rules import RULES, State
 from paraxis.engine.statistics import joined
 from paraxis.engine.torch_stage import Step, TorchStage
-from paraxis.program.instructions import MOMENTS, Program
+from paraxis.program.instructions import MOMENTS, REDUCES, Program
+from paraxis.program.shares import chosen
 from paraxis.task.batches import Source
+from paraxis.task.shared import Shard, loss_of_parts, split
 from paraxis.task.task import Task
 
 
@@ -24,6 +26,7 @@ class TorchEngine:
         self.task = task
         own = program.stages_of(rank)
         self.score = torch.zeros(3, dtype=torch.float64)
+        self.shards = _share(task, program, rank)
         self.now = Step(task.train, torch.ones((), dtype=task.dtype), self.score)
         self.stages = {stage: TorchStage(self.now, task, program, stage) for stage in own}
         self.last_stage = own[-1] == len(program.stages) - 1
@@ -52,8 +55,10 @@ class TorchEngine:
         self.now.unit = self.now.unit.to(self.flat.params.device)
         named = {name: (first, last) for name, first, last in self.flat.names}
         self.tied = {number: named[tie.parameter] for number, tie in program.ties_of(rank).items()}
-        elsewhere = [self.tied[n] for n, tie in program.ties_of(rank).items() if tie.stages[0] not in own]
-        self.counted = _without(elsewhere, len(self.gradients_flat))  # in the norm: one copy of what is tied
+        elsewhere = {self.tied[n] for n, tie in program.ties_of(rank).items() if tie.stages[0] not in own}
+        if program.mesh.coordinates(rank)[2]:  # what is whole on every rank of its group is counted on the first
+            elsewhere |= {range_ for name, range_ in named.items() if name not in self.shards}
+        self.counted = _without(list(elsewhere), len(self.gradients_flat))  # in the norm: one copy of each
         self.norm = torch.zeros(1, dtype=torch.float64)
         self.running, self.collected = joined([stage.statistics for stage in self.stages.values()])
         replicas = program.mesh.dp if program.epilogue else 1  # those that agree later each train on their own batch
@@ -103,7 +108,7 @@ class TorchEngine:
         if name == "tied":
             first, last = self.tied[bucket]
             return self.gradients_flat[first:last]
-        if name in MOMENTS.values():
+        if name in (*MOMENTS.values(), *REDUCES):
             pausing = self.stages[stage].pausing
             assert pausing is not None, "only a stage that pauses has moments"
             return pausing.moments[bucket]
@@ -211,3 +216,15 @@ def _without(parts: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
     """The ranges of [0, size) that are left without some parts."""
     edges = [0, *(edge for part in sorted(parts) for edge in part), size]
     return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _share(task: Task, program: Program, rank: int) -> dict[str, Shard]:
+    """Keep this rank's part of what the ranks of its `tp` group share; of which tensors that leaves which part."""
+    tp, index = program.mesh.tp, program.mesh.coordinates(rank)[2]
+    if tp == 1:
+        return {}
+    own = chosen(tp, task.splits)
+    shards = split(task.net, own, task.draw, index, tp)
+    task.shared_loss = loss_of_parts(task.net, own, index, tp)
+    every = task.net.state_dict(keep_vars=True).items()
+    return {name: shards[id(value)] for name, value in every if id(value) in shards}

@@ -82,8 +82,6 @@ class Plan:
                 raise PlanError(f"{key}={getattr(self, key)}: it takes 1 or more")
         if self.bucket_bytes < 0:
             raise PlanError(f"bucket_bytes={self.bucket_bytes}: it takes 0 (all at once) or more, such as 1M")
-        if self.tp > 1:
-            raise PlanError(f"tp={self.tp}: tensor parallelism is not there yet; dp and pp are")
         self._check_words()
         if self.interleave == 1 and self._ordered():
             object.__setattr__(self, "interleave", STAGES.get(self.schedule, 1))
@@ -108,6 +106,8 @@ class Plan:
     def _check_engine(self) -> None:
         if self.engine == "plain" and (self.mesh.size > 1 or self.microbatches > 1):
             raise PlanError("engine=plain is the framework's own loop in one process; parallel plans take engine=torch")
+        if self.tp > 1 and self.engine == "native":
+            raise PlanError(f"tp={self.tp}: engine=native has no tensor parallelism; engine=torch has")
         if self.comm == "openmp" and self.engine != "native":
             raise PlanError(
                 f"comm=openmp: only engine=native has threads as ranks; engine={self.engine} takes mpi or gloo"

@@ -17,11 +17,19 @@ from paraxis.program.instructions import (
     COMPUTE,
     MOMENTS,
     RECEIVES,
+    REDUCES,
     SENDS,
     Instruction,
     Program,
 )
+from paraxis.program.meetings import awaited, begins, kind, reach
 
+SUMS = {
+    "moments": "the replicas' sums of batch norm {}",
+    "moment_grads": "the replicas' sums of batch norm {}'s gradient",
+    "ReduceAct": "the summed outputs of segment {}",
+    "ReduceGrad": "the summed gradients behind segment {}",
+}
 Fail = Callable[[int, str], NoReturn]
 
 
@@ -46,7 +54,8 @@ class _Rank:
     received: set[tuple[str, int, int]] = field(default_factory=set)
     open: dict[int, Instruction] = field(default_factory=dict)
     reduced: set[tuple[int, int]] = field(default_factory=set)  # (stage, bucket)
-    met: set[tuple[str, int, int]] = field(default_factory=set)  # (buffer, stage, batch norm) of known sums
+    met: set[tuple[str, int, int, int]] = field(default_factory=set)  # (buffer or op, stage, border, microbatch)
+    midway: dict[int, Instruction] = field(default_factory=dict)  # of each stage, what stands still in the middle of it
     tied: set[int] = field(default_factory=set)  # ties whose copies have been added up
     parted: set[tuple[int, int, int]] = field(default_factory=set)  # I whose W is still to come
     factors: bool = False  # of weight gradients: those of all ranks are there
@@ -78,12 +87,12 @@ def _unrolled(program: Program) -> list[str]:
 
 
 def _check_slices(program: Program, part: str) -> None:
-    """Every stage computes every slice of the global batch, each once."""
-    wanted = list(range(program.mesh.dp * program.microbatches))
-    for stage in range(len(program.stages)):
-        cells = [i for row in program.body(part) for i in row if i.op == "F" and i.stage == stage and i.segment == 0]
-        if cells and sorted(i.slice for i in cells) != wanted:
-            found = sorted(i.slice for i in cells)
+    """Every stage computes every slice of the global batch, each once (on every rank that shares its layers)."""
+    wanted, tp = list(range(program.mesh.dp * program.microbatches)), program.mesh.tp
+    for stage, own in ((stage, own) for stage in range(len(program.stages)) for own in range(tp)):
+        rows = program.body(part)[own::tp]
+        found = sorted(i.slice for row in rows for i in row if (i.op, i.stage, i.segment) == ("F", stage, 0))
+        if found and found != wanted:
             raise ProgramError(f"stage {stage} of {part} computes slices {found} of the batch instead of {wanted}")
 
 
@@ -100,6 +109,8 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             own, stages = ", ".join(map(str, program.stages_of(rank))), len(program.stages)
             known = f"there are {program.microbatches} microbatches and {stages} stages, of which {own} here"
             fail(slot, f"{i.label()} of stage {i.stage}: {known}")
+        if i.op in MOMENTS:
+            _check_midway(program, state, i, slot, fail)
         if i.op == "F":
             _check_forward(program, state, i, slot, fail)
         elif i.op == "W":
@@ -112,8 +123,8 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             _check_send(program, state, i, slot, fail)
         elif i.waits and i.base in RECEIVES:
             state.received.add((i.base, i.stage, i.microbatch))
-        elif i.buffer in MOMENTS.values():
-            _check_moments(program, state, i, slot, fail)
+        elif i.buffer in MOMENTS.values() or i.base in REDUCES:
+            _check_meeting(program, state, i, slot, fail)
         elif i.buffer == "tied":
             _check_tie(program, rank, state, i, slot, fail)
         elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm"):
@@ -145,37 +156,29 @@ def _check_forward(program: Program, state: _Rank, i: Instruction, slot: int, fa
         fail(slot, f"{i.label()} runs twice")
     if i.segment > 0 and (i.stage, i.segment - 1, i.microbatch) not in state.forward:
         fail(slot, f"{i.label()} before the segment in front of it")
-    if (
-        i.segment > 0
-        and program.synchronised()
-        and i.rule != "evaluate"
-        and ("moments", i.stage, i.segment - 1) not in state.met
-    ):
-        fail(slot, f"{i.label()} before the replicas' sums of batch norm {i.segment - 1} are there")
     if i.segment == 0 and i.stage > 0 and ("RecvAct", i.stage, i.microbatch) not in state.received:
         fail(slot, f"{i.label()} before its activation has arrived")
     if i.stage in (0, len(program.stages) - 1) and (i.stage, i.microbatch) not in state.loaded:
         fail(slot, f"{i.label()} before its samples are loaded")
-    state.forward.add(key)
+    state.forward |= {(i.stage, k, i.microbatch) for k in _covered(program, i)}
 
 
 def _check_backward(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
     key = (i.stage, i.segment, i.microbatch)
     last_segment = len(program.segments[i.stage]) - 1
+    own = _covered(program, i)
     if key in state.backward:
         fail(slot, f"{i.label()} runs twice")
-    if key not in state.forward:
+    if any((i.stage, k, i.microbatch) not in state.forward for k in own):
         fail(slot, f"{i.label()} before its forward")
-    if i.segment < last_segment and (i.stage, i.segment + 1, i.microbatch) not in state.backward:
+    if own[-1] < last_segment and (i.stage, own[-1] + 1, i.microbatch) not in state.backward:
         fail(slot, f"{i.label()} before the segment behind it")
-    if i.segment < last_segment and program.synchronised() and ("moment_grads", i.stage, i.segment) not in state.met:
-        fail(slot, f"{i.label()} before the replicas' sums of batch norm {i.segment}'s gradient are there")
-    needs = i.segment == last_segment and i.stage < len(program.stages) - 1
+    needs = own[-1] == last_segment and i.stage < len(program.stages) - 1
     if needs and ("RecvGrad", i.stage, i.microbatch) not in state.received:
         fail(slot, f"{i.label()} before its gradient has arrived")
     if (i.stage, i.segment) in state.reduced:
         fail(slot, f"{i.label()} adds to bucket {i.segment} after its reduction has started")
-    state.backward.add(key)
+    state.backward |= {(i.stage, k, i.microbatch) for k in own}
     if i.op == "I":
         state.parted.add(key)
 
@@ -187,17 +190,46 @@ def _check_send(program: Program, state: _Rank, i: Instruction, slot: int, fail:
         fail(slot, f"{i.label()} before {'F' if act else 'B'}{i.microbatch} has made it")
 
 
-def _check_moments(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
-    """What replicas add up in the middle of a batch norm has just been measured, and is used by what comes next."""
-    stage, forward = i.stage, i.buffer == "moments"
-    if not 0 <= i.bucket < len(program.segments[stage]) - 1:
-        fail(slot, f"{i.label()}: stage {stage} has {len(program.segments[stage]) - 1} batch norms")
-    done = {segment for s, segment, _ in (state.forward if forward else state.backward) if s == stage}
-    before, behind = (i.bucket, i.bucket + 1) if forward else (i.bucket + 1, i.bucket)
-    if before not in done or behind in done:
+def _covered(program: Program, i: Instruction) -> range:
+    """The segments that a computation covers."""
+    return range(i.segment, reach(kind(i), program.borders(i.stage), i.segment) + 1)
+
+
+def _check_midway(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    """What stands still where ranks meet goes on before its stage computes anything else, and once they have met."""
+    words, op = program.borders(i.stage), kind(i)
+    if i.segment not in begins(op, words):
+        fail(slot, f"{i.label()}: nothing stops a computation in front of segment {i.segment} of stage {i.stage}")
+    before = state.midway.pop(i.stage, None)
+    if before and (kind(before), before.microbatch) != (op, i.microbatch):
+        fail(slot, f"{i.label()} while {before.label()} stands still in the middle of stage {i.stage}")
+    wanted = awaited(i, words)
+    if wanted and (wanted[1], i.stage, wanted[0], _of_microbatch(i, wanted[1])) not in state.met:
+        fail(slot, f"{i.label()} before {SUMS[wanted[1]].format(wanted[0])} are there")
+    ends = i.segment - 1 if op == "B" else reach(op, words, i.segment)
+    if 0 <= ends < len(words) and words[ends] != "cut":
+        state.midway[i.stage] = i
+
+
+def _of_microbatch(i: Instruction, met: str) -> int:
+    """Batch norms over all ranks have but one."""
+    return i.microbatch if met in REDUCES else -1
+
+
+def _check_meeting(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    """What ranks add up in the middle of a stage has just been made, and is used by what comes next."""
+    stage, forward = i.stage, i.buffer == "moments" or i.base == "ReduceAct"
+    words, border = program.borders(stage), i.segment if i.base in REDUCES else i.bucket
+    word = {"ReduceAct": "act", "ReduceGrad": "grad"}.get(i.base, "norm")
+    if not 0 <= border < len(words) or words[border] != word:
+        found = f"{sum(w == word for w in words)} batch norms" if word == "norm" else f"borders {', '.join(words)}"
+        fail(slot, f"{i.label()}: stage {stage} has {found}")
+    mine = {(s, k) for s, k, m in (state.forward if forward else state.backward) if m == max(i.microbatch, 0)}
+    before, behind = (border, border + 1) if forward else (border + 1, border)
+    if (stage, before) not in mine or (stage, behind) in mine:
         fail(slot, f"{i.label()} must stand between segments {before} and {behind}")
     if i.waits:
-        state.met.add((i.buffer, stage, i.bucket))
+        state.met.add((i.buffer or i.base, stage, border, i.microbatch))
 
 
 def _check_weight_gradient(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:

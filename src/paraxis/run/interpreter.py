@@ -152,6 +152,32 @@ def _reduced_bytes(tensor: Tensor, ranks: int) -> int:
     return 2 * (ranks - 1) * tensor.nbytes // ranks
 
 
+def _meet_start(i: Instruction, c: Context) -> Action:
+    """What a stage that stands still in its middle has just made becomes the sum over its group."""
+    comm = c.axes[i.axis]
+
+    def start() -> None:
+        tensor = c.engine.buffer(i.base, i.segment, i.stage)
+        c.open[i.token] = [comm.all_reduce_start(tensor)]
+        c.sent[0] += _reduced_bytes(tensor, comm.size)
+
+    return start
+
+
+def _meet_at_once(i: Instruction, c: Context) -> Action:
+    comm = c.axes[i.axis]
+
+    def meet() -> None:
+        tensor = c.engine.buffer(i.base, i.segment, i.stage)
+        comm.all_reduce(tensor)
+        c.sent[0] += _reduced_bytes(tensor, comm.size)
+
+    return meet
+
+
+AT_ONCE = {"AllReduce": _reduce_at_once, "ReduceAct": _meet_at_once, "ReduceGrad": _meet_at_once}
+
+
 def _scatter(i: Instruction, c: Context) -> Action:
     """Here every rank receives the whole sum and uses its own part; the engine's update keeps to that part."""
     begin = _reduce_start(i, c)
@@ -196,6 +222,10 @@ BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
     "RecvGradWait": _received,
     "AllReduceStart": _reduce_start,
     "AllReduceWait": _reduce_wait,
+    "ReduceActStart": _meet_start,
+    "ReduceActWait": _wait,
+    "ReduceGradStart": _meet_start,
+    "ReduceGradWait": _wait,
     "ReduceScatterStart": _scatter,
     "ReduceScatterWait": _reduce_wait,
     "AllGatherStart": _gather,
@@ -234,10 +264,10 @@ class Rank:
         actions: list[Action] = []
         for n, i in enumerate(instructions):
             before, behind = instructions[n - 1 : n], instructions[n + 1 : n + 2]
-            if self.blocking and i.base == "AllReduce" and i.starts and behind and behind[0].token == i.token:
+            if self.blocking and i.base in AT_ONCE and i.starts and behind and behind[0].token == i.token:
                 actions.append(lambda: None)
-            elif self.blocking and i.base == "AllReduce" and i.waits and before and before[0].token == i.token:
-                actions.append(_reduce_at_once(i, self.context))
+            elif self.blocking and i.base in AT_ONCE and i.waits and before and before[0].token == i.token:
+                actions.append(AT_ONCE[i.base](i, self.context))
             else:
                 actions.append(bind(i, self.context))
         return actions
