@@ -21,7 +21,7 @@ class Layout:
     statistics: bool = False
     clip: bool = False
     cuttable: str = ""
-    tied: tuple[tuple[int, int, str], ...] = ()  # (first layer, last layer, parameter) that share one parameter
+    tied: tuple[tuple[int, int, str], ...] = ()  # (first layer, another, parameter) that share one
     norms: tuple[int, ...] = ()
 
 
@@ -83,6 +83,8 @@ def synchronised(plan: Plan, layout: Layout) -> bool:
         return False
     if plan.microbatches > 1 or plan.sync != "gradient":
         raise PlanError("batch norm over the whole batch needs microbatches=1 and sync=gradient; or a smaller bn_group")
+    if plan.zero > 1:
+        raise PlanError(f"zero={plan.zero}: batch norm over the whole batch cuts layers in two; zero=1 does not mind")
     if plan.bucket_bytes:
         raise PlanError(
             "bucket_bytes: synchronised batch norm cuts stages where its layers are; leave bucket_bytes out"

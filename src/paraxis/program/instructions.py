@@ -16,10 +16,12 @@ BACKWARD = ("B", "I")  # what ends the life of an activation
 SENDS = ("SendAct", "SendGrad")
 RECEIVES = ("RecvAct", "RecvGrad")
 COLLECTIVES = ("AllReduce", "ReduceScatter", "AllGather")
+MEMORY = ("Reserve", "Release")  # of a bucket that is whole only while it is needed (ZeRO)
 MOMENTS = {"F": "moments", "B": "moment_grads"}  # what replicas add up where a batch norm cuts a stage
 OPS = (
     *("Load", "F", "B", "I", "W", "Update"),
     *(f"{op}{end}" for op in (*SENDS, *RECEIVES, *COLLECTIVES) for end in ("Start", "Wait")),
+    *MEMORY,
 )
 
 
@@ -31,7 +33,8 @@ class Instruction:
     direction of the mesh, `buffer` a declared buffer, `bucket` a segment's part of it (-1: all), `rule` an update rule.
     A `W` with rule "owner" computes the rank's own block of the weights' gradient, over the samples of all replicas.
     Of buffers `moments` (in a forward) and `moment_grads` (in a backward), `bucket` is the batch norm between segments
-    `bucket` and `bucket` + 1.
+    `bucket` and `bucket` + 1. What shards a bucket's memory names the `segment`, microbatch and op (as `rule`) that it
+    is made whole for.
     """
 
     op: str
@@ -68,9 +71,10 @@ class Instruction:
         return self.stage - (self.base in ("RecvAct", "SendGrad"))
 
     @property
-    def meeting(self) -> tuple[str, str, str, int, int]:
+    def meeting(self) -> tuple[str | int, ...]:
         """Of a collective: what the ranks of its group must have in common."""
-        return self.base, self.axis, self.buffer, -1 if self.axis == "pp" else self.stage, self.bucket
+        place = -1 if self.axis == "pp" else self.stage
+        return self.base, self.axis, self.buffer, place, self.bucket, self.segment, self.microbatch, self.rule
 
     def text(self) -> str:
         """`F stage=0 segment=1 microbatch=2`; `parse_instruction` gives the same back."""
@@ -88,15 +92,20 @@ class Instruction:
         short = {"SendAct": "sA", "SendGrad": "sG", "RecvAct": "rA", "RecvGrad": "rG", "AllReduce": "AR", "Load": "L"}
         short |= {"ReduceScatter": "RS", "AllGather": "AG"}
         mark = "<" if self.starts else ">" if self.waits else ""
-        number = self.microbatch if self.microbatch >= 0 else self.bucket
         if self.buffer in MOMENTS.values():
             return f"ARm{self.bucket}{mark}"
+        if self.op in MEMORY:
+            return f"{'+' if self.op == 'Reserve' else '-'}{self.buffer[:1]}{self.bucket}"
+        number = self.bucket if self.base in COLLECTIVES else self.microbatch
         return f"{short[self.base]}{number if number >= 0 else self.buffer[:1]}{mark}"
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """A named flat buffer of every rank; `shared` is one copy that several ranks see."""
+    """A named flat buffer of every rank; `shared` is one copy that several ranks see, `sharded` a replica's share of it.
+
+    The buffer `state` is what the optimiser keeps of every parameter; it is only declared where it is sharded.
+    """
 
     name: str
     scope: str = "private"
@@ -134,6 +143,11 @@ class Program:
     def common(self) -> bool:
         """Whether replicas have one copy of the weights."""
         return any(b.name == "params" and b.scope == "shared" for b in self.buffers)
+
+    @property
+    def zero(self) -> int:
+        """The stage of ZeRO: how many of optimizer state, gradients and parameters replicas shard, in this order."""
+        return sum(b.scope == "sharded" for b in self.buffers)
 
     def synchronised(self) -> bool:
         """Whether replicas have batch norms in common, which cut their stages into segments."""

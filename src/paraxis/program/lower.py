@@ -6,7 +6,7 @@ Read `lower` first: it is the table of contents.
 from paraxis.plan.plan import Plan, period
 from paraxis.program.cut import Layout, bucketed, cut, norm_by_norm, synchronised
 from paraxis.program.instructions import MOMENTS, Buffer, Program
-from paraxis.program.passes import averaging, evaluation, scoring, training
+from paraxis.program.passes import averaging, evaluation, scoring, state, training
 
 
 def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
@@ -25,8 +25,10 @@ def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
         bodies["average"] = [training(plan, layout, segments, rank, "average") for rank in range(plan.mesh.size)]
         bodies["settle"] = [averaging(layout, first_token=0) for _ in range(plan.mesh.size)]
         runs = [("local", every - 1)] * (every > 1) + [("average", 1)]
-    bodies["evaluate"] = [evaluation(plan, rank, segments) for rank in range(plan.mesh.size)]
+    bodies["evaluate"] = [evaluation(plan, layout, rank, segments) for rank in range(plan.mesh.size)]
     bodies["score"] = [scoring(plan, rank) for rank in range(plan.mesh.size)]
+    if plan.zero == 3:
+        bodies["state"] = [state(plan, rank, segments) for rank in range(plan.mesh.size)]
     return Program(
         mesh=plan.mesh,
         stages=stages,
@@ -50,5 +52,7 @@ def buffers(layout: Layout, plan: Plan) -> list[Buffer]:
     names += ["statistics", "running"] * layout.statistics + ["norm"] * layout.clip
     names += list(MOMENTS.values()) * synchronised(plan, layout)
     names += ["factors"] * (plan.gradients == "owner")
+    names += ["state"] * (plan.zero > 0)
+    scopes = dict.fromkeys(names, "private") | dict.fromkeys(("state", "grads", "params")[: plan.zero], "sharded")
     common = ("params", "running", "factors") if shared(plan) or plan.sync == "hogwild" else ()
-    return [Buffer(name, "shared" if name in common else "private") for name in names]
+    return [Buffer(name, "shared" if name in common else scopes[name]) for name in names]

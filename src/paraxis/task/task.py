@@ -143,7 +143,7 @@ class Task:
             statistics=any(b.is_floating_point() for m in self.net.modules() for b in running(m)),
             clip=self.spec.clip is not None,
             cuttable=self.cuttable,
-            tied=tuple((at[0], at[-1], self.names[key]) for key, at in owners.items() if at[0] != at[-1]),
+            tied=tuple((at[0], other, self.names[key]) for key, at in owners.items() for other in at[1:]),
             norms=tuple(map(len, self.norms)),
         )
 
