@@ -127,7 +127,7 @@ class Plan:
         if self.engine == "native":
             raise PlanError(f"zero={self.zero}: engine=native keeps its weights whole; engine=torch can shard them")
         if self.sync != "gradient":
-            raise PlanError(f"zero={self.zero}: replicas with sync={self.sync} differ, so none can keep another's share")
+            raise PlanError(f"zero={self.zero}: with sync={self.sync} replicas differ; shares take sync=gradient")
 
     def _check_interleave(self) -> None:
         if self.interleave > 1 and self.microbatches > 1 and (self.schedule or "1f1b") in ONE_STAGE:

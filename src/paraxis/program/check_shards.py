@@ -1,4 +1,4 @@
-"""What the checker knows of ZeRO: which buckets are whole on a rank, and whether shares are reduced, updated, gathered."""
+"""What the checker knows of ZeRO: which buckets are whole on a rank, and when shares may be updated and gathered."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

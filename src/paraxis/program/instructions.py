@@ -102,9 +102,9 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A named flat buffer of every rank; `shared` is one copy that several ranks see, `sharded` a replica's share of it.
+    """A named flat buffer of every rank; `shared` is one copy that several ranks see, `sharded` each replica's share.
 
-    The buffer `state` is what the optimiser keeps of every parameter; it is only declared where it is sharded.
+    The buffer `state` is what the optimiser keeps of every parameter; it is declared only where it is sharded.
     """
 
     name: str
