@@ -18,7 +18,9 @@ I = Instruction  # noqa: E741  (the passes below are tables of instructions)
 
 def used_buckets(segments: Cuts, layout: Layout) -> Used:
     """A segment computes with its own bucket, and with that of the first segment that shares a parameter with it."""
-    used = {(s, k): (k,) for s, cuts in enumerate(segments) for k in range(len(cuts))}
+    used: dict[tuple[int, int], tuple[int, ...]] = {
+        (s, k): (k,) for s, cuts in enumerate(segments) for k in range(len(cuts))
+    }
     place = {layer: (s, k) for s, cuts in enumerate(segments) for k, (a, b) in enumerate(cuts) for layer in range(a, b)}
     for first, last, _ in layout.tied:
         (stage, owner), user = place[first], place[last]
