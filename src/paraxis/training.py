@@ -139,8 +139,8 @@ def evaluate(session: Session, plan: Plan, which: str, key: str = KEY, most: int
 
 def _save(session: Session, plan: Plan, out: Path) -> Path:
     """One plain state_dict from the parts of all stages; written whole or not at all."""
-    if plan.processes == 1 or (plan.dp > 1 and not plan.exact):
-        ranks = list(range(plan.processes))  # replicas agree before they are saved, which takes all of them
+    if plan.processes == 1 or plan.zero == 3 or (plan.dp > 1 and not plan.exact):
+        ranks = list(range(plan.processes))  # replicas agree, or gather, before they are saved, which takes all of them
     else:
         ranks = [plan.mesh.rank(0, stage) for stage in range(plan.pp)]
     state: dict[str, Any] = {}

@@ -201,6 +201,8 @@ def settle(ranks: list[Rank]) -> None:
 def outcome(ranks: list[Rank]) -> Outcome:
     rows = [rank.engine.losses for rank in ranks if rank.engine.losses]
     losses = [sum(loss for loss, _ in step) / sum(weight for _, weight in step) for step in zip(*rows, strict=True)]
+    if "state" in ranks[0].bodies:
+        reference.run_body(ranks, "state")  # as Rank.state does, on all ranks together
     return Outcome(losses, [rank.engine.state() for rank in ranks])
 
 

@@ -180,6 +180,10 @@ class NativeEngine:
         """This stage's part of the network's state_dict."""
         return get_weights(self.ensemble, self.task, [0], self.done)
 
+    def square_sum(self) -> float:
+        """Of the parameters."""
+        return float(self.flat.params.square().sum())
+
     def bytes_held(self) -> int:
         """Bytes of weights, gradients and the optimiser's state."""
         return 3 * self.flat.params.nbytes + self.threads * self.flat.grads.nbytes

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from paraxis.errors import ProgramError
+from paraxis.program.check_shards import Shards
 from paraxis.program.grid import point_at
 from paraxis.program.hang import check_hang
 from paraxis.program.instructions import (
@@ -66,7 +67,7 @@ class _Rank:
 def check(program: Program) -> Checked:
     """Raises ProgramError or Deadlock with the grid and an arrow at the fault; else tells the peak of live work."""
     peaks = [0] * program.mesh.size
-    for part in (*_unrolled(program), *(name for name, _ in program.epilogue), "evaluate", "score"):
+    for part in (*_unrolled(program), *_apart(program)):
         body = program.body(part)
         if len(body) != program.mesh.size:
             raise ProgramError(f"body {part} has {len(body)} ranks, but the mesh has {program.mesh.size}")
@@ -75,7 +76,7 @@ def check(program: Program) -> Checked:
             peaks[rank] = max(peaks[rank], peak)
         _check_slices(program, part)
     check_hang(program.mesh, [program.body(part) for part in _unrolled(program)])
-    for name in ("evaluate", "score", *(name for name, _ in program.epilogue)):
+    for name in _apart(program):
         check_hang(program.mesh, [program.body(name)])
     return Checked(tuple(peaks))
 
@@ -84,6 +85,12 @@ def _unrolled(program: Program) -> list[str]:
     """A period plus one step; long runs of one body are as good as two of it."""
     names = [name for name, times in program.period for _ in range(min(times, 2))]
     return [*names, names[0]]
+
+
+def _apart(program: Program) -> list[str]:
+    """Bodies that run by themselves."""
+    shared = {name for name, _ in program.bodies} & {"evaluate", "score", "state"}
+    return [*(name for name, _ in program.epilogue), *sorted(shared)]
 
 
 def _check_slices(program: Program, part: str) -> None:
@@ -98,13 +105,14 @@ def _check_slices(program: Program, part: str) -> None:
 
 def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[Instruction]) -> int:
     """What one rank can violate alone, in one body. Returns the peak of live microbatches."""
-    state, body = _Rank(), program.body(part)
+    state, body, shards = _Rank(), program.body(part), Shards(program.zero)
 
     def fail(slot: int, why: str) -> NoReturn:
         raise ProgramError(f"rank {rank}, slot {slot} of {part}: {why}\n{point_at(body, rank, slot)}")
 
     for slot, i in enumerate(instructions):
         _check_token(state, i, slot, fail)
+        shards.see(i, slot, fail)
         if i.op in COMPUTE and not (0 <= i.microbatch < program.microbatches and i.stage in program.stages_of(rank)):
             own, stages = ", ".join(map(str, program.stages_of(rank))), len(program.stages)
             known = f"there are {program.microbatches} microbatches and {stages} stages, of which {own} here"
@@ -133,6 +141,7 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
     if state.open:
         token, i = next(iter(state.open.items()))
         fail(len(instructions) - 1, f"{i.op} {i.label()} (token {token}) is never awaited")
+    shards.end(set(_buckets(program, rank)), len(instructions) - 1, fail)
     if any(i.op in BACKWARD for row in body for i in row):
         _check_complete(program, state, rank, fail, len(instructions) - 1)
         _check_shared(program, state, instructions, fail)
@@ -268,11 +277,14 @@ def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: 
 def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
     """Reductions and updates: complete gradients only, and no write between F and B of a microbatch."""
     live = state.forward - state.backward
-    if (i.rule in ("step", "hogwild") or i.buffer == "params") and live:
+    writes = i.rule in ("step", "hogwild") or (i.buffer == "params" and program.zero < 3)
+    if writes and live:
         fail(slot, f"{i.label()} writes parameters while microbatch {min(live)[2]} is between F and B")
     if i.starts and i.buffer == "grads":
         for stage, bucket in _buckets(program, rank) if i.bucket < 0 else [(i.stage, i.bucket)]:
             done = sum(1 for s, k, _ in state.backward - state.parted if (s, k) == (stage, bucket))
+            if done < program.microbatches and program.zero > 1:
+                return  # reduced microbatch by microbatch
             if done < program.microbatches:
                 fail(slot, f"bucket {bucket} is reduced after {done} of {program.microbatches} microbatches")
             state.reduced.add((stage, bucket))
@@ -280,7 +292,7 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
         fail(slot, f"{i.label()} before every microbatch has made its part")
     if i.waits and i.base == "AllGather":
         state.factors |= i.buffer == "factors"
-        state.gathered |= i.buffer == "params"
+        state.gathered |= i.buffer == "params" and program.zero < 3
     if i.rule in ("step", "norm") and (missing := program.ties_of(rank).keys() - state.tied):
         fail(slot, f"{i.label()} before the copies of {program.ties[min(missing)].parameter} have been added up")
     if i.rule == "step":

@@ -11,6 +11,7 @@ from paraxis.plan.schedules import SCHEDULES, Order
 from paraxis.program.cut import Layout
 from paraxis.program.instructions import Instruction, Tie
 from paraxis.program.meetings import Words, add_meetings, begins
+from paraxis.program.zero import copying, gather_parameters, shard_gradients, shard_parameters, used_buckets
 
 Body = list[Instruction]
 Cuts = tuple[Sequence[Sequence[tuple[int, int]]], Sequence[Words]]  # of every stage, its segments and their borders
@@ -25,7 +26,13 @@ def training(plan: Plan, layout: Layout, cuts: Cuts, ties: Sequence[Tie], rank: 
     meets = any(word != "cut" for own in cuts[1] for word in own)
     if agree == "gradient" and plan.dp > 1:
         whole = meets or (plan.interleave > 1 and not plan.bucket_bytes)
-        body = add_reductions(body, _whole(body) if whole else _each(cuts, body))
+        buckets = _whole(body) if whole else _each(cuts, body)
+        if plan.zero < 2:
+            body = add_reductions(body, buckets, "ReduceScatter" if plan.zero else "AllReduce")
+        else:
+            body = shard_gradients(body, used_buckets(cuts[0], layout))
+    if plan.zero == 3:
+        body = shard_parameters(body, used_buckets(cuts[0], layout))
     body = add_totals(body, plan, layout, place)
     body = add_transfers(body, plan, rank)  # last, so that a gradient is on its way before a reduction begins
     body = add_meetings(body, cuts[1])
@@ -33,6 +40,8 @@ def training(plan: Plan, layout: Layout, cuts: Cuts, ties: Sequence[Tie], rank: 
         body = part_weight_gradients(body)
     body = [I("Update", stage=place, rule="zero"), *body]
     body += finish(plan, layout, place, agree, add_ties(plan, ties, place))
+    if plan.zero in (1, 2):
+        body += gather_parameters((stage, bucket) for (stage, _), bucket in buckets.items())
     return pair_tokens(body)
 
 
@@ -103,7 +112,7 @@ def add_transfers(body: Body, plan: Plan, rank: int) -> Body:
     return out + list(sending.values())
 
 
-def add_reductions(body: Body, buckets: dict[tuple[int, int], int]) -> Body:
+def add_reductions(body: Body, buckets: dict[tuple[int, int], int], op: str = "AllReduce") -> Body:
     """A bucket's reduction starts as soon as its last gradient is there; all are awaited before the update.
 
     `buckets`: the bucket that is complete with the last B (or W) of a (stage, segment); -1: all of the rank's.
@@ -113,8 +122,8 @@ def add_reductions(body: Body, buckets: dict[tuple[int, int], int]) -> Body:
     for index, i in enumerate(body):
         out.append(i)
         if i.op in ("B", "W") and ends[i.stage, i.segment] == index and (i.stage, i.segment) in buckets:
-            out.append(_reduce("Start", i.stage, "grads", buckets[i.stage, i.segment]))
-    return out + [_reduce("Wait", stage, "grads", buckets[stage, k]) for stage, k in reversed(buckets)]
+            out.append(_reduce("Start", i.stage, "grads", buckets[i.stage, i.segment], op))
+    return out + [_reduce("Wait", stage, "grads", buckets[stage, k], op) for stage, k in reversed(buckets)]
 
 
 def part_weight_gradients(body: Body) -> Body:
@@ -151,9 +160,12 @@ def finish(plan: Plan, layout: Layout, stage: int, agree: str, tied: Body) -> Bo
     common = agree in ("shared", "owner")
     if agree == "shared":
         body += _both("dp", "grads", "sum", "ReduceScatter")
+    apart = common or plan.zero > 0  # of reduced gradients, each replica has its own share
+    if apart and layout.weight_in_data:
+        body += _both("dp", "totals", "sum")
     if layout.clip:
         body.append(I("Update", stage=stage, rule="norm"))
-        if common:
+        if apart:
             body += _both("dp", "norm", "sum")
         if plan.pp > 1:
             body += _both("pp", "norm", "sum")
@@ -174,11 +186,13 @@ def averaging(layout: Layout, first_token: int | None) -> Body:
     return body if first_token is None else pair_tokens(body)
 
 
-def evaluation(plan: Plan, rank: int, cuts: Cuts) -> Body:
+def evaluation(plan: Plan, layout: Layout, rank: int, cuts: Cuts) -> Body:
     """Forward only over the same stages; scores add up on the last one."""
     dp, place, _ = plan.mesh.coordinates(rank)
     own = range(place, plan.stages, plan.pp)
     body = expand([("F", s, i) for s in own for i in range(plan.microbatches)], plan, dp, cuts, rule="evaluate")
+    if plan.zero == 3:
+        body = shard_parameters(body, used_buckets(cuts[0], layout))
     return pair_tokens(add_meetings(add_transfers(body, plan, rank), cuts[1]))
 
 
@@ -186,6 +200,12 @@ def scoring(plan: Plan, rank: int) -> Body:
     """Replicas of the last stage add up loss, weight and hits; the others have nothing to say."""
     last = plan.mesh.coordinates(rank)[1] == plan.pp - 1
     return pair_tokens(_both("dp", "score", "sum")) if last and plan.dp > 1 else []
+
+
+def state(plan: Plan, rank: int, cuts: Cuts) -> Body:
+    """How the weights that no rank has whole come to be read."""
+    own = range(plan.mesh.coordinates(rank)[1], plan.stages, plan.pp)
+    return pair_tokens(copying((s, k) for s in own for k in range(len(cuts[0][s]))))
 
 
 def pair_tokens(body: Body) -> Body:
@@ -208,5 +228,5 @@ def _both(axis: str, buffer: str, reduction: str, op: str = "AllReduce") -> Body
     return [I(f"{op}{end}", axis=axis, buffer=buffer, reduction=reduction) for end in ("Start", "Wait")]
 
 
-def _reduce(end: str, stage: int, buffer: str, bucket: int) -> Instruction:
-    return I(f"AllReduce{end}", stage=stage, axis="dp", buffer=buffer, bucket=bucket, reduction="sum")
+def _reduce(end: str, stage: int, buffer: str, bucket: int, op: str = "AllReduce") -> Instruction:
+    return I(f"{op}{end}", stage=stage, axis="dp", buffer=buffer, bucket=bucket, reduction="sum")

@@ -222,8 +222,7 @@ class Duties:
 
     def norm(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """Sum of squares of this rank's parameters."""
-        rank = _some(self._ready(request["key"]).rank)
-        return rank.square_sum() if isinstance(rank, Team) else float(rank.engine.flat.params.square().sum())
+        return float(_some(self._ready(request["key"]).rank).square_sum())
 
     def drop(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Forget a plan."""
@@ -333,10 +332,8 @@ class Duties:
         return out
 
     def _state(self, running: Running) -> dict[str, Tensor]:
-        if isinstance(running.rank, Team):
-            return running.rank.state()
         if running.rank is not None:
-            return dict(running.rank.engine.state())
+            return running.rank.state()
         return {k: v.detach().clone() for k, v in _some(running.plain).task.net.state_dict().items()}
 
 
