@@ -65,11 +65,14 @@ def learn(session: Session, rows: list[Row], study: Study, clock: Clock, budget:
         return
     chosen = pupils(rows, study)
     clock = Clock(min(clock.budget, clock.spent() + reserve(session, budget)), clock.start)
+    if clock.left() < LEAST / 2:
+        study.accuracy_skipped = "proving and measuring have spent the budget; raise --budget"
+        return
     session.tell("comparing accuracy", min(1.0, clock.spent() / clock.budget))
     _forget(session, rows)
-    chosen = [pupil for pupil in chosen if _ready(session, pupil, which, study)]
+    chosen = [pupil for pupil in chosen if clock.left() > 0 and _ready(session, pupil, which, study)]
     if not chosen:
-        study.accuracy_skipped = "no plan that was measured could be trained from the start"
+        study.accuracy_skipped = "no plan could be set up anew in the time that is kept for it; raise --budget"
         return
     steps, most = _lengths(chosen, clock.left(), session.known().steps_per_epoch)
     if steps < FEWEST_STEPS:

@@ -20,6 +20,7 @@ from paraxis.recommend import chance_of, recommend
 from paraxis.rounds import Clock, Row
 from paraxis.task.batches import ArraySource
 from paraxis.task.data import Arrays
+from paraxis.task.task import make_task
 
 PROVED = Verified(against="serial", max_relative_difference=1e-7, tolerance=1e-5, passed=True)
 PLANS = {  # seconds of a step
@@ -161,7 +162,8 @@ def test_a_plan_that_fails_is_left_out_and_said(train: Any) -> None:
     [
         (Fake(has_test=False), 60.0, 0.0, "--validation 0.1"),
         (Fake(), 10.0, 0.0, "--budget 20"),
-        (Fake(), 60.0, 53.9, "raise --budget"),
+        (Fake(), 60.0, 53.9, "have spent the budget; raise --budget"),
+        (Fake(score_seconds=1e-3), 25.0, 16.0, "fewer than 20 tell nothing; raise --budget"),
     ],
 )
 def test_why_there_is_none_is_said(train: Any, fake: Fake, budget: float, spent: float, why: str) -> None:
@@ -204,3 +206,28 @@ def test_a_thinned_source_is_spread_over_the_set_and_kept() -> None:
     assert few.inputs[:, 0].tolist() == [0, 12, 24, 36] and few.inputs.is_contiguous() and few.targets.is_contiguous()
     assert whole.thinned(4) is few, "engines know its samples by their identity"
     assert whole.thinned(10) is whole and whole.thinned(9).targets.tolist() == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("plan", ["engine=plain,threads=1", "engine=torch", "engine=native"])
+def test_every_engine_scores_the_thinned_set_as_it_scores_the_whole(plan: str) -> None:
+    """One sample in three of 10,000, by hand and by the duty: the same loss and the same hits."""
+    if "native" in plan:
+        pytest.importorskip("paraxis._native")
+    from paraxis.run.duties import Duties
+
+    duties = Duties("solo")
+    cpus: list[Any] = []
+    setup = {"key": "p", "plan": parse(plan).text(), "dtype": "float32", "cpus": cpus}
+    try:
+        duties.take_task({"spec": {"network": "mlp"}}, b"", lambda _: None)
+        duties.setup(setup, b"", lambda _: None)
+        asked = [{"key": "p", "set": "test", "most": most} for most in (4000, 0, 4000)]
+        few, whole, again = (duties.evaluate(request, b"", lambda _: None) for request in asked)
+        task = make_task(duties.spec, {}, torch.float32, plain=True)
+        with torch.no_grad():
+            out, y = task.net(task.test.share(0, 0, 10_000)[0][::3]), task.test.targets[::3]  # type: ignore[union-attr]
+    finally:
+        torch.set_num_threads(duties.default_threads)
+    assert few == again and few["samples"] == 3334 and whole["samples"] == 10_000
+    assert few["hits"] == float((out.argmax(1) == y).sum()) != whole["hits"]
+    assert few["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(out, y, reduction="sum")), rel=1e-5)
