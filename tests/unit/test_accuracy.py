@@ -172,6 +172,19 @@ def test_why_there_is_none_is_said(train: Any, fake: Fake, budget: float, spent:
     assert not any(row.result.learned for row in rows)
 
 
+def test_a_network_too_slow_for_it_is_not_set_up_again(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, seconds in list(PLANS.items()):
+        monkeypatch.setitem(PLANS, text, 50 * seconds)
+    study, _ = train(fake := Fake())
+    assert "fewer than 20 tell nothing" in study.accuracy_skipped and not fake.plans and fake.now == 0
+
+
+def test_nothing_was_measured() -> None:
+    study = sample_study.bare()
+    learn(Fake(), [], study, Clock(54.0), 60.0)  # type: ignore[arg-type]
+    assert "raise --budget" in study.accuracy_skipped  # type: ignore[operator]
+
+
 def test_nothing_is_kept_for_it_where_nothing_can_be_scored() -> None:
     assert reserve(Fake(), 60.0) == pytest.approx(9.0)  # type: ignore[arg-type]
     assert reserve(Fake(), 15.0) == 0 and reserve(Fake(has_test=False), 60.0) == 0  # type: ignore[arg-type]
