@@ -60,7 +60,11 @@ def learn(session: Session, rows: list[Row], study: Study, clock: Clock, budget:
     """Fill in `learned` of the winner, of today and of the fastest inexact plan of each kind, or why there is none."""
     which = held_out(session)
     if not which:
-        study.accuracy_skipped = "there are no held-out samples: data with a test set, or --validation 0.1, has some"
+        spec = session.spec
+        remedy = (
+            "--validation 0.1" if spec.data or not (spec.own_file or spec.live) else "--data npz:FILE with a test set"
+        )
+        study.accuracy_skipped = f"there are no held-out samples to score on; {remedy} would give some"
         return
     if not reserve(session, budget):
         study.accuracy_skipped = (

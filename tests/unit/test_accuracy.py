@@ -20,6 +20,7 @@ from paraxis.recommend import chance_of, recommend
 from paraxis.rounds import Clock, Row
 from paraxis.task.batches import ArraySource
 from paraxis.task.data import Arrays
+from paraxis.task.spec import TaskSpec
 from paraxis.task.task import make_task
 
 PROVED = Verified(against="serial", max_relative_difference=1e-7, tolerance=1e-5, passed=True)
@@ -45,7 +46,7 @@ class Fake:
     steps: dict[str, int] = field(default_factory=dict)
     plans: dict[str, Any] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
-    spec: Any = field(default_factory=lambda: SimpleNamespace(validation=0.0))
+    spec: Any = field(default_factory=lambda: TaskSpec(data="synthetic:256,6,3"))
 
     def known(self) -> Any:
         return SimpleNamespace(has_test=self.has_test, batch=32, steps_per_epoch=100)
@@ -161,6 +162,7 @@ def test_a_plan_that_fails_is_left_out_and_said(train: Any) -> None:
     ("fake", "budget", "spent", "why"),
     [
         (Fake(has_test=False), 60.0, 0.0, "--validation 0.1"),
+        (Fake(has_test=False, spec=TaskSpec(network="mine.py")), 60.0, 0.0, "--data npz:FILE with a test set"),
         (Fake(), 10.0, 0.0, "--budget 20"),
         (Fake(), 60.0, 53.9, "have spent the budget; raise --budget"),
         (Fake(score_seconds=1e-3), 25.0, 16.0, "fewer than 20 tell nothing; raise --budget"),
