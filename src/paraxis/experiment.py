@@ -67,7 +67,7 @@ def explore_task(
         rows = _rows(session, count, comms, missing, book)
         today = _today(session)
         book.agrees(study.task, study.machine, [row.plan.text() for row in (today, *rows)])
-        kept = reserve(session, budget) if accuracy else 0.0
+        kept = min(reserve(session, budget), max(0.0, clock.left() / 4)) if accuracy else 0.0
         every, shorter = [today, *rows], Clock(clock.budget - kept, clock.start)
         try:
             _set_up(session, every, shorter, lambda: _publish(study, session, today, rows, save))
