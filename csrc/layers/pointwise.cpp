@@ -15,6 +15,7 @@ class Activation final : public Layer<T> {
         const ptrdiff_t n = elements(p);
         const auto& k = *p.kernels;
         const std::string& kind = this->spec.kind;
+        if (kind == "gelu_tanh") return k.gelu_tanh(n, p.x, p.y);
         (kind == "relu" ? k.relu : kind == "sigmoid" ? k.sigmoid : kind == "tanh" ? k.tanh : k.gelu)(n, p.x, p.y);
     }
 
@@ -26,6 +27,7 @@ class Activation final : public Layer<T> {
         if (kind == "sigmoid") return k.sigmoid_back(n, p.y, p.dy, p.dx, p.dx_add);
         if (kind == "tanh") return k.tanh_back(n, p.y, p.dy, p.dx, p.dx_add);
         if (kind == "gelu") return k.gelu_back(n, p.x, p.dy, p.dx, p.dx_add);
+        if (kind == "gelu_tanh") return k.gelu_tanh_back(n, p.x, p.dy, p.dx, p.dx_add);
         k.relu_back(n, p.y, p.dy, p.dx_add ? p.dy : p.dx);
         if (p.dx_add) k.add_into(n, p.dy, p.dx);
     }
@@ -98,10 +100,15 @@ class Dropout final : public Layer<T> {
         const uint64_t key = splitmix64(splitmix64(splitmix64(p.seed) ^ p.step) ^ this->spec.key);
         const T scale = threshold < 65536 ? T(65536.0 / (65536.0 - threshold)) : T(0);
         const size_t size = size_t(this->spec.in.size()) * LANES;
+        const auto mixed = [&](int64_t number) { return mix32(uint32_t(number) + uint32_t(key)) ^ uint32_t(key >> 32); };
         for (int b = 0; b < p.blocks; ++b) {
+            if (p.tokens) {
+                p.kernels->dropout_tokens(this->spec.in.c, uint32_t(b % p.rise() * LANES * this->spec.in.c),
+                                          mixed(p.first + b / p.rise()), threshold, scale, x + b * size, y + b * size, add);
+                continue;
+            }
             uint32_t sample[LANES];
-            for (int lane = 0; lane < LANES; ++lane)
-                sample[lane] = mix32(uint32_t(p.first + b * LANES + lane) + uint32_t(key)) ^ uint32_t(key >> 32);
+            for (int lane = 0; lane < LANES; ++lane) sample[lane] = mixed(p.first + b * LANES + lane);
             p.kernels->dropout(this->spec.in.size(), element.data(), sample, threshold, scale, x + b * size,
                                y + b * size, add);
         }
@@ -122,8 +129,10 @@ std::unique_ptr<Layer<T>> make_layer(const Spec& spec) {
     const std::string& kind = spec.kind;
     if (kind == "affine") return make_affine<T>(spec);
     if (kind == "batch_norm" || kind == "layer_norm") return make_norm<T>(spec);
+    if (kind == "embedding" || kind == "position") return make_table<T>(spec);
+    if (kind == "attention") return make_attention<T>(spec);
     if (kind == "max_pool" || kind == "average_pool") return make_pool<T>(spec);
-    for (const char* pointwise : {"relu", "sigmoid", "tanh", "gelu", "dropout", "residual"})
+    for (const char* pointwise : {"relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "dropout", "residual"})
         if (kind == pointwise) return make_pointwise<T>(spec);
     throw std::invalid_argument("the native engine has no layer of kind " + kind);
 }

@@ -106,6 +106,7 @@ void Ensemble<T>::divide(bool owners) {
         stage.own_by(grid.dp);
         for (size_t n = 0; n < stage.layers.size(); ++n) {
             const Layer<T>& layer = *stage.layers[n];
+            if (layer.spec.same >= 0) continue;  // its parameters are another layer's
             const size_t at = stage.places[n].weights, rest = at + layer.matrix;
             const auto [first, last] = layer.owned(me, grid.dp);
             const auto [begin, end] = part_of(layer.parameters - layer.matrix, me, grid.dp);
