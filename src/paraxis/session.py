@@ -16,8 +16,9 @@ from paraxis.measure.machine import ForeignLoad, pinning, usable_cores
 from paraxis.measure.records import Status
 from paraxis.plan.plan import Plan, period, with_split
 from paraxis.program.check import check
+from paraxis.program.cut import balanced
 from paraxis.program.instructions import Program
-from paraxis.program.lower import balanced, lower
+from paraxis.program.lower import lower
 from paraxis.run.joined import JoinedPool
 from paraxis.run.launch import Pool, Starting, start, task_request
 from paraxis.task.spec import DEFAULT_BATCH, SHIPPED, TaskSpec
@@ -117,10 +118,10 @@ class Session:
     def settled(self, plan: Plan) -> Plan:
         """The plan with its stages balanced by measured cost, unless it says where to cut."""
         facts = self.known()
-        if plan.pp == 1 or plan.split or facts.layout.cuttable or plan.pp > len(facts.layers):
+        if plan.pp == 1 or plan.split or facts.layout.cuttable or plan.stages > len(facts.layers):
             return plan
         costs = [f + b for f, b in zip(facts.forward, facts.backward, strict=True)]
-        return with_split(plan, balanced(costs, plan.pp))
+        return with_split(plan, balanced(costs, plan.stages))
 
     def program(self, plan: Plan) -> Program:
         """The checked program of a plan for this task; raises PlanError for one that the task cannot meet."""

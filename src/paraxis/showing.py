@@ -12,9 +12,10 @@ from paraxis.measure.breakdown import events
 from paraxis.measure.records import Event, Study
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
+from paraxis.program.cut import Layout
 from paraxis.program.grid import blocks, draw, explain, simplify, slot_width
 from paraxis.program.instructions import COMPUTE, Instruction, Program
-from paraxis.program.lower import Layout, lower
+from paraxis.program.lower import lower
 from paraxis.program.simulate import Costs, simulate, uniform
 from paraxis.program.timeline import cells
 from paraxis.progress import err
@@ -30,7 +31,7 @@ def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
     plan = Plan() if text == "today" else parse(text)
     if spec is None:
         program, costs, source = (
-            lower(plan, Layout((1,) * max(plan.pp, sum(plan.split)))),
+            lower(plan, Layout((1,) * max(plan.stages, sum(plan.split)))),
             uniform(),
             "F=1, B=2, links free",
         )

@@ -16,9 +16,10 @@ from paraxis.engine.torch_engine import TorchEngine
 from paraxis.plan.plan import Plan, parse, period
 from paraxis.plan.space import space
 from paraxis.program.check import check
+from paraxis.program.cut import Layout
 from paraxis.program.faults import FAULTS
 from paraxis.program.instructions import Program
-from paraxis.program.lower import Layout, lower
+from paraxis.program.lower import lower
 from paraxis.run import null, reference, serial
 from paraxis.run.interpreter import Rank
 from paraxis.task.spec import TaskSpec
@@ -132,6 +133,9 @@ MORE = (
     "dp=2,pp=2,microbatches=2,bucket_bytes=64",
     "pp=3,schedule=layerwise,microbatches=2",
     "pp=3,schedule=gpipe,microbatches=2",
+    "pp=2,interleave=2",
+    "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=2",
+    "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=2,bucket_bytes=64",
     "dp=2,microbatches=2,sync=average@2",
     "dp=2,pp=2,microbatches=2,sync=average@4",
 )
@@ -359,7 +363,7 @@ def test_the_null_interpreter_is_told_everything_and_does_nothing(plan: Plan, fo
         ops = [i.op for row in rows for i in row]
         calls = ran.engine.calls
         assert calls["forward"] == ops.count("F") and calls["backward"] == ops.count("B")
-        assert calls["evaluate"] == plan.microbatches * len(program.segments[plan.mesh.coordinates(rank)[1]])
+        assert calls["evaluate"] == plan.microbatches * sum(len(program.segments[s]) for s in program.stages_of(rank))
         assert calls["update"] == steps and ran.done == steps
         assert not ran.context.open, "no token stays open"
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from paraxis.plan.plan import parse
+from paraxis.program.cut import Layout
 from paraxis.program.instructions import Program
-from paraxis.program.lower import Layout, lower
+from paraxis.program.lower import lower
 
 HERE = Path(__file__).parent
 PLAIN = Layout(parameters=(6, 0, 6, 0, 6))

@@ -127,7 +127,7 @@ def test_light_commands_load_no_framework(words: list[str]) -> None:
 
 
 def test_schedules_are_short_pure_functions() -> None:
-    from paraxis.program import schedules
+    from paraxis.plan import schedules
 
     module = tree(Path(schedules.__file__))
     names = {node.name for node in module.body if isinstance(node, ast.FunctionDef)}

@@ -18,8 +18,9 @@ from paraxis.measure.breakdown import (
 )
 from paraxis.measure.records import Split
 from paraxis.plan.plan import parse
+from paraxis.program.cut import Layout
 from paraxis.program.instructions import Program
-from paraxis.program.lower import Layout, lower
+from paraxis.program.lower import lower
 from paraxis.program.simulate import Costs, simulate
 from paraxis.run import null
 from paraxis.run.interpreter import Rank

@@ -8,8 +8,9 @@ from browser import Told, use
 from sample_study import build
 
 from paraxis.plan.plan import Plan
+from paraxis.program.cut import Layout
 from paraxis.program.instructions import Instruction
-from paraxis.program.lower import Layout, lower
+from paraxis.program.lower import lower
 from paraxis.program.simulate import Costs, simulate
 from paraxis.report import page, theatre
 

@@ -9,10 +9,11 @@ from paraxis.errors import Deadlock, PlanError, ProgramError
 from paraxis.plan.plan import Plan, parse
 from paraxis.plan.space import space
 from paraxis.program.check import check
+from paraxis.program.cut import Layout
 from paraxis.program.faults import FAULTS, _nothing
 from paraxis.program.grid import draw, explain, simplify
 from paraxis.program.instructions import MOMENTS, Instruction, Program, parse_program
-from paraxis.program.lower import Layout, lower
+from paraxis.program.lower import lower
 
 I = Instruction  # noqa: E741
 Row = list[Instruction]
@@ -25,6 +26,9 @@ ODD = (
     "pp=4,microbatches=2",
     "pp=4,schedule=gpipe,microbatches=9",
     "pp=3,schedule=layerwise,microbatches=3",
+    "pp=2,interleave=2",
+    "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=5",
+    "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=2,bucket_bytes=8",
     "dp=2,pp=4,microbatches=5,sync=average@3",
     "dp=2,sync=average@1",
 )
@@ -96,7 +100,8 @@ def test_every_plan_of_the_space_passes(plan: Plan, layout: Layout) -> None:
     peaks = check(lower(plan, layout, steps_per_epoch=5)).peak_live
     stages = [plan.mesh.coordinates(rank)[1] for rank in range(plan.mesh.size)]
     m = plan.microbatches
-    live = {"": lambda s: 1, "layerwise": lambda s: 1, "gpipe": lambda s: m, "1f1b": lambda s: min(plan.pp - s, m)}
+    v = plan.interleave
+    live = {"": lambda s: 1, "layerwise": lambda s: v, "gpipe": lambda s: m * v, "1f1b": lambda s: min(plan.pp - s, m)}
     assert peaks == tuple(live[plan.schedule](stage) for stage in stages)
 
 

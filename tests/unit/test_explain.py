@@ -10,7 +10,8 @@ from paraxis.measure.facts import Facts
 from paraxis.measure.machine import describe
 from paraxis.measure.records import MeshRecord, Result, Seconds, Split
 from paraxis.plan.plan import parse
-from paraxis.program.lower import Layout, lower
+from paraxis.program.cut import Layout
+from paraxis.program.lower import lower
 
 NONE = dict.fromkeys((kind for kind in Split.model_fields if kind != "remainder"), 0.0)
 

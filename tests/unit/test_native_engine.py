@@ -12,8 +12,9 @@ from torch import nn
 
 from paraxis.engine.native_engine import extension
 from paraxis.plan.plan import parse
+from paraxis.program.cut import Layout
 from paraxis.program.instructions import OPS
-from paraxis.program.lower import Layout, lower
+from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
 from paraxis.task.spec import TaskSpec
 from paraxis.task.task import Task, make_task

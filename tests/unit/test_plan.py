@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from paraxis.errors import PlanError, ProgramError
 from paraxis.plan.plan import COMMS, SCHEDULES, Mesh, Plan, parse, period, with_split
 from paraxis.plan.space import AVERAGE_EVERY, rungs, space
-from paraxis.program.lower import Layout, cut, lower
+from paraxis.program.cut import Layout, cut
+from paraxis.program.lower import lower
 
 SYNCS = st.one_of(
     st.just("gradient"), st.just("average@epoch"), st.integers(1, 999).map(lambda steps: f"average@{steps}")

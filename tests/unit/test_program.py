@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from paraxis.errors import PlanError, ProgramError
 from paraxis.plan.plan import Plan, parse
+from paraxis.plan.schedules import ONE_STAGE, SCHEDULES
 from paraxis.plan.space import space
+from paraxis.program.cut import Layout, balanced, bucketed, cut
 from paraxis.program.instructions import OPS, Instruction, Program, parse_instruction, parse_program
-from paraxis.program.lower import Layout, balanced, bucketed, cut, lower
-from paraxis.program.schedules import SCHEDULES
+from paraxis.program.lower import lower
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "regenerate.py"
 RICH = {"weight_in_data": True, "statistics": True, "clip": True}
@@ -29,6 +30,7 @@ PLANS = [
     *map(parse, ("microbatches=3", "dp=2,bucket_bytes=8", "dp=3,pp=2,microbatches=3,bucket_bytes=8")),
     *map(parse, ("pp=4,schedule=gpipe,microbatches=6", "dp=2,pp=2,microbatches=2,sync=average@3")),
     parse("pp=3,schedule=layerwise,microbatches=2"),
+    *map(parse, ("pp=2,interleave=2", "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=3,bucket_bytes=8")),
 ]
 EVERY_PLAN = pytest.mark.parametrize("plan", PLANS, ids=Plan.short)
 EVERY_NETWORK = pytest.mark.parametrize("needs", [{}, RICH], ids=["plain", "rich"])
@@ -54,14 +56,17 @@ def golden() -> object:
 @given(st.integers(1, 8), st.integers(1, 12), st.data())
 @settings(deadline=None, max_examples=60)
 def test_every_schedule_computes_each_microbatch_once_forward_then_backward(
-    name: str, stages: int, microbatches: int, data: st.DataObject
+    name: str, ranks: int, microbatches: int, data: st.DataObject
 ) -> None:
-    stage = data.draw(st.integers(0, stages - 1))
-    order = SCHEDULES[name](stages, microbatches, stage)
-    assert Counter(order) == Counter((op, i) for op in "FB" for i in range(microbatches))
-    assert all(order.index(("F", i)) < order.index(("B", i)) for i in range(microbatches))
+    rank = data.draw(st.integers(0, ranks - 1))
+    stages = 1 if name in ONE_STAGE else data.draw(st.integers(1, 3))
+    order = SCHEDULES[name](ranks, microbatches, rank, stages)
+    own = range(rank, ranks * stages, ranks)
+    assert Counter(order) == Counter((op, s, i) for op in "FB" for s in own for i in range(microbatches))
+    assert all(order.index(("F", s, i)) < order.index(("B", s, i)) for s in own for i in range(microbatches))
     for op in "FB":
-        assert [i for o, i in order if o == op] == list(range(microbatches)), "all stages keep one order"
+        for stage in own:
+            assert [i for o, s, i in order if (o, s) == (op, stage)] == list(range(microbatches)), "one order for all"
 
 
 @given(st.integers(1, 8), st.integers(1, 12), st.data())
@@ -71,7 +76,7 @@ def test_live_microbatches_of_each_schedule(stages: int, microbatches: int, data
 
     def live(name: str) -> int:
         count, most = 0, 0
-        for op, _ in SCHEDULES[name](stages, microbatches, stage):
+        for op, _, _ in SCHEDULES[name](stages, microbatches, stage, 1):
             count += 1 if op == "F" else -1
             most = max(most, count)
         return most
@@ -93,13 +98,15 @@ def test_every_sample_is_seen_once_by_every_layer(plan: Plan, needs: dict[str, b
         if name in ("score", "settle"):
             continue
         for stage, cuts in enumerate(program.segments):
-            rows = [row for r, row in enumerate(ranks) if program.mesh.coordinates(r)[1] == stage]
+            rows = [
+                [i for i in row if i.stage == stage] for r, row in enumerate(ranks) if stage in program.stages_of(r)
+            ]
             for op in "F" if name == "evaluate" else "FB":
                 for segment in range(len(cuts)):
                     seen = Counter(i.slice for row in rows for i in row if i.op == op and i.segment == segment)
                     assert seen == slices, (name, stage, op, segment)
             loaded = Counter(i.slice for row in rows for i in row if i.op == "Load")
-            assert loaded == (slices if stage in (0, plan.pp - 1) else Counter())
+            assert loaded == (slices if stage in (0, plan.stages - 1) else Counter())
 
 
 @EVERY_PLAN
@@ -107,7 +114,7 @@ def test_every_sample_is_seen_once_by_every_layer(plan: Plan, needs: dict[str, b
 def test_every_send_has_its_receive_and_every_start_its_wait(plan: Plan, needs: dict[str, bool]) -> None:
     program = lowered(plan, needs)
     for _, ranks in program.bodies:
-        messages: Counter[tuple[str, int, int, int]] = Counter()
+        messages: Counter[tuple[str, int, int, int, int]] = Counter()
         for rank, row in enumerate(ranks):
             starts = [(i.token, i.base, i.microbatch) for i in row if i.starts]
             assert sorted(starts) == sorted((i.token, i.base, i.microbatch) for i in row if i.waits)
@@ -115,9 +122,10 @@ def test_every_send_has_its_receive_and_every_start_its_wait(plan: Plan, needs: 
             for i in row:
                 if i.starts and i.peer >= 0:
                     pair = (rank, i.peer) if i.base.startswith("Send") else (i.peer, rank)
-                    messages[i.base[4:], i.microbatch, *pair] += 1 if i.base.startswith("Send") else -1
+                    messages[i.base[4:], i.edge, i.microbatch, *pair] += 1 if i.base.startswith("Send") else -1
                     mine, other = map(program.mesh.coordinates, (rank, i.peer))
-                    assert mine[0] == other[0] and abs(mine[1] - other[1]) == 1, "neighbours of one replica"
+                    away = (mine[1] - other[1]) % plan.pp
+                    assert mine[0] == other[0] and away in (1, plan.pp - 1), "neighbours of one replica"
         assert not any(messages.values())
 
 

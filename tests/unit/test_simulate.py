@@ -6,8 +6,9 @@ import pytest
 
 from paraxis.errors import Deadlock
 from paraxis.plan.plan import Mesh, parse
+from paraxis.program.cut import Layout
 from paraxis.program.instructions import Instruction, Program
-from paraxis.program.lower import Layout, lower
+from paraxis.program.lower import lower
 from paraxis.program.simulate import Costs, simulate, uniform
 from paraxis.program.timeline import KINDS, Span, Timeline, cells, classify
 
@@ -150,8 +151,8 @@ def test_a_receive_waits_for_its_sender_and_then_for_the_transfer() -> None:
 
 
 def test_a_receive_that_comes_late_waits_for_nobody() -> None:
-    sender = [message("SendGrad", "Start", 1), message("SendGrad", "Wait", 1)]
-    receiver = [message("RecvGrad", "Start", 0), message("RecvGrad", "Wait", 0)]
+    sender = [message("SendAct", "Start", 1), message("SendAct", "Wait", 1)]
+    receiver = [message("RecvAct", "Start", 0), message("RecvAct", "Wait", 0)]
     clocks = [[(0.0, 0.0), (0.0, 1.0)], [(5.0, 5.0), (5.0, 6.0)]]
     assert kinds(classify(hand_made(sender, receiver), "step", clocks), 1) == [("communication", 5, 6)]
 

@@ -10,7 +10,8 @@ from paraxis.errors import TaskError
 from paraxis.measure.breakdown import events
 from paraxis.measure.records import Event
 from paraxis.plan.plan import parse
-from paraxis.program.lower import Layout, lower
+from paraxis.program.cut import Layout
+from paraxis.program.lower import lower
 from paraxis.program.simulate import Costs, simulate
 from paraxis.report.trace import trace, write
 

@@ -23,6 +23,8 @@ class NativeEngine:
     """One rank's share of the computing; `step` is the optimiser step in progress."""
 
     def __init__(self, task: Task, program: Program, rank: int, threads: int) -> None:
+        if len(program.stages) > program.mesh.pp:
+            raise PlanError("engine=native has one stage on each rank: leave out interleave")
         _, self.stage, _ = program.mesh.coordinates(rank)
         if len(program.segments[self.stage]) > 1 and not program.synchronised():
             raise PlanError("engine=native reduces all gradients at once: leave out bucket_bytes")
@@ -70,6 +72,10 @@ class NativeEngine:
 
     def _view(self, name: str) -> Tensor:
         return torch.from_numpy(self.ensemble.buffer(0, name))
+
+    def at(self, stage: int) -> "NativeEngine":
+        """What computes a stage: there is but one."""
+        return self
 
     # -- computing ---------------------------------------------------------------------------------------------
 
@@ -137,7 +143,7 @@ class NativeEngine:
 
     # -- buffers and updates -----------------------------------------------------------------------------------
 
-    def buffer(self, name: str, bucket: int) -> Tensor:
+    def buffer(self, name: str, bucket: int, stage: int = -1) -> Tensor:
         """A declared flat buffer."""
         if name in MOMENTS.values():
             return torch.from_numpy(self.ensemble.moments(0, bucket))

@@ -143,15 +143,14 @@ class Pausing:
         return self.moments[number].clone()
 
 
-def pausing_for(engine: Any, program: Program) -> Pausing | None:
-    """Of an engine whose stage is cut by batch norms, the thread that computes it, which ends with the engine."""
-    first, last = program.stages[engine.stage]
-    sizes = [size for own in engine.task.norms[first:last] for size in own]
+def pausing_for(stage: Any, program: Program, device: torch.device) -> Pausing | None:
+    """Of a stage that is cut by batch norms, the thread that computes it, which ends with the stage."""
+    first, last = program.stages[stage.stage]
+    sizes = [size for own in stage.task.norms[first:last] for size in own]
     if not (program.synchronised() and sizes):
         return None
-    like = engine.flat.grads
-    made = Pausing([torch.zeros(size, dtype=torch.float64, device=like.device) for size in sizes])
-    for norm in (m for layer in engine.task.chain[first:last] for m in layer.modules() if isinstance(m, GroupedNorm)):
+    made = Pausing([torch.zeros(size, dtype=torch.float64, device=device) for size in sizes])
+    for norm in (m for layer in stage.task.chain[first:last] for m in layer.modules() if isinstance(m, GroupedNorm)):
         norm.meeting = made
-    weakref.finalize(engine, made.close)
+    weakref.finalize(stage, made.close)
     return made

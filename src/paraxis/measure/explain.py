@@ -20,9 +20,9 @@ from paraxis.measure.breakdown import (
 from paraxis.measure.facts import Facts
 from paraxis.measure.records import Machine, Result, Split
 from paraxis.plan.plan import Plan, parse
+from paraxis.program.cut import balanced
 from paraxis.program.grid import draw, simplify
 from paraxis.program.instructions import Program
-from paraxis.program.lower import balanced
 
 BINDS = 0.20  # of the step: the largest part that is not computing binds from here on
 HALF = 0.50  # of the computing: what calls, or weights on their way from memory, must take to bind it

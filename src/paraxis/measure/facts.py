@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from paraxis.measure.roofline import LayerWork, work_of
-from paraxis.program.lower import Layout
+from paraxis.program.cut import Layout
 
 
 @dataclass(frozen=True)

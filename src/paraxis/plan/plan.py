@@ -6,8 +6,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from paraxis.errors import PlanError, ProgramError
+from paraxis.plan.schedules import ONE_STAGE, SCHEDULES
 
-SCHEDULES = ("layerwise", "gpipe", "1f1b")
 ENGINES = ("torch", "native", "plain")
 COMMS = ("openmp", "mpi", "gloo", "nccl")
 GRADIENTS = ("private", "owner")
@@ -51,10 +51,10 @@ class Mesh:
 class Plan:
     """How to train; equal programs have equal text, because keys without effect take their default.
 
-    `split` is the number of layers of each stage (empty: balanced by measured cost); `threads` are an
-    engine's own in one rank; `bucket_bytes` 0 reduces all gradients at once; `sync` is "gradient",
-    "average@H" (H steps), "average@epoch" or "hogwild". Under comm=openmp ranks are threads, and `gradients` of weights
-    are "private" (each rank those of its samples, then summed) or "owner" (each rank its own block, over all samples).
+    `interleave` is the number of stages on each rank, `split` the number of layers of each stage (empty: balanced by
+    measured cost); `threads` are an engine's own in one rank; `bucket_bytes` 0 reduces all gradients at once; `sync` is
+    "gradient", "average@H" (H steps), "average@epoch" or "hogwild". Under comm=openmp ranks are threads, whose weight
+    `gradients` are "private" (each rank those of its samples, then summed) or "owner" (each its own block, over all).
     Raises PlanError for values that no network could meet.
     """
 
@@ -63,6 +63,7 @@ class Plan:
     tp: int = 1
     schedule: str = ""
     microbatches: int = 1
+    interleave: int = 1
     split: tuple[int, ...] = ()
     sync: str = "gradient"
     engine: str = "torch"
@@ -72,7 +73,7 @@ class Plan:
     gradients: str = "private"
 
     def __post_init__(self) -> None:
-        for key in ("dp", "pp", "tp", "microbatches", "threads"):
+        for key in ("dp", "pp", "tp", "microbatches", "interleave", "threads"):
             if getattr(self, key) < 1:
                 raise PlanError(f"{key}={getattr(self, key)}: it takes 1 or more")
         if self.bucket_bytes < 0:
@@ -80,8 +81,9 @@ class Plan:
         if self.tp > 1:
             raise PlanError(f"tp={self.tp}: tensor parallelism is not there yet; dp and pp are")
         self._check_words()
-        if self.split and len(self.split) != self.pp:
-            raise PlanError(f"split={_plus(self.split)} names {len(self.split)} stages, but pp={self.pp}")
+        if self.split and len(self.split) != self.stages:
+            ranks = f"pp={self.pp}" + f",interleave={self.interleave}" * (self.interleave > 1)
+            raise PlanError(f"split={_plus(self.split)} names {len(self.split)} stages, but {ranks}")
         if any(part < 1 for part in self.split):
             raise PlanError(f"split={_plus(self.split)}: every stage needs at least one layer")
         self._drop_what_has_no_effect()
@@ -95,6 +97,7 @@ class Plan:
         period(self.sync, steps_per_epoch=1)
         self._check_engine()
         self._check_threads()
+        self._check_interleave()
 
     def _check_engine(self) -> None:
         if self.engine == "plain" and (self.mesh.size > 1 or self.microbatches > 1):
@@ -108,6 +111,11 @@ class Plan:
         threaded = self.engine == "native" and (self.comm or "openmp") == "openmp" and self.sync == "gradient"
         if self.gradients == "owner" and not (threaded and self.microbatches == self.pp == 1):
             raise PlanError("gradients=owner needs dp=N,engine=native,comm=openmp, sync=gradient, microbatches=1, pp=1")
+
+    def _check_interleave(self) -> None:
+        if self.interleave > 1 and self.microbatches > 1 and (self.schedule or "1f1b") in ONE_STAGE:
+            several = ", ".join(name for name in SCHEDULES if name not in ONE_STAGE)
+            raise PlanError(f"interleave={self.interleave}: several stages a rank take schedule={several}")
 
     def _check_threads(self) -> None:
         inside = self.mesh.size > 1 and self.comm not in ("", "openmp")
@@ -130,7 +138,7 @@ class Plan:
         if self.dp == 1:
             quiet["gradients"] = "private"
         if self.pp == 1:
-            quiet |= {"schedule": "", "split": ()}
+            quiet |= {"schedule": "", "split": (), "interleave": 1}
         elif self.microbatches == 1 or not self.schedule:
             quiet["schedule"] = "layerwise" if self.microbatches == 1 else "1f1b"
         for key, value in quiet.items():
@@ -140,6 +148,11 @@ class Plan:
     def mesh(self) -> Mesh:
         """The grid of ranks."""
         return Mesh(self.dp, self.pp, self.tp)
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline, over all of its ranks."""
+        return self.pp * self.interleave
 
     @property
     def workers(self) -> int:
@@ -174,6 +187,7 @@ class Plan:
         words = [f"{axis}={getattr(self, axis)}" for axis in ("dp", "pp", "tp") if getattr(self, axis) > 1]
         words += [self.schedule] * bool(self.schedule)
         words += [f"m={self.microbatches}"] * (self.microbatches > 1)
+        words += [f"{self.interleave} stages a rank"] * (self.interleave > 1)
         words += [self.sync] * (self.sync != "gradient")
         words += [f"{self.gradients} gradients"] * (self.gradients != "private")
         words += [f"threads={self.threads}"] * (self.threads > 1)

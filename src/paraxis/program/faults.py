@@ -5,6 +5,7 @@ A fault changes a finished program on all ranks, or spoils the engine of the las
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from paraxis.errors import PlanError
@@ -103,14 +104,14 @@ def _other_start(engine: Any) -> None:
 
 
 def _late(engine: Any) -> None:
-    load, size = engine.load, engine.slice_size
+    for stage in engine.stages.values():
+        stage.load = partial(_load_late, engine, stage, stage.load)
 
-    def late(microbatch: int, part: int) -> None:
-        load(microbatch, part)
-        wanted = engine.source.share(engine.step + 1, part * size, size, engine.stage == 0, engine.last_stage)
-        engine.batches[microbatch] = wanted
 
-    engine.load = late
+def _load_late(engine: Any, stage: Any, load: Callable[[int, int], None], microbatch: int, part: int) -> None:
+    load(microbatch, part)
+    size = stage.slice_size
+    stage.batches[microbatch] = engine.source.share(engine.step + 1, part * size, size, stage.stage == 0, stage.last)
 
 
 def _other_rate(engine: Any) -> None:

@@ -62,6 +62,16 @@ class Instruction:
         """Whether it closes a token."""
         return self.op.endswith("Wait")
 
+    @property
+    def edge(self) -> int:
+        """Of a transfer: the stage in front of the border that it crosses."""
+        return self.stage - (self.base in ("RecvAct", "SendGrad"))
+
+    @property
+    def meeting(self) -> tuple[str, str, str, int, int]:
+        """Of a collective: what the ranks of its group must have in common."""
+        return self.base, self.axis, self.buffer, -1 if self.axis == "pp" else self.stage, self.bucket
+
     def text(self) -> str:
         """`F stage=0 segment=1 microbatch=2`; `parse_instruction` gives the same back."""
         set_fields = (
@@ -116,6 +126,10 @@ class Program:
     def body(self, name: str) -> Body:
         """The instructions of a named body, one tuple a rank."""
         return dict(self.bodies)[name]
+
+    def stages_of(self, rank: int) -> range:
+        """The stages that lie on a rank: with several on each, a microbatch goes round the ranks several times."""
+        return range(self.mesh.coordinates(rank)[1], len(self.stages), self.mesh.pp)
 
     def common(self) -> bool:
         """Whether replicas have one copy of the weights."""

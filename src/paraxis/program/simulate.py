@@ -67,10 +67,12 @@ def _end(
     if i.base in COLLECTIVES:
         others = [started.get(_name(i, r)) for r in program.mesh.group(rank, i.axis)]
     else:
-        others = [started.get((i.base.replace("Recv", "Send"), i.microbatch, i.peer, rank))]
+        others = [started.get((i.base.replace("Recv", "Send"), i.edge, i.microbatch, i.peer, rank))]
     known = [time for time in others if time is not None]
     return max(now, max(known) + costs.transfer(i)) if len(known) == len(others) else None
 
 
 def _name(i: Instruction, rank: int) -> tuple[object, ...]:
-    return (i.base, i.axis, i.buffer, i.bucket, rank) if i.base in COLLECTIVES else (i.base, i.microbatch, rank, i.peer)
+    if i.base in COLLECTIVES:
+        return *i.meeting, rank
+    return i.base, i.edge, i.microbatch, rank, i.peer

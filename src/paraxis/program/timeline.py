@@ -94,7 +94,9 @@ def _kind(i: Instruction) -> tuple[str, str]:
 
 
 def _name(i: Instruction, rank: int) -> tuple[object, ...]:
-    return (i.base, i.axis, i.buffer, i.bucket, rank) if i.base in COLLECTIVES else (i.base, i.microbatch, rank)
+    if i.base in COLLECTIVES:
+        return *i.meeting, rank
+    return i.base, i.edge, i.microbatch, rank
 
 
 def _awaited(program: Program, i: Instruction, rank: int) -> list[tuple[object, ...]]:
@@ -103,7 +105,7 @@ def _awaited(program: Program, i: Instruction, rank: int) -> list[tuple[object, 
         return []  # its receiver posted early; what a send waits for is the transfer
     if i.base in COLLECTIVES:
         return [_name(i, r) for r in program.mesh.group(rank, i.axis)]
-    return [(i.base.replace("Recv", "Send"), i.microbatch, i.peer)]
+    return [(i.base.replace("Recv", "Send"), i.edge, i.microbatch, i.peer)]
 
 
 Box = tuple[int, float, float, str]  # rank, start, end, and the character that fills it

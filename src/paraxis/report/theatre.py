@@ -9,7 +9,8 @@ from pathlib import Path
 
 from paraxis.measure.records import Event, MeshRecord, Result
 from paraxis.plan.plan import parse
-from paraxis.program.lower import Layout, lower
+from paraxis.program.cut import Layout
+from paraxis.program.lower import lower
 from paraxis.program.simulate import simulate, uniform
 from paraxis.report import markup
 

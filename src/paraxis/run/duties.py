@@ -268,7 +268,7 @@ class Duties:
                 output = task.net(batch[0])
                 total, own = task.recipe.loss(output, batch)
                 loss, weight = loss + float(total), weight + float(own)
-                hits += float((output.argmax(1) == batch[1]).sum())
+                hits += task.recipe.hits(output, batch)
         return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
 
     def settle(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:

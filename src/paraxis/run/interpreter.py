@@ -28,6 +28,8 @@ class Context:
     axes: dict[str, Comm]
     open: dict[int, list[Request]]
     sent: list[int]  # bytes that this rank has sent
+    pipeline: int  # ranks along it
+    microbatches: int
 
 
 def bind(i: Instruction, context: Context) -> Action:
@@ -36,17 +38,17 @@ def bind(i: Instruction, context: Context) -> Action:
 
 
 def _load(i: Instruction, c: Context) -> Action:
-    return partial(c.engine.load, i.microbatch, i.slice)
+    return partial(c.engine.at(i.stage).load, i.microbatch, i.slice)
 
 
 def _forward(i: Instruction, c: Context) -> Action:
     if i.rule == "evaluate":
-        return partial(c.engine.evaluate, i.segment, i.microbatch, i.slice)
-    return partial(c.engine.forward, i.segment, i.microbatch, i.slice)
+        return partial(c.engine.at(i.stage).evaluate, i.segment, i.microbatch, i.slice)
+    return partial(c.engine.at(i.stage).forward, i.segment, i.microbatch, i.slice)
 
 
 def _backward(i: Instruction, c: Context) -> Action:
-    return partial(c.engine.backward, i.segment, i.microbatch)
+    return partial(c.engine.at(i.stage).backward, i.segment, i.microbatch)
 
 
 def _update(i: Instruction, c: Context) -> Action:
@@ -56,10 +58,10 @@ def _update(i: Instruction, c: Context) -> Action:
 
 
 def _send(i: Instruction, c: Context) -> Action:
-    tag = _tag(i)
+    tag, stage = _tag(i, c), c.engine.at(i.stage)
 
     def start() -> None:
-        tensors = c.engine.leave(i.microbatch)
+        tensors = stage.leave(i.microbatch)
         c.open[i.token] = [c.world.send(t, i.peer, tag + n) for n, t in enumerate(tensors)]
         c.sent[0] += sum(t.nbytes for t in tensors)
 
@@ -67,23 +69,23 @@ def _send(i: Instruction, c: Context) -> Action:
 
 
 def _receive(i: Instruction, c: Context) -> Action:
-    tag, gradient = _tag(i), i.base == "RecvGrad"
+    tag, gradient, stage = _tag(i, c), i.base == "RecvGrad", c.engine.at(i.stage)
 
     def start() -> None:
-        tensors = c.engine.incoming(gradient)
+        tensors = stage.incoming(gradient)
         c.open[i.token] = [c.world.receive(t, i.peer, tag + n) for n, t in enumerate(tensors)]
 
     return start
 
 
 def _received(i: Instruction, c: Context) -> Action:
-    gradient = i.base == "RecvGrad"
+    gradient, stage = i.base == "RecvGrad", c.engine.at(i.stage)
 
     def wait() -> None:
         requests: Any = c.open.pop(i.token)
         for request in requests:
             request.wait()
-        c.engine.arrive(gradient, i.microbatch, [request.tensor for request in requests])
+        stage.arrive(gradient, i.microbatch, [request.tensor for request in requests])
 
     return wait
 
@@ -100,7 +102,7 @@ def _reduce_start(i: Instruction, c: Context) -> Action:
     comm = c.axes[i.axis]
 
     def start() -> None:
-        tensor = c.engine.buffer(i.buffer, i.bucket)
+        tensor = c.engine.buffer(i.buffer, i.bucket, i.stage)
         c.open[i.token] = [comm.all_reduce_start(tensor)]
         c.sent[0] += _reduced_bytes(tensor, comm.size)
 
@@ -114,7 +116,7 @@ def _reduce_wait(i: Instruction, c: Context) -> Action:
         for request in c.open.pop(i.token):
             request.wait()
         if mean:
-            c.engine.buffer(i.buffer, i.bucket).div_(comm.size)
+            c.engine.buffer(i.buffer, i.bucket, i.stage).div_(comm.size)
 
     return wait
 
@@ -122,7 +124,7 @@ def _reduce_wait(i: Instruction, c: Context) -> Action:
 def _reduce_at_once(i: Instruction, c: Context) -> Action:
     """Start and wait next to each other: the blocking call, which is faster."""
     comm, mean = c.axes[i.axis], i.reduction == "mean"
-    tensor = c.engine.buffer(i.buffer, i.bucket)
+    tensor = c.engine.buffer(i.buffer, i.bucket, i.stage)
     count = _reduced_bytes(tensor, comm.size)
 
     def reduce() -> None:
@@ -190,9 +192,10 @@ BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
 }
 
 
-def _tag(i: Instruction) -> int:
-    """A message is named by (kind, microbatch, leaf); sender and receiver agree on the sender's kind."""
-    return ((i.base.endswith("Grad")) + 2 * i.microbatch) * MAX_LEAVES
+def _tag(i: Instruction, c: Context) -> int:
+    """A message is named by (which of the borders between two ranks, microbatch, kind, leaf), alike on both sides."""
+    place = i.edge // c.pipeline * c.microbatches + i.microbatch
+    return (2 * place + i.base.endswith("Grad")) * MAX_LEAVES
 
 
 class Rank:
@@ -206,7 +209,7 @@ class Rank:
         mesh = program.mesh
         sizes = {"dp": mesh.dp, "pp": mesh.pp, "tp": mesh.tp}
         axes = {axis: world.group(mesh.group(rank, axis)) for axis, size in sizes.items() if size > 1}
-        self.context = Context(engine, world, axes, {}, [0])
+        self.context = Context(engine, world, axes, {}, [0], mesh.pp, program.microbatches)
         self.blocking = blocking
         self.bodies = {name: self.bind(ranks[rank]) for name, ranks in program.bodies}
         self.sent: dict[str, int] = {}  # bytes that the last pass over a body has sent

@@ -19,6 +19,10 @@ class NullEngine:
         self.empty = torch.zeros(0)
         self.counting = counting
 
+    def at(self, stage: int) -> "NullEngine":
+        """What computes a stage."""
+        return self
+
     def __getattr__(self, name: str) -> Any:
         if not self.counting:
             return self._buffer if name == "buffer" else _nothing

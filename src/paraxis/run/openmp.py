@@ -129,6 +129,8 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
         plain = hyper.rule == "sgd" and not (hyper.groups[0]["momentum"] or hyper.groups[0]["weight_decay"])
         if not plain or task.spec.clip:
             raise PlanError("sync=hogwild is plain SGD: give --momentum 0, no decay and no clipping")
+    if len(program.stages) > mesh.pp:
+        raise PlanError("engine=native has one stage on each rank: leave out interleave")
     if task.altering:
         raise PlanError(
             "engine=native: a layer works in place and alters its neighbour's output; make it inplace=False"

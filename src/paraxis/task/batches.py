@@ -34,7 +34,7 @@ class Source(Protocol):
 
 
 class ArraySource:
-    """Samples in memory; each epoch is a permutation of (seed, epoch), its tail dropped."""
+    """Samples in memory; each epoch is a permutation of (seed, epoch), its tail dropped. Tokens come as int64."""
 
     def __init__(self, arrays: Arrays, batch: int, seed: int, dtype: torch.dtype, shuffled: bool = True) -> None:
         size = len(arrays.targets)
@@ -42,6 +42,7 @@ class ArraySource:
             raise TaskError(f"batch={batch} is more than the {size} training samples; at most {size} fit")
         self.inputs, self.targets = torch.from_numpy(arrays.inputs), torch.from_numpy(arrays.targets)
         self.batch, self.size, self.seed, self.dtype, self.shuffled = batch, size, seed, dtype, shuffled
+        self.tokens = arrays.tokens
         self.steps_per_epoch: int = size // batch if shuffled else -(-size // batch)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self._blocks: dict[tuple[int, int, bool, bool], tuple[tuple[int, int], list[Nest]]] = {}
@@ -84,10 +85,12 @@ class ArraySource:
         return self._order
 
     def _gather(self, index: Tensor, inputs: bool, targets: bool) -> tuple[Tensor | None, Tensor | None]:
-        x = self._floats(self.inputs.index_select(0, index)) if inputs else None
-        return x, self.targets.index_select(0, index) if targets else None
+        x = self._values(self.inputs.index_select(0, index)) if inputs else None
+        return x, self.targets.index_select(0, index).long() if targets else None
 
-    def _floats(self, x: Tensor) -> Tensor:
+    def _values(self, x: Tensor) -> Tensor:
+        if self.tokens:
+            return x.long()
         if x.dtype != torch.uint8:
             return x.to(self.dtype)
         return x.div(255) if self.dtype == torch.float32 else x.to(self.dtype).div_(255)

@@ -47,6 +47,11 @@ def shape_of(options: str) -> Shape:
     return Shape(base.layers, base.width, base.heads, base.context, p)
 
 
+def _dropout(p: float) -> nn.Module:
+    """What draws nothing is no dropout: then masks need not be keyed, and any engine can do without."""
+    return nn.Dropout(p) if p else nn.Identity()
+
+
 class Attention(nn.Module):
     """Causal self-attention, (n, t, width) to the same. Rows of `c_attn` are (query, key, value) x heads x size."""
 
@@ -55,7 +60,7 @@ class Attention(nn.Module):
         self.size, self.p = shape.width // shape.heads, shape.dropout
         self.c_attn = nn.Linear(shape.width, 3 * shape.width)
         self.c_proj = nn.Linear(shape.width, shape.width)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = _dropout(shape.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """What every position gathers from itself and those before it; as many heads as `c_attn` gives."""
@@ -73,7 +78,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(shape.width, 4 * shape.width)
         self.gelu = nn.GELU(approximate="tanh")  # as GPT-2 has it
         self.c_proj = nn.Linear(4 * shape.width, shape.width)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = _dropout(shape.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """The second layer of the first one's GELU."""
@@ -134,7 +139,7 @@ class GPT(nn.Module):
         self.shape = shape
         self.wte = nn.Embedding(ALPHABET, shape.width)
         self.wpe = nn.Embedding(shape.context, shape.width)
-        self.drop = nn.Dropout(shape.dropout)
+        self.drop = _dropout(shape.dropout)
         self.h = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.ln_f = nn.LayerNorm(shape.width)
         self.lm_head = nn.Linear(shape.width, ALPHABET, bias=False)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from paraxis.engine.rules import Hyper, of_optimizer
 from paraxis.errors import TaskError
-from paraxis.program.lower import Layout
+from paraxis.program.cut import Layout
 from paraxis.task import data as data_module
 from paraxis.task.batches import ArraySource, Nest, Source, StreamSource, leaves, map_nest, seed_everything
+from paraxis.task.gpt import shape_of
 from paraxis.task.moments import counting
 from paraxis.task.networks import build
 from paraxis.task.norm import GroupedNorm, group_norms, resting
 from paraxis.task.randomness import Draw, Keyed, KeyedFunctions, key_randomness
 from paraxis.task.recipe import Recipe, from_file, from_objects
 from paraxis.task.spec import DEFAULT_BATCH, TaskSpec
+from paraxis.task.text import in_windows_of, is_text
 from paraxis.task.trial import apply, check_composition, least_samples, one_line, running, try_forward, try_loss
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -162,6 +164,7 @@ def make_task(
     count = min(train.batch, 8)
     batch = train.share(0, 0, count)
     text = _data_name(spec)
+    recipe = replace(recipe, tokens=text is not None and is_text(text))
     try_forward(net, recipe, batch, _in_memory(text) if text else None)
     least = 1 if plain else _least(net, recipe, train, spec)
     if spec.bn_group and not plain:
@@ -263,8 +266,12 @@ def _sources(
 
 
 def _data_name(spec: TaskSpec) -> str | None:
-    """The data set in memory that a task trains on, if it is one."""
-    return spec.data or (None if spec.live or spec.own_file else "mnist")
+    """The data set in memory that a task trains on, if it is one. Text comes in windows as long as gpt's context."""
+    text = spec.data or (None if spec.live or spec.own_file else "mnist")
+    family, _, options = spec.network.partition(":")
+    if text and is_text(text) and family == "gpt" and not spec.live:
+        return in_windows_of(text, shape_of(options).context)
+    return text
 
 
 def keep_data(spec: TaskSpec) -> None:

@@ -1,0 +1,249 @@
+"""The PyTorch engine, one stage: forwards by module calls, backwards by autograd.
+
+It knows nothing of peers or schedules: an interpreter tells it what to compute and hands over what arrives.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paraxis.engine.boundary import boundaries, leaf
+from paraxis.engine.pausing import Pausing
+from paraxis.engine.statistics import StageStatistics
+from paraxis.program.instructions import Program
+from paraxis.task.batches import Nest, Source, leaves, map_nest, samples
+from paraxis.task.task import Task
+
+Key = tuple[int, int]  # (segment, microbatch)
+
+
+@dataclass
+class Step:
+    """What the stages of a rank have in common while it trains; an object of its own, so that no stage holds its rank.
+
+    `number` is the optimiser step in progress; `totals` (2,) get loss sum and weight, if data alone tell the weight.
+    """
+
+    source: Source
+    unit: Tensor
+    score: Tensor
+    totals: Tensor | None = None
+    number: int = 0
+    loss_sum: float = 0.0
+    loss_weight: float = 0.0
+
+    def add(self, loss: float, weight: float) -> None:
+        """Of a microbatch, on the last stage."""
+        self.loss_sum += loss
+        self.loss_weight += weight
+        if self.totals is not None:
+            self.totals[0], self.totals[1] = self.loss_sum, self.loss_weight
+
+
+class TorchStage:
+    """A run of layers on a rank, which shares its `now` with them. Not safe to share by threads."""
+
+    def __init__(self, now: Step, task: Task, program: Program, stage: int) -> None:
+        self.now, self.stage = now, stage
+        self.task, self.draw = task, task.draw
+        self.last = stage == len(program.stages) - 1
+        self.slice_size = task.batch // (program.mesh.dp * program.microbatches)
+        self.entry, self.exit, self.entry_counts = boundaries(task, program, stage, self.slice_size)
+        cuts = program.segments[stage]
+        self.segments = [task.chain[first:last] for first, last in cuts]
+        self.calls = [[task.callable(layer) for layer in segment] for segment in self.segments]
+        self.altered = [first in task.altering for first, _ in cuts]
+        self.pausing: Pausing | None = None
+        self.statistics = StageStatistics(self.segments)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all microbatches in flight."""
+        self.batches: dict[int, Nest] = {}
+        self.counts: dict[int, dict[str, int]] = {}
+        self.arrived: dict[int, Nest] = {}
+        self.between: dict[Key, Nest] = {}
+        self.stash: dict[Key, tuple[list[Tensor], list[Tensor]]] = {}
+        self.gradients: dict[Key, list[Tensor | None]] = {}
+        self.leaving: dict[int, list[Tensor]] = {}
+
+    # -- computing ---------------------------------------------------------------------------------------------
+
+    def load(self, microbatch: int, part: int) -> None:
+        """Take samples of slice `part` of this step's global batch."""
+        first = part * self.slice_size
+        wanted = self.now.source.share(self.now.number, first, self.slice_size, self.stage == 0, self.last)
+        self.batches[microbatch] = wanted
+
+    def forward(self, segment: int, microbatch: int, part: int) -> None:
+        """F of one segment: keeps what its backward needs, and hands the output on."""
+        last = segment == len(self.segments) - 1
+        if self.pausing is None:
+            x, entering = self._enter(segment, microbatch, part)
+            self._leave(segment, microbatch, entering, _through(self.calls[segment], x, self._loss(last, microbatch)))
+            return
+        if segment == 0:
+            x, self.entering = self._enter(segment, microbatch, part)
+            calls = [call for own in self.calls for call in own]
+            self.pausing.forward(partial(_through, calls, x, self._loss(True, microbatch)))
+        else:
+            self.pausing.resume()
+        self.pausing.check_forward(None if last else segment)
+        if last:
+            self._leave(segment, microbatch, self.entering, self.pausing.end())
+
+    def _enter(self, segment: int, microbatch: int, part: int) -> tuple[Nest, list[Tensor]]:
+        self._draw_at(segment, microbatch, part)
+        x, entering = self._input(segment, microbatch)
+        if segment == 0:
+            self.statistics.restore()
+        return x, entering
+
+    def _loss(self, last: bool, microbatch: int) -> Callable[[Nest], Any] | None:
+        """Of the last segment's output."""
+        if not (last and self.last):
+            return None
+        loss, batch = self.task.recipe.loss, self.batches.pop(microbatch)
+        return lambda x: loss(x, batch)
+
+    def _leave(self, segment: int, microbatch: int, entering: list[Tensor], made: Any) -> None:
+        if segment == len(self.segments) - 1:
+            self.statistics.collect()
+        if segment < len(self.segments) - 1:
+            self.stash[segment, microbatch] = entering, leaves(made)
+            self.between[segment + 1, microbatch] = made
+        elif self.last:
+            loss, weight = made
+            self.stash[segment, microbatch] = entering, [loss]
+            self.now.add(loss.item(), float(weight))
+        else:
+            outputs = leaves(made)
+            self.stash[segment, microbatch] = entering, outputs
+            self.leaving[microbatch] = [t.detach().contiguous() for t in outputs]
+
+    def _draw_at(self, segment: int, microbatch: int, part: int) -> None:
+        """The masks of a microbatch; a module that is computed again later goes on counting where it was."""
+        before = self.counts.pop(microbatch) if segment else self.entry_counts
+        self.draw.at(self.now.number, part * self.slice_size, self.slice_size)
+        self.draw.calls = self.counts[microbatch] = dict(before)
+
+    def _input(self, segment: int, microbatch: int) -> tuple[Nest, list[Tensor]]:
+        """(what a segment is called with, its tensors that collect a gradient)."""
+        if segment == 0 and self.stage == 0:
+            batch = self.batches[microbatch] if self.last else self.batches.pop(microbatch)
+            inputs = self.task.recipe.inputs(batch)
+            return map_nest(inputs, Tensor.clone) if self.altered[0] else inputs, []
+        nest = map_nest(self.between.pop((segment, microbatch)), leaf) if segment else self.arrived.pop(microbatch)
+        entering = [t for t in leaves(nest) if t.requires_grad]
+        if self.altered[segment]:  # its first layer works in place, which a leaf does not bear
+            nest = map_nest(nest, lambda t: t.clone() if t.requires_grad else t)
+        return nest, entering
+
+    def backward(self, segment: int, microbatch: int) -> None:
+        """B of one segment: adds to the flat gradients, and hands the input's gradient on."""
+        if self.pausing is None:
+            entering, descend = self._descent(segment, microbatch)
+            descend()
+        else:
+            if segment == len(self.segments) - 1:
+                self.entering, descend = self._descent(segment, microbatch)
+                self.pausing.backward(descend)
+            elif self.pausing.at == segment:
+                self.pausing.resume()
+            self.pausing.check_backward(segment)
+            if segment:
+                return
+            entering, self.entering = self.entering, []
+        upstream = [t.grad if t.grad is not None else torch.zeros_like(t) for t in entering]
+        if segment:
+            self.gradients[segment - 1, microbatch] = list(upstream)
+        elif self.stage:
+            self.leaving[microbatch] = [g.contiguous() for g in upstream]
+
+    def _descent(self, segment: int, microbatch: int) -> tuple[list[Tensor], Callable[[], None]]:
+        """(what collects a gradient in front, autograd's work from what has been made there)."""
+        entering, outputs = self.stash.pop((segment, microbatch))
+        if segment == len(self.segments) - 1 and self.last:
+            return entering, partial(torch.autograd.backward, outputs, [self.now.unit])
+        outputs = [t for t in outputs if t.requires_grad]
+        return entering, partial(torch.autograd.backward, outputs, self.gradients.pop((segment, microbatch)))
+
+    def evaluate(self, segment: int, microbatch: int, part: int) -> None:
+        """Forward only, without noise; the last stage adds loss, weight and hits of the samples that are no padding."""
+        self.apart(partial(self._evaluate, segment, microbatch, part))
+
+    def apart(self, compute: Callable[[], None]) -> None:
+        """In the one thread that computes this stage."""
+        compute() if self.pausing is None else self.pausing.run(compute)
+
+    def _evaluate(self, segment: int, microbatch: int, part: int) -> None:
+        self.draw.at(self.now.number, part * self.slice_size, self.slice_size)
+        with torch.no_grad():
+            x, _ = self._input(segment, microbatch)
+            for call in self.calls[segment]:
+                x = call(x)
+            if segment < len(self.segments) - 1:
+                self.between[segment + 1, microbatch] = x
+            elif not self.last:
+                self.leaving[microbatch] = [t.detach().contiguous() for t in leaves(x)]
+            else:
+                valid = self.now.source.valid(self.now.number, part * self.slice_size, self.slice_size)
+                self._add_score(x, self.batches.pop(microbatch), valid)
+
+    def _add_score(self, output: Nest, batch: Nest, valid: int) -> None:
+        if not valid:
+            return
+        size = samples(batch)
+        output = map_nest(output, lambda t: t[:valid] if t.ndim and t.shape[0] == size else t)
+        batch = map_nest(batch, lambda t: t[:valid] if t.ndim and t.shape[0] == size else t)
+        loss, weight = self.task.recipe.loss(output, batch)
+        target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+        hits = 0
+        if isinstance(output, Tensor) and output.ndim == 2 and isinstance(target, Tensor) and target.ndim == 1:
+            hits = int((output.argmax(1) == target).sum())
+        self.now.score += torch.tensor([float(loss), float(weight), hits], dtype=torch.float64)
+
+    def training(self, on: bool) -> None:
+        """Switch noise and batch statistics on or off, and drop what an interrupted phase left."""
+        modules = [m for segment in self.segments for layer in segment for m in layer.modules()]
+        if not on:
+            self._modes = [m.training for m in modules]
+            self.statistics.restore()
+        for module, mode in zip(modules, self._modes, strict=True):
+            module.training = on and mode
+
+    # -- what crosses the stage's edges ------------------------------------------------------------------------
+
+    def incoming(self, gradient: bool) -> list[Tensor]:
+        """Empty buffers for an activation to come, or for the gradients of what this stage sent."""
+        edge = self.exit if gradient else self.entry
+        pairs = zip(leaves(edge.nest), edge.gradients, strict=True)
+        return [torch.empty_like(t) for t, need in pairs if need or not gradient]
+
+    def arrive(self, gradient: bool, microbatch: int, tensors: list[Tensor]) -> None:
+        """Take over what has been received."""
+        if gradient:
+            self.gradients[len(self.segments) - 1, microbatch] = list(tensors)
+            return
+        fresh = iter(zip(tensors, self.entry.gradients, strict=True))
+
+        def place(_: Tensor) -> Tensor:
+            tensor, need = next(fresh)
+            return tensor.requires_grad_() if need else tensor
+
+        self.arrived[microbatch] = map_nest(self.entry.nest, place)
+
+    def leave(self, microbatch: int) -> list[Tensor]:
+        """What this stage has made for a neighbour."""
+        return self.leaving.pop(microbatch)
+
+
+def _through(calls: Sequence[Callable[[Any], Any]], x: Any, loss: Callable[[Nest], Any] | None) -> Any:
+    """What layers make of an input, or its loss and weight."""
+    for call in calls:
+        x = call(x)
+    return x if loss is None else loss(x)

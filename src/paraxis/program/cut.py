@@ -1,0 +1,97 @@
+"""Where a network is cut: into stages for the ranks of a pipeline, into segments between two communications."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paraxis.errors import PlanError
+from paraxis.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What lowering has to know of a network: parameters of each layer, and what its training needs to agree on.
+
+    `weight_in_data`: the loss's weight is known only after the forwards. `statistics`: it has running statistics.
+    `clip`: gradients are clipped by their global norm. `cuttable`: empty, or why its layers cannot be split. `norms`:
+    how many batch norms each layer has whose statistics cover the whole global batch (none: they cover slices).
+    """
+
+    parameters: tuple[int, ...]
+    weight_in_data: bool = False
+    statistics: bool = False
+    clip: bool = False
+    cuttable: str = ""
+    tied: tuple[tuple[int, int, str], ...] = ()  # (first layer, last layer, parameter) that share one parameter
+    norms: tuple[int, ...] = ()
+
+
+def cut(plan: Plan, layout: Layout) -> tuple[tuple[int, int], ...]:
+    """Layer ranges of the stages; raises PlanError with what binds and what would fit."""
+    layers = len(layout.parameters)
+    if plan.pp == 1:
+        return ((0, layers),)
+    if layout.cuttable:
+        raise PlanError(f"pp={plan.pp}: {layout.cuttable}; dp takes any network")
+    if plan.stages > layers:
+        asked = f"pp={plan.pp}" + f",interleave={plan.interleave}" * (plan.interleave > 1)
+        raise PlanError(f"{asked}: the network has {layers} layers, so at most {layers} stages")
+    split = plan.split or balanced([1.0] * layers, plan.stages)
+    if sum(split) != layers:
+        raise PlanError(f"split={'+'.join(map(str, split))} sums to {sum(split)}, but the network has {layers} layers")
+    ends = [sum(split[: i + 1]) for i in range(plan.stages)]
+    stages = tuple(zip([0, *ends], ends, strict=False))
+    for first, last, name in layout.tied:
+        if [a <= first < b for a, b in stages] != [a <= last < b for a, b in stages]:
+            raise PlanError(f"pp={plan.pp}: layers {first} and {last} share {name} and must stay in one stage")
+    return stages
+
+
+def balanced(costs: Sequence[float], stages: int) -> tuple[int, ...]:
+    """Numbers of consecutive layers such that the costliest stage is as cheap as can be (dynamic programming)."""
+    count = len(costs)
+    total = [sum(costs[:i]) for i in range(count + 1)]
+    best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 0): (0.0, ())}
+    for stage in range(1, stages + 1):
+        for end in range(stage, count - stages + stage + 1):
+            choices = (
+                (max(best[stage - 1, start][0], total[end] - total[start]), start)
+                for start in range(stage - 1, end)
+                if (stage - 1, start) in best
+            )
+            worst, start = min(choices)
+            best[stage, end] = worst, (*best[stage - 1, start][1], end - start)
+    return best[stages, count][1]
+
+
+def bucketed(stage: tuple[int, int], layout: Layout, bucket_bytes: int) -> tuple[tuple[int, int], ...]:
+    """Segments of a stage: a new one, from the last layer backwards, whenever a bucket is full of float32 gradients."""
+    first, last = stage
+    if not bucket_bytes:
+        return (stage,)
+    cuts, held, end = [], 0, last
+    for layer in range(last - 1, first, -1):
+        held += 4 * layout.parameters[layer]
+        if held >= bucket_bytes and any(layout.parameters[first:layer]):
+            cuts.append((layer, end))
+            end, held = layer, 0
+    return tuple(reversed([*cuts, (first, end)]))
+
+
+def synchronised(plan: Plan, layout: Layout) -> bool:
+    """Whether replicas sum up what their batch norms measure; raises PlanError for a plan that cannot."""
+    if plan.dp == 1 or not any(layout.norms):
+        return False
+    if plan.microbatches > 1 or plan.sync != "gradient":
+        raise PlanError("batch norm over the whole batch needs microbatches=1 and sync=gradient; or a smaller bn_group")
+    if plan.bucket_bytes:
+        raise PlanError(
+            "bucket_bytes: synchronised batch norm cuts stages where its layers are; leave bucket_bytes out"
+        )
+    return True
+
+
+def norm_by_norm(stage: tuple[int, int], layout: Layout, bucket_bytes: int) -> tuple[tuple[int, int], ...]:
+    """Segments of a stage: each ends in the middle of a batch norm, whose layer counts to the one it begins in."""
+    first, last = stage
+    cuts = [layer + 1 for layer in range(first, last) for _ in range(layout.norms[layer])]
+    return tuple(zip([first, *cuts], [*cuts, last], strict=True))

@@ -1,0 +1,203 @@
+"""The passes of lowering: a schedule's order becomes a rank's whole list of instructions, communication included.
+
+`training` and `evaluation` are the tables of contents; every pass takes a body and gives one back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from paraxis.plan.plan import Plan
+from paraxis.plan.schedules import SCHEDULES, Order
+from paraxis.program.cut import Layout, synchronised
+from paraxis.program.instructions import MOMENTS, Instruction
+
+Body = list[Instruction]
+Cuts = Sequence[Sequence[tuple[int, int]]]  # of every stage, its segments
+I = Instruction  # noqa: E741  (the passes below are tables of instructions)
+
+
+def training(plan: Plan, layout: Layout, segments: Cuts, rank: int, agree: str) -> Body:
+    """One optimiser step of one rank; `agree`: how replicas do (gradient, shared, owner, hogwild, average, none)."""
+    dp, place, _ = plan.mesh.coordinates(rank)
+    order = SCHEDULES[plan.schedule or "layerwise"](plan.pp, plan.microbatches, place, plan.interleave)
+    body = expand(order, plan, dp, segments)
+    meets = synchronised(plan, layout)
+    if agree == "gradient" and plan.dp > 1:
+        whole = meets or (plan.interleave > 1 and not plan.bucket_bytes)
+        body = add_reductions(body, {(place, 0): -1} if whole else _each(segments, body))
+    body = add_totals(body, plan, layout, place)
+    body = add_transfers(body, plan, rank)  # last, so that a gradient is on its way before a reduction begins
+    if meets:
+        body = add_moments(body, segments)
+    if agree == "owner":
+        body = part_weight_gradients(body)
+    body = [I("Update", stage=place, rule="zero"), *body]
+    body += finish(plan, layout, place, agree)
+    return pair_tokens(body)
+
+
+def _each(segments: Cuts, body: Body) -> dict[tuple[int, int], int]:
+    """A bucket for every segment of the stages that a body computes."""
+    return {(s, k): k for s in sorted({i.stage for i in body}) for k in range(len(segments[s]))}
+
+
+def expand(order: Order, plan: Plan, dp: int, segments: Cuts, rule: str = "") -> Body:
+    """F and B over a stage's segments, with the samples loaded where the first or the last stage needs them."""
+    body = []
+    for op, stage, microbatch in order:
+        part = dp * plan.microbatches + microbatch
+        if op == "F" and stage in (0, plan.stages - 1):
+            body.append(I("Load", stage=stage, microbatch=microbatch, slice=part, rule=rule))
+        cuts = range(len(segments[stage]))
+        run = cuts if op == "F" else reversed(cuts)
+        body += [I(op, stage=stage, segment=k, microbatch=microbatch, slice=part, rule=rule) for k in run]
+    return body
+
+
+# Of F and B: what a stage receives before it from the stage so far away, and what it sends after it to which.
+EDGES = {"F": ("RecvAct", -1, "SendAct", +1), "B": ("RecvGrad", +1, "SendGrad", -1)}
+
+
+def add_transfers(body: Body, plan: Plan, rank: int) -> Body:
+    """Sends never block and receives are posted one ahead; a send's buffer is kept until the next one of its kind."""
+    dp, _, tp = plan.mesh.coordinates(rank)
+    out: Body = []
+    ends = {(i.op, i.stage): i.segment for i in body if i.op in EDGES}  # with which each stage's F and B end
+    begins = {(op, s): 0 if op == "F" else ends["F", s] for op, s in ends}
+    todo: dict[tuple[str, int], list[int]] = {key: [] for key in ends}
+    for i in body:
+        if i.op in EDGES and i.segment == begins[i.op, i.stage]:
+            todo[i.op, i.stage].append(i.microbatch)
+    sending: dict[tuple[str, int], Instruction] = {}
+
+    def transfer(op: str, stage: int, away: int, microbatch: int) -> Instruction:
+        peer = plan.mesh.rank(dp, (stage + away) % plan.pp, tp)
+        return I(op, stage=stage, microbatch=microbatch, peer=peer)
+
+    def post(op: str, stage: int) -> None:
+        receive, source, _, _ = EDGES[op]
+        if 0 <= stage + source < plan.stages and todo[op, stage]:
+            out.append(transfer(receive + "Start", stage, source, todo[op, stage].pop(0)))
+
+    for op, stage in ends:
+        post(op, stage)
+    for i in body:
+        key = op, stage = i.op, i.stage
+        receive, source, send, target = EDGES.get(op, ("", 0, "", 0))
+        if source and i.segment == begins[key] and 0 <= stage + source < plan.stages:
+            out.append(transfer(receive + "Wait", stage, source, i.microbatch))
+            post(op, stage)
+        out.append(i)
+        if target and i.segment == ends[key] and 0 <= stage + target < plan.stages:
+            if key in sending:
+                out.append(sending[key])
+            out.append(transfer(send + "Start", stage, target, i.microbatch))
+            sending[key] = transfer(send + "Wait", stage, target, i.microbatch)
+    return out + list(sending.values())
+
+
+def add_reductions(body: Body, buckets: dict[tuple[int, int], int]) -> Body:
+    """A bucket's reduction starts as soon as its last gradient is there; all are awaited before the update.
+
+    `buckets`: the bucket that is complete with the last backward of a (stage, segment); -1: all of the rank's.
+    """
+    ends = {(i.stage, i.segment): index for index, i in enumerate(body) if i.op == "B"}
+    out: Body = []
+    for index, i in enumerate(body):
+        out.append(i)
+        if i.op == "B" and ends[i.stage, i.segment] == index and (i.stage, i.segment) in buckets:
+            out.append(_reduce("Start", i.stage, "grads", buckets[i.stage, i.segment]))
+    return out + [_reduce("Wait", stage, "grads", buckets[stage, k]) for stage, k in reversed(buckets)]
+
+
+def add_moments(body: Body, segments: Cuts) -> Body:
+    """Between two segments of a stage replicas add up what they have measured: of samples, then of gradients."""
+    out: Body = []
+    for i in body:
+        out.append(i)
+        number = i.segment if i.op == "F" else i.segment - 1
+        if i.op in MOMENTS and 0 <= number < len(segments[i.stage]) - 1:
+            out += [_reduce(end, i.stage, MOMENTS[i.op], number) for end in ("Start", "Wait")]
+    return out
+
+
+def part_weight_gradients(body: Body) -> Body:
+    """B becomes I; once all have what gradients are made of, each rank computes its own block: nothing to add up."""
+    own = [replace(i, op="W", rule="owner") for i in body if i.op == "B"]
+    parted = [replace(i, op="I") if i.op == "B" else i for i in body]
+    return [*parted, *_both("dp", "factors", "", "AllGather"), *own]
+
+
+def add_totals(body: Body, plan: Plan, layout: Layout, stage: int) -> Body:
+    """Stages before the last learn the loss's weight, which only the last one sees, before bucket 0 carries it on."""
+    if plan.pp == 1 or not layout.weight_in_data:
+        return body
+    first = ((n, i) for n, i in enumerate(body) if i.op == "AllReduceStart" and i.stage == stage)
+    at = next((n for n, i in first if i.bucket <= 0), len(body))
+    both = [I(f"AllReduce{end}", stage=stage, axis="pp", buffer="totals", reduction="sum") for end in ("Start", "Wait")]
+    return [*body[:at], *both, *body[at:]]
+
+
+def finish(plan: Plan, layout: Layout, stage: int, agree: str) -> Body:
+    """What stands between the reduced gradients and the next step."""
+    body: Body = []
+    common = agree in ("shared", "owner")
+    if agree == "shared":
+        body += _both("dp", "grads", "sum", "ReduceScatter")
+    if layout.clip:
+        body.append(I("Update", stage=stage, rule="norm"))
+        if common:
+            body += _both("dp", "norm", "sum")
+        if plan.pp > 1:
+            body += _both("pp", "norm", "sum")
+    if layout.statistics:
+        body += _both("dp", "statistics", "mean") if (common or agree == "gradient") and plan.dp > 1 else []
+        body.append(I("Update", stage=stage, rule="statistics"))
+    body.append(I("Update", stage=stage, rule="hogwild" if agree == "hogwild" else "step"))
+    if common:
+        body += _both("dp", "params", "", "AllGather")
+    return body + (averaging(layout, None) if agree == "average" else [])
+
+
+def averaging(layout: Layout, first_token: int | None) -> Body:
+    """Replicas take the mean of their weights (local SGD, Stich 2019); momentum stays each replica's own."""
+    body = _both("dp", "params", "mean") + (_both("dp", "running", "mean") if layout.statistics else [])
+    return body if first_token is None else pair_tokens(body)
+
+
+def evaluation(plan: Plan, rank: int, segments: Cuts) -> Body:
+    """Forward only over the same stages; scores add up on the last one."""
+    dp, place, _ = plan.mesh.coordinates(rank)
+    own = range(place, plan.stages, plan.pp)
+    body = expand([("F", s, i) for s in own for i in range(plan.microbatches)], plan, dp, segments, rule="evaluate")
+    return pair_tokens(add_transfers(body, plan, rank))
+
+
+def scoring(plan: Plan, rank: int) -> Body:
+    """Replicas of the last stage add up loss, weight and hits; the others have nothing to say."""
+    last = plan.mesh.coordinates(rank)[1] == plan.pp - 1
+    return pair_tokens(_both("dp", "score", "sum")) if last and plan.dp > 1 else []
+
+
+def pair_tokens(body: Body) -> Body:
+    """Number every start, and give its wait the same number."""
+    tokens: dict[Instruction, int] = {}
+    out: Body = []
+    for instruction in body:
+        if instruction.starts:
+            key = replace(instruction, op=instruction.base + "Wait")
+            tokens[key] = len(tokens)
+            out.append(replace(instruction, token=tokens[key]))
+        elif instruction.waits:
+            out.append(replace(instruction, token=tokens[instruction]))
+        else:
+            out.append(instruction)
+    return out
+
+
+def _both(axis: str, buffer: str, reduction: str, op: str = "AllReduce") -> Body:
+    return [I(f"{op}{end}", axis=axis, buffer=buffer, reduction=reduction) for end in ("Start", "Wait")]
+
+
+def _reduce(end: str, stage: int, buffer: str, bucket: int) -> Instruction:
+    return I(f"AllReduce{end}", stage=stage, axis="dp", buffer=buffer, bucket=bucket, reduction="sum")
