@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paraxis.engine.native_engine import extension, stages_of
+from paraxis.engine.native_engine import extension, stages_of, tokens_of
 from paraxis.engine.native_task import Feed, feed_of, get_weights, hyper_of, put_weights
 from paraxis.errors import PlanError
 from paraxis.program.instructions import MOMENTS, Program
@@ -68,6 +68,7 @@ class NativeEngine:
             seed=self.task.spec.seed,
             naive=False,
             whole=(self.stage, len(program.stages)),
+            tokens=tokens_of(self.task),
         )
 
     def _view(self, name: str) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paraxis.engine.native_engine import extension, stages_of
+from paraxis.engine.native_engine import extension, stages_of, tokens_of
 from paraxis.engine.native_task import feed_of, get_weights, hyper_of, put_weights
 from paraxis.engine.rules import Hyper
 from paraxis.errors import PlanError
@@ -154,6 +154,7 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
         seed=task.spec.seed,
         naive=False,
         whole=(0, mesh.pp),
+        tokens=tokens_of(task),
     )
     team = Team(task, program, ensemble, hyper, [name for name, _ in program.bodies])
     put_weights(ensemble, task, range(mesh.size))
