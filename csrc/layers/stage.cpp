@@ -73,7 +73,9 @@ void Stage<T>::settle(const Spec& spec, const Layer<T>& layer) {
         statistics += layer.statistics;
         return;
     }
-    if (spec.same >= number || layers[spec.same]->spec.same >= 0 || layers[spec.same]->parameters != layer.parameters)
+    // Of a matrix with owners the gradient would come from two places.
+    if (spec.same >= number || layers[spec.same]->spec.same >= 0 || layers[spec.same]->matrix ||
+        layers[spec.same]->parameters != layer.parameters)
         throw std::invalid_argument(spec.name + ": it cannot use the parameters of that layer");
     for (int n = number - 1; n >= spec.same; --n)
         if (n == spec.same || layers[n]->spec.same == spec.same) {

@@ -89,7 +89,7 @@ class Compiler:
             setattr(spec, key, value)
         same = self.weights.get(id(weight), -1)
         for parameter in module.parameters(recurse=False):
-            alone = parameter is weight and (same < 0 or not spec.bias)
+            alone = parameter is weight and same >= 0 and self.specs[same].kind == "embedding" and not spec.bias
             self.need(alone or id(parameter) not in self.weights, spec.name, module, "parameters of its own")
             self.weights.setdefault(id(parameter), len(self.specs))
         spec.same = same
@@ -317,7 +317,9 @@ def check_task(task: Task) -> None:
     if batch[1].ndim != 1 + task.recipe.tokens:
         raise PlanError("engine=native needs one class number a sample")
     if task.keyed.functions or task.keyed.unkeyed or task.keyed.switched_off:
-        raise PlanError("engine=native has the randomness of nn.Dropout only")
+        raise PlanError(
+            "engine=native has the randomness of nn.Dropout only, not that of a function or of attention; engine=torch has"
+        )
     hyper = task.hyper()
     if hyper.rule == "native" or len(hyper.groups) != 1:
         raise PlanError("engine=native has SGD, Adam and AdamW with one group of parameters")

@@ -40,25 +40,28 @@ def block(m: gpt.Block, c: "Compiler", layer: Layer) -> None:
     """A block of `gpt`: attention and two linear layers, each added to what came."""
     entry = c.place
     layer(m.ln_1, c)
-    attention(m.attn, c, layer)
+    layer(m.attn, c)
     c.add("residual", nn.Identity(), skip=entry)
     middle = c.place
     layer(m.ln_2, c)
-    for part in (m.mlp.c_fc, m.mlp.gelu, m.mlp.c_proj, m.mlp.dropout):
-        layer(part, c)
+    layer(m.mlp, c)
     c.add("residual", nn.Identity(), skip=middle)
 
 
 def attention(m: gpt.Attention, c: "Compiler", layer: Layer) -> None:
-    """Causal self-attention; raises PlanError where it draws."""
-    name = c.names.get(id(m), "attention")
-    c.need(m.p == 0, name, m, "no dropout of its probabilities; engine=torch has it")
+    """Causal self-attention."""
     width = c.shape[2]
     layer(m.c_attn, c)
-    c.need(c.shape[2] == 3 * width and width % m.size == 0, name, m, "all of its heads")
+    c.need(c.shape[2] == 3 * width and width % m.size == 0, c.names[id(m)], m, "all of its heads")
     c.add("attention", m, (1, 1, width), heads=width // m.size, entries=c.tokens)
     layer(m.c_proj, c)
     layer(m.dropout, c)
+
+
+def mlp(m: gpt.MLP, c: "Compiler", layer: Layer) -> None:
+    """Two linear layers on each token."""
+    for part in (m.c_fc, m.gelu, m.c_proj, m.dropout):
+        layer(part, c)
 
 
 def head(m: gpt.Head, c: "Compiler", layer: Layer) -> None:
@@ -70,6 +73,8 @@ def head(m: gpt.Head, c: "Compiler", layer: Layer) -> None:
 PARTS: dict[type[nn.Module], Callable[[Any, "Compiler", Layer], None]] = {
     gpt.Embed: embed,
     gpt.Block: block,
+    gpt.Attention: attention,
+    gpt.MLP: mlp,
     gpt.Head: head,
 }
 TOKENWISE = (nn.Embedding, nn.Linear, nn.LayerNorm, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.GELU, nn.Dropout, nn.Identity)
