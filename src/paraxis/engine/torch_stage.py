@@ -201,10 +201,7 @@ class TorchStage:
         output = map_nest(output, lambda t: t[:valid] if t.ndim and t.shape[0] == size else t)
         batch = map_nest(batch, lambda t: t[:valid] if t.ndim and t.shape[0] == size else t)
         loss, weight = self.task.recipe.loss(output, batch)
-        target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
-        hits = 0
-        if isinstance(output, Tensor) and output.ndim == 2 and isinstance(target, Tensor) and target.ndim == 1:
-            hits = int((output.argmax(1) == target).sum())
+        hits = self.task.recipe.hits(output, batch)
         self.now.score += torch.tensor([float(loss), float(weight), hits], dtype=torch.float64)
 
     def training(self, on: bool) -> None:

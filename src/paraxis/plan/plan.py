@@ -36,7 +36,7 @@ class Mesh:
         return (pp * self.dp + dp) * self.tp + tp
 
     def group(self, rank: int, axis: str) -> tuple[int, ...]:
-        """The ranks that share all coordinates with `rank` but that of `axis`, in order."""
+        """The ranks that share all coordinates with `rank` but that of `axis`, in order; of `pp:0+3` only those two."""
         dp, pp, tp = self.coordinates(rank)
         if axis == "dp":
             return tuple(self.rank(i, pp, tp) for i in range(self.dp))
@@ -44,7 +44,10 @@ class Mesh:
             return tuple(self.rank(dp, i, tp) for i in range(self.pp))
         if axis == "tp":
             return tuple(self.rank(dp, pp, i) for i in range(self.tp))
-        raise ProgramError(f"axis {axis!r} is not one of dp, pp, tp")
+        places = axis.removeprefix("pp:").split("+")
+        if axis.startswith("pp:") and all(p.isdecimal() and int(p) < self.pp for p in places):
+            return tuple(self.rank(dp, int(p), tp) for p in places)
+        raise ProgramError(f"axis {axis!r} is not one of dp, pp, tp, nor some of the {self.pp} places of pp: pp:0+1")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class _Rank:
     open: dict[int, Instruction] = field(default_factory=dict)
     reduced: set[tuple[int, int]] = field(default_factory=set)  # (stage, bucket)
     met: set[tuple[str, int, int]] = field(default_factory=set)  # (buffer, stage, batch norm) of known sums
+    tied: set[int] = field(default_factory=set)  # ties whose copies have been added up
     parted: set[tuple[int, int, int]] = field(default_factory=set)  # backwards that left the weights' gradient to a W
     factors: bool = False  # of weight gradients: those of all ranks are there
     gathered: bool = False
@@ -110,7 +111,9 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             state.received.add((i.base, i.stage, i.microbatch))
         elif i.buffer in MOMENTS.values():
             _check_moments(program, state, i, slot, fail)
-        elif i.base in COLLECTIVES or i.rule in ("step", "hogwild"):
+        elif i.buffer == "tied":
+            _check_tie(program, rank, state, i, slot, fail)
+        elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm"):
             _check_write(program, rank, state, i, slot, fail)
         state.peak = max(state.peak, len({(f[0], f[2]) for f in state.forward - state.backward}))
     if state.open:
@@ -204,6 +207,26 @@ def _check_weight_gradient(state: _Rank, i: Instruction, slot: int, fail: Fail) 
     state.reduced.add((i.stage, i.segment))
 
 
+def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    """Copies are added up once and complete: after replicas have reduced them or, if that scatters, before."""
+    tie = program.ties_of(rank).get(i.bucket)
+    if tie is None:
+        fail(slot, f"{i.label()}: this rank has no copy of tie {i.bucket}")
+    if i.waits:
+        state.tied.add(i.bucket)
+        return
+    if i.bucket in state.tied:
+        fail(slot, f"{i.label()} adds up {tie.parameter} twice")
+    own = [place for place in _buckets(program, rank) if place[0] in tie.stages]
+    done = sum(1 for s, k, _ in state.backward if (s, k) in own)
+    if done < program.microbatches * len(own):
+        fail(slot, f"the copies of {tie.parameter} are added up before their last backward")
+    replicas = program.mesh.dp > 1 and not program.epilogue and not program.common()
+    if any(o.buffer == "grads" for o in state.open.values()) or any((p in state.reduced) != replicas for p in own):
+        order = "after" if replicas else "before"
+        fail(slot, f"the copies of {tie.parameter} must be added up {order} the replicas' reduction")
+
+
 def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
     """Reductions and updates: complete gradients only, and no write between F and B of a microbatch."""
     live = state.forward - state.backward
@@ -220,6 +243,8 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
     if i.waits and i.base == "AllGather":
         state.factors |= i.buffer == "factors"
         state.gathered |= i.buffer == "params"
+    if i.rule in ("step", "norm") and (missing := program.ties_of(rank).keys() - state.tied):
+        fail(slot, f"{i.label()} before the copies of {program.ties[min(missing)].parameter} have been added up")
     if i.rule == "step":
         if state.parted:
             fail(slot, f"the update comes without W{min(state.parted)[2]}, its microbatch's gradient of weights")

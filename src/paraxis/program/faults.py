@@ -199,5 +199,11 @@ FAULTS: dict[str, Fault] = {
         "dp > 1, microbatches=1 and batch norm over the whole batch",
         _without(lambda i: i.buffer == "moments"),
     ),
+    "untied": Fault(
+        "copies of a tied parameter do not add up their gradients",
+        lambda p: p.pp > 1,
+        "pp > 1 and a network that ties weights across stages",
+        _without(lambda i: i.buffer == "tied"),
+    ),
     "never-averaged": Fault("replicas never agree", _averaging, "sync=average@H", _without(PARAMS)),
 }

@@ -9,14 +9,14 @@ from dataclasses import replace
 from paraxis.plan.plan import Plan
 from paraxis.plan.schedules import SCHEDULES, Order
 from paraxis.program.cut import Layout, synchronised
-from paraxis.program.instructions import MOMENTS, Instruction
+from paraxis.program.instructions import MOMENTS, Instruction, Tie
 
 Body = list[Instruction]
 Cuts = Sequence[Sequence[tuple[int, int]]]  # of every stage, its segments
 I = Instruction  # noqa: E741  (the passes below are tables of instructions)
 
 
-def training(plan: Plan, layout: Layout, segments: Cuts, rank: int, agree: str) -> Body:
+def training(plan: Plan, layout: Layout, segments: Cuts, ties: Sequence[Tie], rank: int, agree: str) -> Body:
     """One optimiser step of one rank; `agree`: how replicas do (gradient, shared, owner, hogwild, average, none)."""
     dp, place, _ = plan.mesh.coordinates(rank)
     order = SCHEDULES[plan.schedule or "layerwise"](plan.pp, plan.microbatches, place, plan.interleave)
@@ -32,7 +32,7 @@ def training(plan: Plan, layout: Layout, segments: Cuts, rank: int, agree: str) 
     if agree == "owner":
         body = part_weight_gradients(body)
     body = [I("Update", stage=place, rule="zero"), *body]
-    body += finish(plan, layout, place, agree)
+    body += finish(plan, layout, place, agree, add_ties(plan, ties, place))
     return pair_tokens(body)
 
 
@@ -138,9 +138,20 @@ def add_totals(body: Body, plan: Plan, layout: Layout, stage: int) -> Body:
     return [*body[:at], *both, *body[at:]]
 
 
-def finish(plan: Plan, layout: Layout, stage: int, agree: str) -> Body:
-    """What stands between the reduced gradients and the next step."""
+def add_ties(plan: Plan, ties: Sequence[Tie], place: int) -> Body:
+    """Ranks that have copies of a parameter add up its gradient, so that all copies take the same step."""
     body: Body = []
+    for number, tie in enumerate(ties):
+        places = sorted({stage % plan.pp for stage in tie.stages})
+        axis = "pp" if len(places) == plan.pp else f"pp:{'+'.join(map(str, places))}"
+        if place in places:
+            body += [replace(i, bucket=number) for i in _both(axis, "tied", "sum")]
+    return body
+
+
+def finish(plan: Plan, layout: Layout, stage: int, agree: str, tied: Body) -> Body:
+    """What stands between the reduced gradients and the next step; `tied` comes before a rank keeps to its own part."""
+    body: Body = [*tied]
     common = agree in ("shared", "owner")
     if agree == "shared":
         body += _both("dp", "grads", "sum", "ReduceScatter")

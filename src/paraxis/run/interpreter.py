@@ -208,7 +208,9 @@ class Rank:
         self.program, self.rank, self.engine, self.world = program, rank, engine, world
         mesh = program.mesh
         sizes = {"dp": mesh.dp, "pp": mesh.pp, "tp": mesh.tp}
-        axes = {axis: world.group(mesh.group(rank, axis)) for axis, size in sizes.items() if size > 1}
+        parts = {i.axis for _, ranks in program.bodies for i in ranks[rank] if ":" in i.axis}  # ranks with tied weights
+        wanted = [axis for axis, size in sizes.items() if size > 1] + sorted(parts)
+        axes = {axis: world.group(mesh.group(rank, axis)) for axis in wanted}
         self.context = Context(engine, world, axes, {}, [0], mesh.pp, program.microbatches)
         self.blocking = blocking
         self.bodies = {name: self.bind(ranks[rank]) for name, ranks in program.bodies}

@@ -137,7 +137,7 @@ class Task:
         """What lowering has to know."""
         owners: dict[int, list[int]] = {}
         for index, layer in enumerate(self.chain):
-            for parameter in layer.parameters():
+            for parameter in filter(lambda p: p.requires_grad, layer.parameters()):
                 owners.setdefault(id(parameter), []).append(index)
         return Layout(
             parameters=tuple(sum(p.numel() for p in layer.parameters()) for layer in self.chain),
@@ -145,7 +145,7 @@ class Task:
             statistics=any(b.is_floating_point() for m in self.net.modules() for b in running(m)),
             clip=self.spec.clip is not None,
             cuttable=self.cuttable,
-            tied=tuple((at[0], at[-1], self.names[key]) for key, at in owners.items() if at[0] != at[-1]),
+            tied=tuple((self.names[key], tuple(at)) for key, at in owners.items() if len(at) > 1),
             norms=tuple(map(len, self.norms)),
         )
 
