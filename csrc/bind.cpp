@@ -263,6 +263,7 @@ void bind(nb::module_& m, const char* name) {
                                      stage.weights->running.data() + place.statistics, tensor.data());
         throw nb::value_error((name + "." + part + " has another size or is not there").c_str());
     });
+    c.def("tied", [](E& e, int rank, int tie) { return e.stage(rank).tied(tie); });
     c.def("segments", [](E& e, int rank) { return e.stage(rank).segments(); });
     // What a layer's replicas add up in the middle of a pass: the n-th such layer of a rank.
     c.def("moments", [](nb::handle self, int rank, int n) {
@@ -318,6 +319,7 @@ NB_MODULE(_native, m) {
         .def_rw("heads", &Spec::heads)
         .def_rw("entries", &Spec::entries)
         .def_rw("same", &Spec::same)
+        .def_rw("tie", &Spec::tie)
         .def_rw("key", &Spec::key);
     nb::class_<Hyper>(m, "Hyper")
         .def(nb::init<>())

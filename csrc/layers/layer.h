@@ -33,6 +33,7 @@ struct Spec {
     int heads = 1;    // of attention
     int entries = 0;  // of a table: of symbols (embedding), of places (position)
     int same = -1;    // number of the layer whose parameters it uses, in the same layout (-1: it has its own)
+    int tie = -1;     // number of the parameters of which another stage has a copy (-1: none has)
     int across = 1;  // replicas over whose microbatches a batch norm's statistics go; then `group` is 0
     uint32_t key = 0;  // of a dropout layer
 };

@@ -85,6 +85,13 @@ void Stage<T>::settle(const Spec& spec, const Layer<T>& layer) {
     places.push_back(places[spec.same]);
 }
 
+template <class T>
+std::pair<size_t, size_t> Stage<T>::tied(int tie) const {
+    for (size_t n = 0; n < layers.size(); ++n)
+        if (tie >= 0 && layers[n]->spec.tie == tie) return {places[n].weights, places[n].weights + layers[n]->parameters};
+    return {0, 0};
+}
+
 // An activation that several layers read has a sum for its gradient: the one that comes first in the backward writes it,
 // the others add.
 template <class T>

@@ -57,6 +57,7 @@ class Stage {
     T* input_gradient(int m) { return slots[m].entering.data(); }
     int features_in() const { return layers.front()->spec.in.size(); }
     int symbols() const { return layers.front()->spec.entries; }  // that it takes in, where it is the head of tokens
+    std::pair<size_t, size_t> tied(int tie) const;  // where the parameters of that number lie: begin, end
     int segments() const { return int(meeting.size()) + 1; }
 
     struct Place {

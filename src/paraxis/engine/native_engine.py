@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from paraxis.engine import native_tokens
 from paraxis.errors import MissingError, PlanError
+from paraxis.program.instructions import Program
 from paraxis.task.norm import GroupedNorm
 from paraxis.task.randomness import KeyedDropout
 from paraxis.task.resnet import Block
@@ -64,6 +65,7 @@ class Compiler:
     specs: list[Any] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
     weights: dict[int, int] = field(default_factory=dict)  # id(parameter) -> number of the layer that has it
+    ties: dict[int, int] = field(default_factory=dict)  # id(parameter) -> number of what other stages have a copy of
 
     def need(self, condition: bool, name: str, module: nn.Module, what: str) -> None:
         """Raises PlanError naming the module, unless the condition holds."""
@@ -91,23 +93,27 @@ class Compiler:
         for parameter in module.parameters(recurse=False):
             alone = parameter is weight and same >= 0 and self.specs[same].kind == "embedding" and not spec.bias
             self.need(alone or id(parameter) not in self.weights, spec.name, module, "parameters of its own")
+            if id(parameter) in self.ties:
+                matrix = parameter is weight and (kind == "embedding" or not spec.bias)
+                self.need(matrix, spec.name, module, "to share a matrix alone, without a bias")
             self.weights.setdefault(id(parameter), len(self.specs))
-        spec.same = same
+        spec.same, spec.tie = same, self.ties.get(id(weight), -1) if same < 0 else -1
         self.specs.append(spec)
         self.place = self.count
 
 
 def compile_layers(
-    layers: Sequence[nn.Module], task: Task, shape: tuple[int, ...], samples: int, starts: bool, ends: bool
+    layers: Sequence[nn.Module], task: Task, shape: tuple[int, ...], samples: int, starts: bool, ends: bool, ties: dict[int, int]
 ) -> tuple[list[Any], Shape, bool]:
     """(C++ layers, shape behind them, whether that is flat); raises PlanError naming a layer that it cannot take.
 
     `shape` as of `input_shape`; `samples`: of a microbatch; `starts`: samples come in; `ends`: the last layer is the network's last, whose
-    output the loss overwrites.
+    output the loss overwrites; `ties`: id(parameter) -> number of what other stages have a copy of.
     """
     names = {id(module): name for name, module in task.net.named_modules()}
     tokens = tokens_of(task)
     compiler = Compiler(names, (shape[0], shape[1], shape[2]), samples, len(shape) > 3, tokens, bool(tokens) and starts)
+    compiler.ties = ties
     for layer in layers:
         _layer(layer, compiler)
     if not compiler.specs:  # a stage of a Flatten alone hands on what it is given
@@ -325,13 +331,16 @@ def check_task(task: Task) -> None:
         raise PlanError("engine=native has SGD, Adam and AdamW with one group of parameters")
 
 
-def stages_of(task: Task, stages: Sequence[tuple[int, int]], samples: int) -> list[list[Any]]:
+def stages_of(task: Task, program: Program, samples: int) -> list[list[Any]]:
     """C++ layers of every stage, for microbatches of `samples`; raises PlanError for what it cannot take."""
     check_task(task)
     shape, found = input_shape(task), []
-    for number, (first, last) in enumerate(stages):
-        ends = number == len(stages) - 1
-        specs, out, flat = compile_layers(task.chain[first:last], task, shape, samples, number == 0, ends)
+    numbers = {tie.parameter: number for number, tie in enumerate(program.ties)}
+    ties = {key: numbers[name] for key, name in task.names.items() if name in numbers}
+    for number, (first, last) in enumerate(program.stages):
+        ends = number == len(program.stages) - 1
+        layers = task.chain[first:last]
+        specs, out, flat = compile_layers(layers, task, shape, samples, number == 0, ends, ties)
         found.append(specs)
         shape = (*out, 1) if flat else out
     return found

@@ -144,7 +144,7 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
     ensemble = make(
         dp=mesh.dp,
         pp=mesh.pp,
-        stages=stages_of(task, program.stages, samples),
+        stages=stages_of(task, program, samples),
         slice=samples,
         microbatches=program.microbatches,
         bodies=words,
@@ -162,7 +162,8 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
 
 
 def _words(i: Instruction) -> tuple[Any, ...]:
-    return i.op, i.microbatch, i.slice, i.peer, i.axis, i.buffer, i.rule, i.reduction == "mean", i.segment, i.bucket
+    axis = i.axis.partition(":")[0]  # which places of a pipeline C++ knows from the tie
+    return i.op, i.microbatch, i.slice, i.peer, axis, i.buffer, i.rule, i.reduction == "mean", i.segment, i.bucket
 
 
 @lru_cache(maxsize=1)
