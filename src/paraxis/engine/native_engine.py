@@ -24,7 +24,15 @@ from paraxis.task.task import HOOKS, Task
 
 Shape = tuple[int, int, int]  # (height, width, channels)
 LANES = 16  # samples side by side, as in csrc/kernels/kernels.h
-LAST = ("affine", "average_pool", "batch_norm", "layer_norm", "dropout", "gelu", "gelu_tanh")  # whose backward needs not its output
+LAST = (
+    "affine",
+    "average_pool",
+    "batch_norm",
+    "layer_norm",
+    "dropout",
+    "gelu",
+    "gelu_tanh",
+)  # whose backward needs not its output
 FUSING = ("affine", "batch_norm", "residual", "max_pool")
 
 
@@ -103,12 +111,18 @@ class Compiler:
 
 
 def compile_layers(
-    layers: Sequence[nn.Module], task: Task, shape: tuple[int, ...], samples: int, starts: bool, ends: bool, ties: dict[int, int]
+    layers: Sequence[nn.Module],
+    task: Task,
+    shape: tuple[int, ...],
+    samples: int,
+    starts: bool,
+    ends: bool,
+    ties: dict[int, int],
 ) -> tuple[list[Any], Shape, bool]:
     """(C++ layers, shape behind them, whether that is flat); raises PlanError naming a layer that it cannot take.
 
-    `shape` as of `input_shape`; `samples`: of a microbatch; `starts`: samples come in; `ends`: the last layer is the network's last, whose
-    output the loss overwrites; `ties`: id(parameter) -> number of what other stages have a copy of.
+    `shape` as of `input_shape`; `samples`: of a microbatch; `starts`: samples come in; `ends`: the last layer is the
+    network's last, whose output the loss overwrites; `ties`: id(parameter) -> number of what other stages have a copy of.
     """
     names = {id(module): name for name, module in task.net.named_modules()}
     tokens = tokens_of(task)
@@ -132,7 +146,7 @@ def _layer(module: nn.Module, c: Compiler) -> None:
         fits = not c.tokens or isinstance(module, native_tokens.TOKENWISE)
         c.need(fits, name, module, "samples that are no sequences")
         c.need(not c.symbols or isinstance(module, nn.Embedding), name, module, "an Embedding in front of it")
-        c.need(id(module) not in c.seen or not any(module.parameters()), name, module, "to stand in one place")
+        c.need(id(module) not in c.seen or not [*module.parameters()], name, module, "to stand in one place")
         c.need(module.training, name, module, "to be in training mode")
         c.seen.add(id(module))
         LAYERS[type(module)](module, c, name)
@@ -159,7 +173,9 @@ def _linear(m: Any, c: Compiler, name: str) -> None:
 def _conv(m: Any, c: Compiler, name: str) -> None:
     h, w, channels = c.shape
     c.need(m.groups == 1 and m.dilation == (1, 1) and m.padding_mode == "zeros", name, m, "groups=1, dilation=1, zeros")
-    c.need(m.stride[0] == m.stride[1] and not isinstance(m.padding, str), name, m, "one stride and a padding in numbers")
+    c.need(
+        m.stride[0] == m.stride[1] and not isinstance(m.padding, str), name, m, "one stride and a padding in numbers"
+    )
     c.need(m.padding[0] == m.padding[1] and not c.flat and m.in_channels == channels, name, m, "images, equal paddings")
     c.need_trained(m, name)
     (kh, kw), stride, padding = m.kernel_size, m.stride[0], m.padding[0]
@@ -324,7 +340,7 @@ def check_task(task: Task) -> None:
         raise PlanError("engine=native needs one class number a sample")
     if task.keyed.functions or task.keyed.unkeyed or task.keyed.switched_off:
         raise PlanError(
-            "engine=native has the randomness of nn.Dropout only, not that of a function or of attention; engine=torch has"
+            "engine=native has the randomness of nn.Dropout only, of no function and no attention; engine=torch has"
         )
     hyper = task.hyper()
     if hyper.rule == "native" or len(hyper.groups) != 1:

@@ -36,7 +36,9 @@ def feed_of(task: Task, source: Source, step: int, steps: int, cache: dict[int, 
             numbers = np.arange(step * source.batch, (step + steps) * source.batch)
             index, size = np.minimum(numbers, source.size - 1).reshape(steps, -1), source.size - step * source.batch
         if source.tokens:  # bytes in memory: only those of these steps are made wide
-            inputs, targets = (part.numpy()[index.reshape(-1)].astype(np.int64) for part in (source.inputs, source.targets))
+            inputs, targets = (
+                part.numpy()[index.reshape(-1)].astype(np.int64) for part in (source.inputs, source.targets)
+            )
             return Feed(inputs, targets, np.arange(index.size).reshape(index.shape), size, 1.0)
         key, kept = id(source.inputs), source.inputs
         if key not in cache:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from paraxis.task import gpt
+from paraxis.task.randomness import KeyedDropout
 
 if TYPE_CHECKING:
     from paraxis.engine.native_engine import Compiler
@@ -77,4 +78,7 @@ PARTS: dict[type[nn.Module], Callable[[Any, "Compiler", Layer], None]] = {
     gpt.MLP: mlp,
     gpt.Head: head,
 }
-TOKENWISE = (nn.Embedding, nn.Linear, nn.LayerNorm, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.GELU, nn.Dropout, nn.Identity)
+TOKENWISE = (
+    *(nn.Embedding, nn.Linear, nn.LayerNorm, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.GELU, nn.Identity),
+    *(nn.Dropout, KeyedDropout),
+)
