@@ -122,7 +122,7 @@ def compile_layers(
     """(C++ layers, shape behind them, whether that is flat); raises PlanError naming a layer that it cannot take.
 
     `shape` as of `input_shape`; `samples`: of a microbatch; `starts`: samples come in; `ends`: the last layer is the
-    network's last, whose output the loss overwrites; `ties`: id(parameter) -> number of what other stages have a copy of.
+    network's last, whose output the loss overwrites; `ties`: id(parameter) -> number of what other stages have, too.
     """
     names = {id(module): name for name, module in task.net.named_modules()}
     tokens = tokens_of(task)
