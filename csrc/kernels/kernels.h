@@ -95,9 +95,9 @@ struct Kernels {
     // dx = (factor * dy + slope * x + shift) * mask.
     void (*norm_back)(int positions, int features, const T* factor, const T* slope, const T* shift, const T* mask,
                       const T* x, const T* dy, T* dx, bool add);
-    // The same where lanes are tokens of one sample, `key` its mixed key: elements are first + lane * features + f.
-    void (*dropout_tokens)(int features, uint32_t first, uint32_t key, uint32_t threshold, T scale, const T* x, T* y,
-                           bool add);
+    // The same where lanes are tokens of one sample, `key` its mixed key: elements are first + lane * stride + f.
+    void (*dropout_tokens)(int features, uint32_t first, uint32_t stride, uint32_t key, uint32_t threshold, T scale,
+                           const T* x, T* y, bool add);
     // Every lane normalised over its features. Backward: adds dy, and dy times the normalised x, to sums [feature][LANES];
     // dx may be null.
     void (*layer_norm)(int features, T epsilon, const T* w, const T* bias, const T* x, T* y, T* mean, T* inverse);

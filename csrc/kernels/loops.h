@@ -223,11 +223,11 @@ static void dropout(int features, const uint32_t* column, const uint32_t* sample
 }
 
 template <class T>
-static void dropout_tokens(int features, uint32_t first, uint32_t key, uint32_t threshold, T scale, const T* x, T* y,
-                           bool add) {
+static void dropout_tokens(int features, uint32_t first, uint32_t stride, uint32_t key, uint32_t threshold, T scale,
+                           const T* x, T* y, bool add) {
     for (int f = 0; f < features; ++f, x += LANES, y += LANES)
         for (int lane = 0; lane < LANES; ++lane) {
-            const uint32_t element = first + uint32_t(lane * features + f);
+            const uint32_t element = first + uint32_t(lane) * stride + uint32_t(f);
             const uint32_t half = mix32((element >> 1) * 0x9E3779B9u + 1), shift = (element & 1) * 16;
             put(y[lane], ((mix32(key + half) >> shift) & 0xFFFF) >= threshold ? x[lane] * scale : T(0), add);
         }

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "layer.h"
+#include "masks.h"
 
 namespace paraxis {
 namespace {
@@ -30,6 +31,7 @@ class Attention final : public Layer<T> {
             for (int i = 0; i < rise; ++i) {
                 products(p, part(p.x, first + i, QUERY, head), first, i, KEY, head, p.scratch);
                 p.kernels->causal((i + 1) * LANES, scale, p.scratch, level(p, first + i, head));
+                if (p.training) drop(p, first, i, head, p.scratch, p.scratch);
                 p.terms->clear();
                 for (int j = 0; j <= i; ++j) p.terms->push_back({part(p.x, first + j, VALUE, head), p.scratch + j * SQUARE, LANES});
                 gather(p, p.y + at(width, first + i, head * size), false);
@@ -45,8 +47,8 @@ class Attention final : public Layer<T> {
         });
     }
 
-    // Probabilities and their gradient of a block of queries, and both of all blocks turned.
-    size_t scratch(int) const override { return size_t(2 * rise + rise * (rise + 1)) * SQUARE; }
+    // Probabilities and their gradient of a block of queries; both, of all blocks, turned; what dropout leaves.
+    size_t scratch(int) const override { return size_t(2 * rise + rise * (rise + 1) + (this->spec.p > 0 ? rise : 0)) * SQUARE; }
 
   private:
     enum Role { QUERY, KEY, VALUE };
@@ -79,16 +81,32 @@ class Attention final : public Layer<T> {
         p.kernels->rows(size, int(p.terms->size()), p.terms->data(), LANES, 1, {nullptr, add, false}, y);
     }
 
+    // Of [key][query] of block i; an element's number is that of (head, query, key).
+    void drop(const Pass<T>& p, int first, int i, int head, const T* x, T* y) const {
+        if (!(this->spec.p > 0)) return;
+        const Masks masks(this->spec.p, p.seed, p.step, this->spec.key);
+        const uint32_t tokens = uint32_t(p.tokens), row = uint32_t(head) * tokens + uint32_t(i * LANES);
+        p.kernels->dropout_tokens((i + 1) * LANES, row * tokens, tokens, masks.of_sample(p.first + first / rise),
+                                  masks.threshold, T(masks.scale), x, y, false);
+    }
+
     void of_queries(const Pass<T>& p, int first, int i, int head) const {
         T *own = p.scratch, *slope = own + size_t(rise) * SQUARE;
         products(p, part(p.x, first + i, QUERY, head), first, i, KEY, head, own);
         p.kernels->causal_again((i + 1) * LANES, scale, level(p, first + i, head), own);
         products(p, p.dy + at(width, first + i, head * size), first, i, VALUE, head, slope);
+        const T* left = own;  // by dropout
+        if (this->spec.p > 0) {
+            T* room = turned(p, rise, 0);
+            drop(p, first, i, head, own, room);
+            drop(p, first, i, head, slope, slope);
+            left = room;
+        }
         p.kernels->causal_back((i + 1) * LANES, scale, own, slope);
         p.terms->clear();
         for (int j = 0; j <= i; ++j) {
             p.terms->push_back({part(p.x, first + j, KEY, head), slope + j * SQUARE, LANES});
-            p.kernels->transpose(LANES, LANES, own + j * SQUARE, turned(p, i, j));
+            p.kernels->transpose(LANES, LANES, left + j * SQUARE, turned(p, i, j));
             p.kernels->transpose(LANES, LANES, slope + j * SQUARE, turned(p, i, j) + SQUARE);
         }
         gather(p, part(p.dx, first + i, QUERY, head), p.dx_add);

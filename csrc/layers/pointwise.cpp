@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "layer.h"
+#include "masks.h"
 
 namespace paraxis {
 namespace {
@@ -60,24 +61,11 @@ class Residual final : public Layer<T> {
     }
 };
 
-uint64_t splitmix64(uint64_t x) {  // Steele, Lea and Flood 2014
-    x += 0x9E3779B97F4A7C15u;
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-    return x ^ (x >> 31);
-}
-
-uint32_t mix32(uint32_t x) {
-    x = (x ^ (x >> 16)) * 0x7FEB352Du;
-    x = (x ^ (x >> 15)) * 0x846CA68Bu;
-    return x ^ (x >> 16);
-}
-
 // The mask follows from (seed, step, layer, sample, element), as in the Python engines, bit for bit.
 template <class T>
 class Dropout final : public Layer<T> {
   public:
-    explicit Dropout(const Spec& s) : Layer<T>(s), threshold(uint32_t(65536 * s.p + 0.5)) {
+    explicit Dropout(const Spec& s) : Layer<T>(s) {
         for (int f = 0; f < s.in.size(); ++f) element.push_back(s.in.torch_index(f));
     }
 
@@ -93,23 +81,23 @@ class Dropout final : public Layer<T> {
     }
 
   private:
-    uint32_t threshold;
     std::vector<uint32_t> element;
 
     void mask(const Pass<T>& p, const T* x, T* y, bool add) const {
-        const uint64_t key = splitmix64(splitmix64(splitmix64(p.seed) ^ p.step) ^ this->spec.key);
-        const T scale = threshold < 65536 ? T(65536.0 / (65536.0 - threshold)) : T(0);
+        const Masks masks(this->spec.p, p.seed, p.step, this->spec.key);
+        const T scale = T(masks.scale);
         const size_t size = size_t(this->spec.in.size()) * LANES;
-        const auto mixed = [&](int64_t number) { return mix32(uint32_t(number) + uint32_t(key)) ^ uint32_t(key >> 32); };
         for (int b = 0; b < p.blocks; ++b) {
             if (p.tokens) {
-                p.kernels->dropout_tokens(this->spec.in.c, uint32_t(b % p.rise() * LANES * this->spec.in.c),
-                                          mixed(p.first + b / p.rise()), threshold, scale, x + b * size, y + b * size, add);
+                const uint32_t width = uint32_t(this->spec.in.c);
+                p.kernels->dropout_tokens(this->spec.in.c, uint32_t(b % p.rise() * LANES) * width, width,
+                                          masks.of_sample(p.first + b / p.rise()), masks.threshold, scale, x + b * size,
+                                          y + b * size, add);
                 continue;
             }
             uint32_t sample[LANES];
-            for (int lane = 0; lane < LANES; ++lane) sample[lane] = mixed(p.first + b * LANES + lane);
-            p.kernels->dropout(this->spec.in.size(), element.data(), sample, threshold, scale, x + b * size,
+            for (int lane = 0; lane < LANES; ++lane) sample[lane] = masks.of_sample(p.first + b * LANES + lane);
+            p.kernels->dropout(this->spec.in.size(), element.data(), sample, masks.threshold, scale, x + b * size,
                                y + b * size, add);
         }
     }

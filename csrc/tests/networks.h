@@ -50,7 +50,7 @@ Network tokens() {
                             layer("attention", "mix", three, row),  layer("dropout", "drop", row, row),
                             layer("residual", "sum", row, row)};
     front[0].entries = SYMBOLS, front[1].entries = TOKENS + 2;
-    front[4].entries = TOKENS, front[4].heads = 2;
+    front[4].entries = TOKENS, front[4].heads = 2, front[4].p = 0.2, front[4].key = 3;
     front[5].p = 0.25, front[5].key = 7;
     front[6].skip = 2;
     std::vector<Spec> back{layer("layer_norm", "after", row, row), convolution("up", row, wide, 1, 1, 0),

@@ -12,7 +12,7 @@ from paraxis.plan.plan import Plan, parse
 from paraxis.proof import MARGIN
 from paraxis.task.spec import TaskSpec
 
-NETWORKS = {"tiny": "gpt:2-12-2-5", "wide": "gpt:3-24-3-37"}  # contexts that are no multiple of LANES
+NETWORKS = {"tiny": "gpt:2-12-2-5", "wide": "gpt:3-24-3-37,dropout=0.2"}  # contexts that are no multiple of LANES
 PLANS = [
     *map(native, ("serial", "microbatches=2", "dp=2", "dp=4", "dp=2,microbatches=2", "dp=2,gradients=owner")),
     *map(native, ("pp=2", "pp=4,microbatches=2", "pp=3,schedule=gpipe,microbatches=4", "pp=2,split=3+1")),

@@ -1,6 +1,7 @@
 """The native engine on tokens: kernels agree with each other, layers with PyTorch; what does not fit is named."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def layers_of(tokens: int, heads: int, size: int, **changed: Any) -> list[Any]:
         spec("position", 2, row, row, entries=tokens + 3),
         spec("layer_norm", 3, row, row),
         spec("affine", 4, row, three, **square),
-        spec("attention", 5, three, row, heads=heads, entries=tokens),
+        spec("attention", 5, three, row, heads=heads, entries=tokens, p=0.3, key=6),
         spec("dropout", 6, row, row, p=0.2, key=5),
         spec("residual", 7, row, row, skip=2),
         spec("affine", 8, row, wide, **square),
@@ -132,6 +133,7 @@ PARTS: dict[str, Callable[[gpt.Shape], list[nn.Module]]] = {
     "attention": lambda shape: [gpt.Attention(shape)],
     "mlp": lambda shape: [gpt.MLP(shape), nn.Sigmoid()],
     "block": lambda shape: [gpt.Block(shape)],
+    "drawing block": lambda shape: [gpt.Block(replace(shape, dropout=0.3))],
     "gelu": lambda shape: [nn.GELU(), nn.Linear(shape.width, shape.width)],
     "dropout": lambda shape: [nn.Dropout(0.4)],
     "tanh": lambda shape: [nn.Tanh(), nn.Identity()],
@@ -186,7 +188,7 @@ def test_each_layer_of_tokens_alone(name: str, text: str) -> None:
 
 
 def test_another_rate_or_other_masks_are_seen(text: str) -> None:
-    net = network(gpt.Shape(1, 8, 2, 9), ["dropout", "block"], True, True)
+    net = network(gpt.Shape(1, 8, 2, 9), ["dropout", "drawing block"], True, True)
     assert mismatch(net, text, 9, 4) < EXACT
     assert mismatch(net, text, 9, 4, lr=0.999) > WRONG and mismatch(net, text, 9, 4, seed=1) > WRONG
 
@@ -233,8 +235,13 @@ def padded() -> nn.Module:
     return Stages(nn.Embedding(256, 6, padding_idx=0), nn.Linear(6, 256))
 
 
+class Dropping(gpt.Head):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(x, 0.2, self.training))
+
+
 def dropping() -> nn.Module:
-    return network(gpt.Shape(1, 8, 2, 9, 0.2), ["attention"], False, True)
+    return Stages(nn.Embedding(256, 6), Dropping(nn.LayerNorm(6), nn.Linear(6, 256)))
 
 
 REFUSED: dict[str, Callable[[], nn.Module]] = {
@@ -244,7 +251,7 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "3 (Linear): it needs parameters of its own": tied_linears,
     "mlp (Strange)": strange,
     "0 (Embedding): it needs no padding_idx": padded,
-    "nn.Dropout only, of no function and no attention; engine=torch has": dropping,
+    "the randomness of nn.Dropout and of gpt's attention only": dropping,
 }
 
 

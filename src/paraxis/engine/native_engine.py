@@ -10,15 +10,15 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 from torch import Tensor, nn
 
 from paraxis.engine import native_tokens
 from paraxis.errors import MissingError, PlanError
 from paraxis.program.instructions import Program
+from paraxis.task.gpt import Attention
 from paraxis.task.norm import GroupedNorm
-from paraxis.task.randomness import KeyedDropout
+from paraxis.task.randomness import KeyedDropout, track
 from paraxis.task.resnet import Block
 from paraxis.task.task import HOOKS, Task
 
@@ -141,7 +141,7 @@ def compile_layers(
 
 def _layer(module: nn.Module, c: Compiler) -> None:
     name = c.names.get(id(module), "") or type(module).__name__
-    c.need(not any(getattr(module, hooks) for hooks in HOOKS), name, module, "no hooks")
+    c.need(not _hooked(module), name, module, "no hooks")
     if type(module) in LAYERS:
         fits = not c.tokens or isinstance(module, native_tokens.TOKENWISE)
         c.need(fits, name, module, "samples that are no sequences")
@@ -156,10 +156,17 @@ def _layer(module: nn.Module, c: Compiler) -> None:
     elif isinstance(module, Block):
         _basic_block(module, c)
     elif type(module) in native_tokens.PARTS and c.tokens:
+        c.need(module.training, name, module, "to be in training mode")
         native_tokens.PARTS[type(module)](module, c, _layer)
     else:
         known = ", ".join(sorted(kind.__name__ for kind in LAYERS))
         raise PlanError(f"engine=native cannot take {name} ({type(module).__name__}); it has {known}, Sequential")
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody but the task, which follows where a function draws, has a hook there."""
+    found = (hook for hooks in HOOKS for hook in getattr(module, hooks).values())
+    return any(getattr(hook, "__module__", "") != track.__module__ for hook in found)
 
 
 def _linear(m: Any, c: Compiler, name: str) -> None:
@@ -233,7 +240,7 @@ def _gelu(m: Any, c: Compiler, name: str) -> None:
 
 def _dropout(m: Any, c: Compiler, name: str) -> None:
     if m.p > 0:
-        c.add("dropout", m, p=m.p, key=crc32(f"{name}#0".encode()))
+        c.add("dropout", m, p=m.p, key=native_tokens.first_draw(name))
 
 
 def _flatten(m: Any, c: Compiler, name: str) -> None:
@@ -338,10 +345,10 @@ def check_task(task: Task) -> None:
         raise PlanError("engine=native needs batches (inputs, class numbers)")
     if batch[1].ndim != 1 + task.recipe.tokens:
         raise PlanError("engine=native needs one class number a sample")
-    if task.keyed.functions or task.keyed.unkeyed or task.keyed.switched_off:
-        raise PlanError(
-            "engine=native has the randomness of nn.Dropout only, of no function and no attention; engine=torch has"
-        )
+    modules, drawing = dict(task.net.named_modules()), {name for name, _ in task.draw.shapes}
+    odd = sorted(name for name in drawing if type(modules.get(name)) not in (KeyedDropout, Attention))
+    if odd or task.keyed.unkeyed or task.keyed.switched_off:
+        raise PlanError("engine=native has the randomness of nn.Dropout and of gpt's attention only")
     hyper = task.hyper()
     if hyper.rule == "native" or len(hyper.groups) != 1:
         raise PlanError("engine=native has SGD, Adam and AdamW with one group of parameters")

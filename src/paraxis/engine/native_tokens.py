@@ -6,6 +6,7 @@ features is a layer of one token, whatever it does; only what is here looks at m
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from torch import nn
 
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from paraxis.engine.native_engine import Compiler
 
 Layer = Callable[[Any, "Compiler"], None]
+
+
+def first_draw(name: str) -> int:
+    """What tells the masks of a module that draws once in a forward from those of others."""
+    return crc32(f"{name}#0".encode())
 
 
 def embedding(m: Any, c: "Compiler", name: str) -> None:
@@ -50,11 +56,11 @@ def block(m: gpt.Block, c: "Compiler", layer: Layer) -> None:
 
 
 def attention(m: gpt.Attention, c: "Compiler", layer: Layer) -> None:
-    """Causal self-attention."""
-    width = c.shape[2]
+    """Causal self-attention, whose probabilities may be dropped."""
+    width, name = c.shape[2], c.names[id(m)]
     layer(m.c_attn, c)
-    c.need(c.shape[2] == 3 * width and width % m.size == 0, c.names[id(m)], m, "all of its heads")
-    c.add("attention", m, (1, 1, width), heads=width // m.size, entries=c.tokens)
+    c.need(c.shape[2] == 3 * width and width % m.size == 0, name, m, "all of its heads")
+    c.add("attention", m, (1, 1, width), heads=width // m.size, entries=c.tokens, p=m.p, key=first_draw(name))
     layer(m.c_proj, c)
     layer(m.dropout, c)
 
