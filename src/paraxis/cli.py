@@ -259,7 +259,7 @@ def _choose(plan: str, spec: Any, tell: Tell, joined: JoinedPool | None) -> Any:
     if known is None:
         from paraxis.experiment import explore_task
 
-        study = explore_task(spec, {}, None, 30.0, COMMS["all"], tell, lambda _: None, joined)
+        study = explore_task(spec, {}, None, 30.0, COMMS["all"], tell, lambda _: None, joined, accuracy=False)
         known = study.recommendation.plan if study.recommendation else "serial"
     tell(f"best plan: {parse(known).short()}", -2)
     return parse(known)

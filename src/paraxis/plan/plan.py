@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from paraxis.errors import PlanError, ProgramError
-from paraxis.plan.schedules import ONE_STAGE, SCHEDULES
+from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES, parted
 
 ENGINES = ("torch", "native", "plain")
 COMMS = ("openmp", "mpi", "gloo", "nccl")
@@ -54,10 +54,11 @@ class Mesh:
 class Plan:
     """How to train; equal programs have equal text, because keys without effect take their default.
 
-    `interleave` is the number of stages on each rank, `split` the number of layers of each stage (empty: balanced by
-    measured cost); `threads` are an engine's own in one rank; `bucket_bytes` 0 reduces all gradients at once; `sync` is
-    "gradient", "average@H" (H steps), "average@epoch" or "hogwild". Under comm=openmp ranks are threads, whose weight
-    `gradients` are "private" (each rank those of its samples, then summed) or "owner" (each its own block, over all).
+    `interleave` is the number of stages on each rank (2 with schedule=interleaved unless more are asked for), `split`
+    the number of layers of each stage (empty: balanced by measured cost); `threads` are an engine's own in one rank;
+    `bucket_bytes` 0 reduces all gradients at once; `sync` is "gradient", "average@H" (H steps), "average@epoch" or
+    "hogwild". Under comm=openmp ranks are threads, whose weight `gradients` are "private" (each rank those of its
+    samples, then summed) or "owner" (each its own block, over all).
     Raises PlanError for values that no network could meet.
     """
 
@@ -84,6 +85,8 @@ class Plan:
         if self.tp > 1:
             raise PlanError(f"tp={self.tp}: tensor parallelism is not there yet; dp and pp are")
         self._check_words()
+        if self.interleave == 1 and self._ordered():
+            object.__setattr__(self, "interleave", STAGES.get(self.schedule, 1))
         if self.split and len(self.split) != self.stages:
             ranks = f"pp={self.pp}" + f",interleave={self.interleave}" * (self.interleave > 1)
             raise PlanError(f"split={_plus(self.split)} names {len(self.split)} stages, but {ranks}")
@@ -119,6 +122,13 @@ class Plan:
         if self.interleave > 1 and self.microbatches > 1 and (self.schedule or "1f1b") in ONE_STAGE:
             several = ", ".join(name for name in SCHEDULES if name not in ONE_STAGE)
             raise PlanError(f"interleave={self.interleave}: several stages a rank take schedule={several}")
+        if self.engine == "native" and self._ordered() and (self.schedule in STAGES or parted(self.schedule)):
+            whole = ", ".join(name for name in SCHEDULES if name not in STAGES and not parted(name))
+            raise PlanError(f"schedule={self.schedule}: engine=native takes {whole}; this one takes engine=torch")
+
+    def _ordered(self) -> bool:
+        """Whether there is an order of microbatches that a schedule can choose."""
+        return self.pp > 1 and self.microbatches > 1 and self.schedule != ""
 
     def _check_threads(self) -> None:
         inside = self.mesh.size > 1 and self.comm not in ("", "openmp")

@@ -27,7 +27,10 @@ Fail = Callable[[int, str], NoReturn]
 
 @dataclass(frozen=True)
 class Checked:
-    """What a correct program was found to need: most microbatches alive at once on each rank."""
+    """What a correct program was found to need: most activations of stages alive at once on each rank.
+
+    An activation lives from its F to its B, or to its W.
+    """
 
     peak_live: tuple[int, ...]
 
@@ -45,7 +48,7 @@ class _Rank:
     reduced: set[tuple[int, int]] = field(default_factory=set)  # (stage, bucket)
     met: set[tuple[str, int, int]] = field(default_factory=set)  # (buffer, stage, batch norm) of known sums
     tied: set[int] = field(default_factory=set)  # ties whose copies have been added up
-    parted: set[tuple[int, int, int]] = field(default_factory=set)  # backwards that left the weights' gradient to a W
+    parted: set[tuple[int, int, int]] = field(default_factory=set)  # I whose W is still to come
     factors: bool = False  # of weight gradients: those of all ranks are there
     gathered: bool = False
     peak: int = 0
@@ -115,7 +118,7 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             _check_tie(program, rank, state, i, slot, fail)
         elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm"):
             _check_write(program, rank, state, i, slot, fail)
-        state.peak = max(state.peak, len({(f[0], f[2]) for f in state.forward - state.backward}))
+        state.peak = max(state.peak, len({(f[0], f[2]) for f in (state.forward - state.backward) | state.parted}))
     if state.open:
         token, i = next(iter(state.open.items()))
         fail(len(instructions) - 1, f"{i.op} {i.label()} (token {token}) is never awaited")
@@ -201,10 +204,13 @@ def _check_weight_gradient(state: _Rank, i: Instruction, slot: int, fail: Fail) 
     key = (i.stage, i.segment, i.microbatch)
     if key not in state.parted:
         fail(slot, f"{i.label()} without an I{i.microbatch} before it")
-    if not state.factors:
+    if i.rule == "owner" and not state.factors:
         fail(slot, f"{i.label()} before the other ranks' factors are there")
+    if i.rule != "owner" and (i.stage, i.segment) in state.reduced:
+        fail(slot, f"{i.label()} adds to bucket {i.segment} after its reduction has started")
     state.parted.remove(key)
-    state.reduced.add((i.stage, i.segment))
+    if i.rule == "owner":
+        state.reduced.add((i.stage, i.segment))
 
 
 def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
@@ -219,7 +225,7 @@ def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: 
         fail(slot, f"{i.label()} adds up {tie.parameter} twice")
     own = [place for place in _buckets(program, rank) if place[0] in tie.stages]
     done = sum(1 for s, k, _ in state.backward if (s, k) in own)
-    if done < program.microbatches * len(own):
+    if done < program.microbatches * len(own) or any(key[:2] in own for key in state.parted):
         fail(slot, f"the copies of {tie.parameter} are added up before their last backward")
     replicas = program.mesh.dp > 1 and not program.epilogue and not program.common()
     if any(o.buffer == "grads" for o in state.open.values()) or any((p in state.reduced) != replicas for p in own):
@@ -234,7 +240,7 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
         fail(slot, f"{i.label()} writes parameters while microbatch {min(live)[2]} is between F and B")
     if i.starts and i.buffer == "grads":
         for stage, bucket in _buckets(program, rank) if i.bucket < 0 else [(i.stage, i.bucket)]:
-            done = sum(1 for s, k, _ in state.backward if (s, k) == (stage, bucket))
+            done = sum(1 for s, k, _ in state.backward - state.parted if (s, k) == (stage, bucket))
             if done < program.microbatches:
                 fail(slot, f"bucket {bucket} is reduced after {done} of {program.microbatches} microbatches")
             state.reduced.add((stage, bucket))
@@ -272,6 +278,8 @@ def _check_complete(program: Program, state: _Rank, rank: int, fail: Fail, slot:
         fail(slot, f"microbatch {missing[0][2]} is never computed")
     if leaked:
         fail(slot, f"the activation of microbatch {leaked[0][2]} is never used: its backward is missing")
+    if state.parted:
+        fail(slot, f"the gradient of weights of microbatch {min(state.parted)[2]} is never made: its W is missing")
 
 
 def _check_shared(program: Program, state: _Rank, instructions: Sequence[Instruction], fail: Fail) -> None:

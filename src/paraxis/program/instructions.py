@@ -12,7 +12,8 @@ from paraxis.errors import ProgramError
 from paraxis.plan.plan import Mesh
 
 COMPUTE = ("F", "B", "I", "W")
-BACKWARD = ("B", "I")  # what ends the life of an activation
+BACKWARD = ("B", "I")  # what makes the gradient of a stage's input
+GRADIENT = ("B", "I", "W")  # what adds to the gradients of weights
 SENDS = ("SendAct", "SendGrad")
 RECEIVES = ("RecvAct", "RecvGrad")
 COLLECTIVES = ("AllReduce", "ReduceScatter", "AllGather")

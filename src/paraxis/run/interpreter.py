@@ -51,6 +51,17 @@ def _backward(i: Instruction, c: Context) -> Action:
     return partial(c.engine.at(i.stage).backward, i.segment, i.microbatch)
 
 
+def _input_gradient(i: Instruction, c: Context) -> Action:
+    return partial(c.engine.at(i.stage).input_gradient, i.segment, i.microbatch)
+
+
+def _weight_gradient(i: Instruction, c: Context) -> Action:
+    """An owner's block is what `_gather` leaves of the factors' products: nothing is left to compute."""
+    if i.rule == "owner":
+        return lambda: None
+    return partial(c.engine.at(i.stage).weight_gradient, i.segment, i.microbatch)
+
+
 def _update(i: Instruction, c: Context) -> Action:
     rules = {"zero": "zero", "step": "update", "norm": "gradient_norm", "statistics": "update_statistics"}
     action: Action = getattr(c.engine, rules[i.rule])
@@ -172,8 +183,8 @@ BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
     "Load": _load,
     "F": _forward,
     "B": _backward,
-    "I": _backward,  # autograd makes both gradients in one go
-    "W": lambda i, c: lambda: None,
+    "I": _input_gradient,
+    "W": _weight_gradient,
     "Update": _update,
     "SendActStart": _send,
     "SendGradStart": _send,
