@@ -227,6 +227,10 @@ def test_groups_of_an_axis_part_the_ranks(dp: int, pp: int, tp: int) -> None:
 def test_an_unknown_axis_is_refused() -> None:
     with pytest.raises(ProgramError, match="axis 'dq' is not one of dp, pp, tp"):
         Mesh(dp=2).group(0, "dq")
+    for beyond in ("pp:0+3", "pp:", "pp:1+x"):
+        with pytest.raises(ProgramError, match="some of the 3 places of pp"):
+            Mesh(dp=2, pp=3).group(0, beyond)
+    assert Mesh(dp=2, pp=3).group(5, "pp:0+2") == Mesh(dp=2, pp=3).group(1, "pp:0+2") == (1, 5)
 
 
 def test_tensor_neighbours_are_next_to_each_other_and_stages_furthest_apart() -> None:

@@ -40,7 +40,7 @@ def windows(text: str) -> tuple[np.ndarray, np.ndarray, int]:
     train, test = (part[: (len(part) - 1) // context * context + 1] for part in (raw[:border], raw[border:]))
     if min(len(train), len(test)) <= context:
         raise TaskError(
-            f"data {text}: the last tenth of {len(raw)} bytes holds no window of {context} and the byte after it; "
+            f"data {text!r}: the last tenth of {len(raw)} bytes holds no window of {context} and the byte after it; "
             "give more text or a smaller context"
         )
     return train, test, context
@@ -71,4 +71,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise TaskError(f"text {path}: cannot be read ({error.strerror}); give readable files") from None
+        raise TaskError(f"text {str(path)!r}: cannot be read ({error.strerror}); give readable files") from None
