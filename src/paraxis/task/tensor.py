@@ -21,7 +21,7 @@ LEAST_CLASSES = 64  # below it, adding up the gradient of a last layer's input c
 NAMES = (
     "relu relu_ relu6 gelu silu mish sigmoid sigmoid_ tanh tanh_ elu elu_ selu selu_ celu celu_ leaky_relu leaky_relu_ "
     "softplus softsign logsigmoid hardtanh hardtanh_ hardswish hardsigmoid tanhshrink softshrink hardshrink threshold "
-    "mul __mul__ __rmul__ add __add__ __radd__ sub __sub__ neg abs square exp clamp clamp_min clamp_max"
+    "mul mul_ __mul__ __rmul__ add add_ __add__ __radd__ sub sub_ __sub__ div div_ __truediv__ neg abs square exp clamp"
 )
 ELEMENTWISE = frozenset(NAMES.split())  # what makes an element of its output of those at its place in its inputs
 
@@ -68,14 +68,11 @@ class Trial(TorchFunctionMode):
 
     def note(self, name: str, given: Any, made: Any, **more: Any) -> None:
         """Keep a step, unless it makes no tensor."""
-        takes = [t for t in _tensors(given) if not isinstance(t, nn.Parameter)]
-        self.elsewhere |= (
-            {id(t) for t in _tensors(given) if isinstance(t, nn.Parameter)} if "module" not in more else set()
-        )
-        gives = _tensors(made)
+        taken, gives = _tensors(given), _tensors(made)
+        self.elsewhere |= {id(t) for t in taken if isinstance(t, nn.Parameter)}
         if not gives:
             return
-        step = Step(name, [self.number(t) for t in takes], [], **more)
+        step = Step(name, [self.number(t) for t in taken], [], **more)
         step.gives = [self.number(t, fresh=True) for t in gives]
         self.steps.append(step)
 
