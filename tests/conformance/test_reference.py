@@ -144,7 +144,7 @@ MORE = (
     "dp=2,microbatches=2,sync=average@2",
     "dp=2,pp=2,microbatches=2,sync=average@4",
 )
-PLANS = [*(plan for plan in space(4, 4, comms=("mpi",)) if plan.threads == 1), *map(parse, MORE)]
+PLANS = [*(plan for plan in space(4, 4, comms=("mpi",)) if plan.threads == plan.tp == 1), *map(parse, MORE)]
 FEW = [*map(parse, ("serial", "dp=2", "pp=2,microbatches=4", "dp=2,pp=2,microbatches=2,bucket_bytes=64"))]
 WITH_AVERAGE = [*FEW, parse("dp=2,sync=average@4")]
 

@@ -153,7 +153,7 @@ class Pausing:
         if self.kind == "B":
             raise ProgramError("a layer that is split is computed again in the backward; leave out checkpointing or tp")
         borders = enumerate(self.words[self._number :], self._number)
-        number = next((n for n, own in borders if own == word or self.kind in STOPS[own]), -1)
+        number = next((n for n, own in borders if self.kind == "F" or self.kind in STOPS[own]), -1)
         if number < 0 or self.words[number] != word:
             raise ProgramError(f"a forward has met a layer that is split ({word}) unlike when the network was tried")
         self._number = number + 1

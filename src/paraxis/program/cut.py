@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from paraxis.errors import PlanError
 from paraxis.plan.plan import Plan
 from paraxis.program.instructions import Tie
-from paraxis.program.shares import Split, chosen, words_of
+from paraxis.program.shares import Split, chosen, told, words_of
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,11 @@ def met(stage: tuple[int, int], words: Sequence[Sequence[str]]) -> tuple[tuple[i
     first, last = stage
     cuts = [layer + (own[0] != "grad" or n > 0) for layer, own in _numbered(stage, words) for n in range(len(own))]
     return tuple(zip([first, *cuts], [*cuts, last], strict=True))
+
+
+def told_of(plans: Sequence[Plan], layout: Layout) -> list[str]:
+    """For people: what each of these plans splits over the ranks of a `tp` group, and what it leaves whole."""
+    return [told(tp, layout.splits, layout.modules) for tp in sorted({plan.tp for plan in plans} - {1})]
 
 
 def _numbered(stage: tuple[int, int], words: Sequence[Sequence[str]]) -> list[tuple[int, Sequence[str]]]:

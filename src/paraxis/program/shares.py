@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from paraxis.errors import PlanError
 
@@ -25,6 +26,14 @@ class Split:
     def label(self) -> str:
         """`1+3 by 1024 columns`."""
         return f"{'+'.join(self.modules)} by {self.size} {self.unit}"
+
+
+def split_of(document: dict[str, Any]) -> Split:
+    """A split from what JSON has made of its fields."""
+    meets = tuple((layer, place, word) for layer, place, word in document["meets"])
+    noise = tuple(((name, number), dim) for (name, number), dim in document["noise"])
+    first, last = document["span"]
+    return Split(document["unit"], document["size"], tuple(document["modules"]), meets, (first, last), noise)
 
 
 def chosen(tp: int, splits: Sequence[Split]) -> tuple[Split, ...]:

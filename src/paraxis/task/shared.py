@@ -199,7 +199,7 @@ def loss_of_parts(net: nn.Module, splits: Sequence[Split], index: int, parts: in
 
 
 def _loss(head: Any, index: int, parts: int, scores: Tensor, batch: Nest) -> tuple[Tensor, int]:
-    labels = batch[1]  # type: ignore[index]
+    labels = batch[1]
     tokens = labels[0].numel()
     flat: Tensor = CrossEntropy.apply(scores.flatten(0, -2), labels.flatten(), index, parts, head.meeting)
     return flat / tokens if tokens > 1 else flat, len(labels)

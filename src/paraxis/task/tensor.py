@@ -9,21 +9,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from paraxis.program.shares import Split
-from paraxis.task.batches import Nest, leaves, map_nest
+from paraxis.task.batches import Nest, map_nest
 from paraxis.task.randomness import Call, Draw
 from paraxis.task.shared import heads_of
 
 LEAST_CLASSES = 64  # below it, adding up the gradient of a last layer's input costs more than the layer
-ELEMENTWISE = frozenset(
+NAMES = (
     "relu relu_ relu6 gelu silu mish sigmoid sigmoid_ tanh tanh_ elu elu_ selu selu_ celu celu_ leaky_relu leaky_relu_ "
     "softplus softsign logsigmoid hardtanh hardtanh_ hardswish hardsigmoid tanhshrink softshrink hardshrink threshold "
-    "mul __mul__ __rmul__ add __add__ __radd__ sub __sub__ neg abs square exp clamp clamp_min clamp_max".split()
+    "mul mul_ __mul__ __rmul__ add add_ __add__ __radd__ sub sub_ __sub__ div div_ __truediv__ neg abs square exp clamp"
 )
+ELEMENTWISE = frozenset(NAMES.split())  # what makes an element of its output of those at its place in its inputs
 
 
 @dataclass
@@ -66,17 +66,15 @@ class Trial(TorchFunctionMode):
             self.note(getattr(func, "__name__", "?"), (args, kwargs or {}), out)
         return out
 
-    def note(self, name: str, given: Any, made: Any, **more: Any) -> Step | None:
-        """A step, unless it makes no tensor."""
-        takes = [t for t in _tensors(given) if not isinstance(t, nn.Parameter)]
-        self.elsewhere |= {id(t) for t in _tensors(given) if isinstance(t, nn.Parameter)} if "module" not in more else set()
-        gives = _tensors(made)
+    def note(self, name: str, given: Any, made: Any, **more: Any) -> None:
+        """Keep a step, unless it makes no tensor."""
+        taken, gives = _tensors(given), _tensors(made)
+        self.elsewhere |= {id(t) for t in taken if isinstance(t, nn.Parameter)}
         if not gives:
-            return None
-        step = Step(name, [self.number(t) for t in takes], [], **more)
+            return
+        step = Step(name, [self.number(t) for t in taken], [], **more)
         step.gives = [self.number(t, fresh=True) for t in gives]
         self.steps.append(step)
-        return step
 
     def number(self, t: Tensor, fresh: bool = False) -> int:
         """Of a value; what has been changed in place is another one."""
@@ -187,8 +185,8 @@ class _Found:
             meets.append((second.layer, second.ended, "act"))
             noise = tuple((step.noise, -1) for step in inner if step.noise)
             names = (*(step.name for step in firsts), second.name)
-            width = second.module.in_features  # type: ignore[union-attr]
-            yield Split("columns", int(width), names, tuple(meets), (firsts[0].layer, second.layer), noise)
+            width: Any = second.module.in_features  # type: ignore[union-attr]
+            yield Split("columns", width, names, tuple(meets), (firsts[0].layer, second.layer), noise)
 
     def _firsts(self, value: int, users: list[Step], inner: list[Step]) -> list[Step]:
         """The layers from which a value comes elementwise, if all that is made on the way is used for it alone."""
@@ -222,7 +220,7 @@ class _Found:
         """Attentions that know how many heads they have from their first layer."""
         for step in self.trial.steps:
             heads = heads_of(step.module) if step.module is not None else 0
-            own = [p for p in step.module.parameters()] if step.module is not None else []
+            own = list(step.module.parameters()) if step.module is not None else []
             if not heads or self.trial.calls[step.name] != 1 or any(self.owners[id(p)] > 1 for p in own):
                 continue
             grads = [(step.layer, step.begun, "grad")] * step.trained
