@@ -109,7 +109,6 @@ def test_every_plan_of_the_space_passes(plan: Plan, layout: Layout) -> None:
     group = -(-m // max(1, m // plan.pp))
     live["interleaved"] = lambda s: min((v - 1) * group + 2 * (plan.pp - 1 - s) + 1, m * v)
     live["zb-h1"] = lambda s: min(plan.pp, m)
-    live["zb-h2"] = lambda s: min(2 * plan.pp - 1, m)
     assert peaks == tuple(live[plan.schedule](stage) for stage in stages)
 
 

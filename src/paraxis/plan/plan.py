@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from paraxis.errors import PlanError, ProgramError
+from paraxis.plan.own import is_own
 from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES, parted
 
 ENGINES = ("torch", "native", "plain")
@@ -95,7 +96,7 @@ class Plan:
         words = {"schedule": ("", *SCHEDULES), "engine": ENGINES, "comm": ("", *COMMS), "gradients": GRADIENTS}
         for key, allowed in words.items():
             value = getattr(self, key)
-            if value not in allowed:
+            if value not in allowed and not (key == "schedule" and is_own(value)):
                 raise PlanError(f"{key}={value}: {_suggest(value, [w for w in allowed if w])}")
         period(self.sync, steps_per_epoch=1)
         self._check_engine()
@@ -119,7 +120,8 @@ class Plan:
         if self.interleave > 1 and self.microbatches > 1 and (self.schedule or "1f1b") in ONE_STAGE:
             several = ", ".join(name for name in SCHEDULES if name not in ONE_STAGE)
             raise PlanError(f"interleave={self.interleave}: several stages a rank take schedule={several}")
-        if self.engine == "native" and self._ordered() and (self.schedule in STAGES or parted(self.schedule)):
+        known = self.schedule in SCHEDULES  # of a user's own the engine says what it has not
+        if self.engine == "native" and self._ordered() and known and (self.schedule in STAGES or parted(self.schedule)):
             whole = ", ".join(name for name in SCHEDULES if name not in STAGES and not parted(name))
             raise PlanError(f"schedule={self.schedule}: engine=native takes {whole}; this one takes engine=torch")
 
@@ -149,7 +151,7 @@ class Plan:
             quiet["gradients"] = "private"
         if self.pp == 1:
             quiet |= {"schedule": "", "split": (), "interleave": 1}
-        elif self.microbatches == 1 or not self.schedule:
+        elif not is_own(self.schedule) and (self.microbatches == 1 or not self.schedule):
             quiet["schedule"] = "layerwise" if self.microbatches == 1 else "1f1b"
         for key, value in quiet.items():
             object.__setattr__(self, key, value)

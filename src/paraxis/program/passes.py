@@ -6,8 +6,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from paraxis.plan.own import find
 from paraxis.plan.plan import Plan
-from paraxis.plan.schedules import SCHEDULES, Order
+from paraxis.plan.schedules import Order
 from paraxis.program.cut import Layout, synchronised
 from paraxis.program.instructions import MOMENTS, Instruction
 
@@ -19,7 +20,7 @@ I = Instruction  # noqa: E741  (the passes below are tables of instructions)
 def training(plan: Plan, layout: Layout, segments: Cuts, rank: int, agree: str) -> Body:
     """One optimiser step of one rank; `agree`: how replicas do (gradient, shared, owner, hogwild, average, none)."""
     dp, place, _ = plan.mesh.coordinates(rank)
-    order = SCHEDULES[plan.schedule or "layerwise"](plan.pp, plan.microbatches, place, plan.interleave)
+    order = find(plan.schedule or "layerwise")(plan.pp, plan.microbatches, place, plan.interleave)
     body = expand(order, plan, dp, segments)
     meets = synchronised(plan, layout)
     if agree == "gradient" and plan.dp > 1:
