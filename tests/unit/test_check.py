@@ -32,6 +32,8 @@ ODD = (
     "dp=2,pp=2,schedule=interleaved,microbatches=5,bucket_bytes=8",
     "pp=2,schedule=interleaved,microbatches=2",
     "dp=2,pp=2,schedule=zb-h1,microbatches=5,bucket_bytes=8",
+    "dp=2,pp=3,schedule=zb-h2,microbatches=7",
+    "pp=4,schedule=zb-h2,microbatches=5",
     "dp=2,pp=4,schedule=zb-h1,microbatches=6,sync=average@3",
     "dp=2,pp=4,microbatches=5,sync=average@3",
     "dp=2,sync=average@1",
@@ -109,6 +111,7 @@ def test_every_plan_of_the_space_passes(plan: Plan, layout: Layout) -> None:
     group = -(-m // max(1, m // plan.pp))
     live["interleaved"] = lambda s: min((v - 1) * group + 2 * (plan.pp - 1 - s) + 1, m * v)
     live["zb-h1"] = lambda s: min(plan.pp, m)
+    live["zb-h2"] = lambda s: min(2 * plan.pp - 1, m)
     assert peaks == tuple(live[plan.schedule](stage) for stage in stages)
 
 
