@@ -10,6 +10,7 @@ from paraxis.plan.plan import Plan, parse
 from paraxis.plan.schedules import SCHEDULES, one_f_one_b
 from paraxis.program.check import check
 from paraxis.program.cut import Layout
+from paraxis.program.grid import draw
 from paraxis.program.lower import lower
 
 PYTHON = "from paraxis.plan.schedules import gpipe as schedule, one_f_one_b as other\n"
@@ -22,8 +23,9 @@ def written(folder: Path, name: str, text: str) -> str:
     return str(path)
 
 
-def program(name: str, text: str, layers: int = 4) -> str:
-    return lower(parse(f"{text},schedule={name}"), Layout((1,) * layers)).digest()
+def program(name: str, text: str, layers: int = 4) -> list[str]:
+    """What the ranks compute, as it is drawn."""
+    return draw(lower(parse(f"{text},schedule={name}"), Layout((1,) * layers)).body("step"), computing_only=True)
 
 
 def test_a_file_gives_the_program_of_the_schedule_that_it_writes_down(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from paraxis.plan.own import find
+from paraxis.plan.own import find, is_own
 from paraxis.plan.plan import Plan
 from paraxis.plan.schedules import Order
 from paraxis.program.cut import Layout, synchronised
@@ -67,40 +67,55 @@ WAYS = {"F": "F", "B": "B", "I": "B"}
 
 
 def add_transfers(body: Body, plan: Plan, rank: int) -> Body:
-    """Sends never block and receives are posted one ahead; a send's buffer is kept until the next one of its kind."""
+    """Sends never block and receives are posted one ahead; a send's buffer is kept until the next one of its kind.
+
+    Where a rank has several stages, or a user orders them, a sender would wait for a receive that is posted only after
+    what the sender has yet to do. There an activation is kept until its gradient has come, as B needs it anyway, and
+    that gradient's receive is posted as soon as the activation is sent: then nothing but data is waited for.
+    """
     dp, _, tp = plan.mesh.coordinates(rank)
+    patient = plan.interleave > 1 or is_own(plan.schedule)
     out: Body = []
     ends = {(WAYS[i.op], i.stage): i.segment for i in body if i.op in WAYS}  # with which each stage's F and B end
-    begins = {(op, s): 0 if op == "F" else ends["F", s] for op, s in ends}
+    begins = {(op, s): 0 if op == "F" else ends.get(("F", s), 0) for op, s in ends}
     todo: dict[tuple[str, int], list[int]] = {key: [] for key in ends}
     for i in body:
         if i.op in WAYS and i.segment == begins[WAYS[i.op], i.stage]:
             todo[WAYS[i.op], i.stage].append(i.microbatch)
-    sending: dict[tuple[str, int], Instruction] = {}
+    sending: dict[tuple[str, int, int], Instruction] = {}
 
     def transfer(op: str, stage: int, away: int, microbatch: int) -> Instruction:
         peer = plan.mesh.rank(dp, (stage + away) % plan.pp, tp)
         return I(op, stage=stage, microbatch=microbatch, peer=peer)
 
-    def post(op: str, stage: int) -> None:
+    def post(op: str, stage: int, microbatch: int = -1) -> None:
         receive, source, _, _ = EDGES[op]
-        if 0 <= stage + source < plan.stages and todo[op, stage]:
-            out.append(transfer(receive + "Start", stage, source, todo[op, stage].pop(0)))
+        waiting = todo.get((op, stage), [])
+        if 0 <= stage + source < plan.stages and (microbatch in waiting if microbatch >= 0 else waiting):
+            taken = waiting.pop(waiting.index(microbatch) if microbatch >= 0 else 0)
+            out.append(transfer(receive + "Start", stage, source, taken))
 
     for op, stage in ends:
-        post(op, stage)
+        if not (patient and op == "B"):
+            post(op, stage)
     for i in body:
         key = op, stage = WAYS.get(i.op, ""), i.stage
         receive, source, send, target = EDGES.get(op, ("", 0, "", 0))
         if source and i.segment == begins[key] and 0 <= stage + source < plan.stages:
             out.append(transfer(receive + "Wait", stage, source, i.microbatch))
-            post(op, stage)
+            if not (patient and op == "B"):
+                post(op, stage)
+            elif ("F", stage, i.microbatch) in sending:
+                out.append(sending.pop(("F", stage, i.microbatch)))
         out.append(i)
         if target and i.segment == ends[key] and 0 <= stage + target < plan.stages:
-            if key in sending:
-                out.append(sending[key])
+            name = op, stage, i.microbatch if patient and op == "F" else -1
+            if name in sending:
+                out.append(sending[name])
             out.append(transfer(send + "Start", stage, target, i.microbatch))
-            sending[key] = transfer(send + "Wait", stage, target, i.microbatch)
+            sending[name] = transfer(send + "Wait", stage, target, i.microbatch)
+            if patient and op == "F":
+                post("B", stage, i.microbatch)
     return out + list(sending.values())
 
 
