@@ -44,6 +44,11 @@ def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
             program, facts.forward, facts.backward, facts.batch / facts.samples / plan.dp / plan.microbatches
         )
         source = f"measured layers of {facts.network}, links free"
+    return drawn(plan, program, costs, source)
+
+
+def drawn(plan: Plan, program: Program, costs: Costs, source: str) -> dict[str, Any]:
+    """The same for a program with the costs that it is simulated with, and in words where those are from."""
     found = check(program)
     name = program.period[0][0]
     line = simulate(program, costs)

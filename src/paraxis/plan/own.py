@@ -63,7 +63,8 @@ def _rows(path: str) -> list[Order]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"schedule file {path} cannot be read: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise PlanError(f"schedule file {path} cannot be read: {why}") from None
     kept = [(n, text) for n, line in enumerate(lines, 1) if (text := line.partition("#")[0].rpartition("|")[2].split())]
     if not kept:
         raise PlanError(f"schedule {path} is empty; it takes a line a rank, such as F0 F1 B0 B1")

@@ -197,7 +197,7 @@ class Plan:
         if self.engine == "plain":
             return f"today: 1 process, {self.threads} thread{'s' * (self.threads > 1)}"
         words = [f"{axis}={getattr(self, axis)}" for axis in ("dp", "pp", "tp") if getattr(self, axis) > 1]
-        words += [self.schedule] * bool(self.schedule)
+        words += [self.schedule.rpartition("/")[2]] * bool(self.schedule)
         words += [f"m={self.microbatches}"] * (self.microbatches > 1)
         words += [f"{self.interleave} stages a rank"] * (self.interleave > 1)
         words += [self.sync] * (self.sync != "gradient")
