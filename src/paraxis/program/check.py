@@ -21,6 +21,7 @@ from paraxis.program.instructions import (
     Instruction,
     Program,
 )
+from paraxis.sync.rule import updates
 
 Fail = Callable[[int, str], NoReturn]
 
@@ -53,7 +54,8 @@ class _Rank:
 def check(program: Program) -> Checked:
     """Raises ProgramError or Deadlock with the grid and an arrow at the fault; else tells the peak of live work."""
     peaks = [0] * program.mesh.size
-    for part in (*_unrolled(program), *(name for name, _ in program.epilogue), "evaluate", "score"):
+    begin = [name for name, _ in program.prologue]
+    for part in (*begin, *_unrolled(program), *(name for name, _ in program.epilogue), "evaluate", "score"):
         body = program.body(part)
         if len(body) != program.mesh.size:
             raise ProgramError(f"body {part} has {len(body)} ranks, but the mesh has {program.mesh.size}")
@@ -61,7 +63,7 @@ def check(program: Program) -> Checked:
             peak = _check_rank(program, part, rank, instructions)
             peaks[rank] = max(peaks[rank], peak)
         _check_slices(program, part)
-    check_hang(program.mesh, [program.body(part) for part in _unrolled(program)])
+    check_hang(program.mesh, [program.body(part) for part in (*begin, *_unrolled(program))])
     for name in ("evaluate", "score", *(name for name, _ in program.epilogue)):
         check_hang(program.mesh, [program.body(name)])
     return Checked(tuple(peaks))
@@ -110,7 +112,7 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             state.received.add((i.base, i.stage, i.microbatch))
         elif i.buffer in MOMENTS.values():
             _check_moments(program, state, i, slot, fail)
-        elif i.base in COLLECTIVES or i.rule in ("step", "hogwild"):
+        elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", *updates()):
             _check_write(program, rank, state, i, slot, fail)
         state.peak = max(state.peak, len({(f[0], f[2]) for f in state.forward - state.backward}))
     if state.open:
@@ -207,7 +209,8 @@ def _check_weight_gradient(state: _Rank, i: Instruction, slot: int, fail: Fail) 
 def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
     """Reductions and updates: complete gradients only, and no write between F and B of a microbatch."""
     live = state.forward - state.backward
-    if (i.rule in ("step", "hogwild") or i.buffer == "params") and live:
+    writes = i.rule in ("step", "hogwild", *updates()) or i.buffer == "params"
+    if writes and live:
         fail(slot, f"{i.label()} writes parameters while microbatch {min(live)[2]} is between F and B")
     if i.starts and i.buffer == "grads":
         for stage, bucket in _buckets(program, rank) if i.bucket < 0 else [(i.stage, i.bucket)]:
@@ -220,6 +223,9 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
     if i.waits and i.base == "AllGather":
         state.factors |= i.buffer == "factors"
         state.gathered |= i.buffer == "params"
+    busy = [o for o in state.open.values() if i.rule in updates() and o.buffer in updates()[i.rule][1]]
+    if busy:
+        fail(slot, f"{i.label()} does not wait for the reduction of {busy[0].buffer}")
     if i.rule == "step":
         if state.parted:
             fail(slot, f"the update comes without W{min(state.parted)[2]}, its microbatch's gradient of weights")

@@ -28,7 +28,8 @@ class Instruction:
     """One operation of one rank; fields that an operation does not use keep their default.
 
     `slice` says which of the dp x microbatches equal slices of the global batch is meant, `peer` is a rank, `axis` a
-    direction of the mesh, `buffer` a declared buffer, `bucket` a segment's part of it (-1: all), `rule` an update rule.
+    direction of the mesh, `buffer` a declared buffer, `bucket` a segment's or fragment's part of it (-1: all), `rule`
+    an update rule, `payload` what summed elements travel as ("": as they are; else `grads` go without their totals).
     A `W` with rule "owner" computes the rank's own block of the weights' gradient, over the samples of all replicas.
     Of buffers `moments` (in a forward) and `moment_grads` (in a backward), `bucket` is the batch norm between segments
     `bucket` and `bucket` + 1.
@@ -46,6 +47,7 @@ class Instruction:
     reduction: str = ""
     rule: str = ""
     token: int = -1
+    payload: str = ""
 
     @property
     def base(self) -> str:
@@ -68,9 +70,9 @@ class Instruction:
         return self.stage - (self.base in ("RecvAct", "SendGrad"))
 
     @property
-    def meeting(self) -> tuple[str, str, str, int, int]:
+    def meeting(self) -> tuple[str, str, str, int, int, str]:
         """Of a collective: what the ranks of its group must have in common."""
-        return self.base, self.axis, self.buffer, -1 if self.axis == "pp" else self.stage, self.bucket
+        return self.base, self.axis, self.buffer, -1 if self.axis == "pp" else self.stage, self.bucket, self.payload
 
     def text(self) -> str:
         """`F stage=0 segment=1 microbatch=2`; `parse_instruction` gives the same back."""

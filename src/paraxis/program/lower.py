@@ -3,10 +3,13 @@
 Read `lower` first: it is the table of contents.
 """
 
+from collections.abc import Iterable
+
 from paraxis.plan.plan import Plan, period
 from paraxis.program.cut import Layout, bucketed, cut, norm_by_norm, synchronised
-from paraxis.program.instructions import MOMENTS, Buffer, Program
-from paraxis.program.passes import averaging, evaluation, scoring, training
+from paraxis.program.instructions import MOMENTS, Buffer, Instruction, Program
+from paraxis.program.passes import evaluation, follow, pair_tokens, scoring, training
+from paraxis.sync.rule import Do, Sync, parse
 
 
 def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
@@ -14,17 +17,26 @@ def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
     stages = cut(plan, layout)
     split = norm_by_norm if synchronised(plan, layout) else bucketed
     segments = tuple(split(stage, layout, plan.bucket_bytes) for stage in stages)
-    every = period(plan.sync, steps_per_epoch)
-    bodies, runs = {}, []
-    if plan.sync in ("gradient", "hogwild"):
-        agree = plan.gradients if plan.gradients == "owner" else "shared" if shared(plan) else plan.sync
-        bodies["step"] = [training(plan, layout, segments, rank, agree) for rank in range(plan.mesh.size)]
-        runs = [("step", 1)]
+    sync = parse(plan.sync)
+
+    def step(agree: str, reduce: Iterable[Do] = (), after: Iterable[Do] = ()) -> list[list[Instruction]]:
+        ranks = range(plan.mesh.size)
+        return [training(plan, layout, segments, rank, agree, reduce, after) for rank in ranks]
+
+    def alike(steps: Iterable[Do], statistics: bool = False) -> list[list[Instruction]]:
+        return [pair_tokens(follow(steps, statistics))] * plan.mesh.size
+
+    bodies, runs = {}, [("step", 1)]
+    if sync is None:
+        bodies["step"] = step(plan.gradients if plan.gradients == "owner" else "shared" if shared(plan) else plan.sync)
+    elif sync.rule.gradients:
+        bodies["step"] = step("gradient", reduce=sync.rule.gradients)
     else:
-        bodies["local"] = [training(plan, layout, segments, rank, "none") for rank in range(plan.mesh.size)]
-        bodies["average"] = [training(plan, layout, segments, rank, "average") for rank in range(plan.mesh.size)]
-        bodies["settle"] = [averaging(layout, first_token=0) for _ in range(plan.mesh.size)]
-        runs = [("local", every - 1)] * (every > 1) + [("average", 1)]
+        found, runs = agreements(sync, period(plan.sync, steps_per_epoch))
+        bodies["local"] = step("none")
+        bodies |= {name: step("none", after=steps) for name, steps in found.items()}
+    edges = {"begin": sync.rule.prologue, "settle": sync.rule.epilogue} if sync else {}
+    bodies |= {name: alike(steps, name == "settle" and layout.statistics) for name, steps in edges.items() if steps}
     bodies["evaluate"] = [evaluation(plan, rank, segments) for rank in range(plan.mesh.size)]
     bodies["score"] = [scoring(plan, rank) for rank in range(plan.mesh.size)]
     return Program(
@@ -35,8 +47,22 @@ def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
         buffers=tuple(buffers(layout, plan)),
         bodies=tuple((name, tuple(tuple(body) for body in ranks)) for name, ranks in bodies.items()),
         period=tuple(runs),
+        prologue=(("begin", 1),) if "begin" in bodies else (),
         epilogue=(("settle", 1),) if "settle" in bodies else (),
     )
+
+
+def agreements(sync: Sync, every: int) -> tuple[dict[str, list[Do]], list[tuple[str, int]]]:
+    """(body -> what replicas do after its step, the period: such bodies and the local steps between them)."""
+    bodies: dict[str, list[Do]] = {}
+    runs: list[tuple[str, int]] = []
+    steps, before = sync.agreements(every), 0
+    for number, at in enumerate(sorted(steps)):
+        name = sync.rule.name + (str(number) if len(steps) > 1 else "")
+        bodies[name] = steps[at]
+        runs += [("local", at - 1 - before)] * (at - 1 > before) + [(name, 1)]
+        before = at
+    return bodies, runs
 
 
 def shared(plan: Plan) -> bool:
@@ -50,5 +76,7 @@ def buffers(layout: Layout, plan: Plan) -> list[Buffer]:
     names += ["statistics", "running"] * layout.statistics + ["norm"] * layout.clip
     names += list(MOMENTS.values()) * synchronised(plan, layout)
     names += ["factors"] * (plan.gradients == "owner")
+    sync = parse(plan.sync)
+    names += sync.rule.buffers if sync else ()
     common = ("params", "running", "factors") if shared(plan) or plan.sync == "hogwild" else ()
     return [Buffer(name, "shared" if name in common else "private") for name in names]

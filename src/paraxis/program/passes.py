@@ -3,26 +3,41 @@
 `training` and `evaluation` are the tables of contents; every pass takes a body and gives one back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from paraxis.plan.plan import Plan
 from paraxis.plan.schedules import SCHEDULES, Order
 from paraxis.program.cut import Layout, synchronised
 from paraxis.program.instructions import MOMENTS, Instruction
+from paraxis.sync.rule import Do
 
 Body = list[Instruction]
 Cuts = Sequence[Sequence[tuple[int, int]]]  # of every stage, its segments
 I = Instruction  # noqa: E741  (the passes below are tables of instructions)
 
 
-def training(plan: Plan, layout: Layout, segments: Cuts, rank: int, agree: str) -> Body:
-    """One optimiser step of one rank; `agree`: how replicas do (gradient, shared, owner, hogwild, average, none)."""
+def training(
+    plan: Plan,
+    layout: Layout,
+    segments: Cuts,
+    rank: int,
+    agree: str,
+    reduce: Iterable[Do] = (),
+    after: Iterable[Do] = (),
+) -> Body:
+    """One optimiser step of one rank; `agree`: how replicas do (gradient, shared, owner, hogwild, none).
+
+    `reduce` and `after`: what a synchronisation rule does with gradients, and with weights once they have been updated.
+    """
     dp, place, _ = plan.mesh.coordinates(rank)
     order = SCHEDULES[plan.schedule or "layerwise"](plan.pp, plan.microbatches, place, plan.interleave)
     body = expand(order, plan, dp, segments)
     meets = synchronised(plan, layout)
-    if agree == "gradient" and plan.dp > 1:
+    if reduce:
+        totals = _both("dp", "totals", "sum") if layout.weight_in_data else []  # which no rounding may reach
+        body += [replace(i, stage=place) for i in [*totals, *follow(reduce)]]
+    elif agree == "gradient" and plan.dp > 1:
         whole = meets or (plan.interleave > 1 and not plan.bucket_bytes)
         body = add_reductions(body, {(place, 0): -1} if whole else _each(segments, body))
     body = add_totals(body, plan, layout, place)
@@ -33,6 +48,7 @@ def training(plan: Plan, layout: Layout, segments: Cuts, rank: int, agree: str) 
         body = part_weight_gradients(body)
     body = [I("Update", stage=place, rule="zero"), *body]
     body += finish(plan, layout, place, agree)
+    body += follow(after, layout.statistics)
     return pair_tokens(body)
 
 
@@ -156,13 +172,19 @@ def finish(plan: Plan, layout: Layout, stage: int, agree: str) -> Body:
     body.append(I("Update", stage=stage, rule="hogwild" if agree == "hogwild" else "step"))
     if common:
         body += _both("dp", "params", "", "AllGather")
-    return body + (averaging(layout, None) if agree == "average" else [])
+    return body
 
 
-def averaging(layout: Layout, first_token: int | None) -> Body:
-    """Replicas take the mean of their weights (local SGD, Stich 2019); momentum stays each replica's own."""
-    body = _both("dp", "params", "mean") + (_both("dp", "running", "mean") if layout.statistics else [])
-    return body if first_token is None else pair_tokens(body)
+def follow(steps: Iterable[Do], statistics: bool = False) -> Body:
+    """What a synchronisation rule asks for, in instructions, and if there are running `statistics` their mean."""
+    body: Body = []
+    for do in steps:
+        if do.op == "Update":
+            body.append(I("Update", rule=do.rule, bucket=do.bucket))
+        else:
+            ends = _both("dp", do.buffer, do.reduction, do.op)
+            body += [replace(i, bucket=do.bucket, payload=do.payload) for i in ends]
+    return body + (_both("dp", "running", "mean") if body and statistics else [])
 
 
 def evaluation(plan: Plan, rank: int, segments: Cuts) -> Body:

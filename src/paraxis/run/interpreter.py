@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from paraxis.comm.base import Comm, Request
+from paraxis.comm.payload import PackedSum
 from paraxis.program.instructions import Instruction, Program
+from paraxis.sync.rule import updates
 
 Action = Callable[[], None]
 KINDS = ("SendAct", "RecvAct", "SendGrad", "RecvGrad")
@@ -52,6 +54,15 @@ def _backward(i: Instruction, c: Context) -> Action:
 
 
 def _update(i: Instruction, c: Context) -> Action:
+    if i.rule in updates():
+        function, names = updates()[i.rule]
+        views = c.engine.views(names, i.bucket)
+
+        def follow() -> None:
+            for own in views:
+                function(*own)
+
+        return follow
     rules = {"zero": "zero", "step": "update", "norm": "gradient_norm", "statistics": "update_statistics"}
     action: Action = getattr(c.engine, rules[i.rule])
     return action
@@ -100,6 +111,12 @@ def _wait(i: Instruction, c: Context) -> Action:
 
 def _reduce_start(i: Instruction, c: Context) -> Action:
     comm = c.axes[i.axis]
+    if i.payload:
+
+        def begin() -> None:
+            c.open[i.token] = [PackedSum(comm, _reduced(i, c), i.payload)]
+
+        return begin
 
     def start() -> None:
         tensor = c.engine.buffer(i.buffer, i.bucket, i.stage)
@@ -115,8 +132,9 @@ def _reduce_wait(i: Instruction, c: Context) -> Action:
     def wait() -> None:
         for request in c.open.pop(i.token):
             request.wait()
+            c.sent[0] += getattr(request, "sent", 0)
         if mean:
-            c.engine.buffer(i.buffer, i.bucket, i.stage).div_(comm.size)
+            _reduced(i, c).div_(comm.size)
 
     return wait
 
@@ -134,6 +152,13 @@ def _reduce_at_once(i: Instruction, c: Context) -> Action:
         c.sent[0] += count
 
     return reduce
+
+
+def _reduced(i: Instruction, c: Context) -> Tensor:
+    """What a reduction is of: gradients that are rounded on their way go without the totals in front of them."""
+    name = "gradients" if i.payload and i.buffer == "grads" else i.buffer
+    tensor: Tensor = c.engine.buffer(name, i.bucket, i.stage)
+    return tensor
 
 
 def _reduced_bytes(tensor: Tensor, ranks: int) -> int:
@@ -221,9 +246,10 @@ class Rank:
         actions: list[Action] = []
         for n, i in enumerate(instructions):
             before, behind = instructions[n - 1 : n], instructions[n + 1 : n + 2]
-            if self.blocking and i.base == "AllReduce" and i.starts and behind and behind[0].token == i.token:
+            joins = self.blocking and i.base == "AllReduce" and not i.payload
+            if joins and i.starts and behind and behind[0].token == i.token:
                 actions.append(lambda: None)
-            elif self.blocking and i.base == "AllReduce" and i.waits and before and before[0].token == i.token:
+            elif joins and i.waits and before and before[0].token == i.token:
                 actions.append(_reduce_at_once(i, self.context))
             else:
                 actions.append(bind(i, self.context))
@@ -236,8 +262,15 @@ class Rank:
             action()
         self.sent[name] = self.context.sent[0] - before
 
+    def begin(self) -> None:
+        """The prologue, before the first step."""
+        for name, times in self.program.prologue if not self.done else ():
+            for _ in range(times):
+                self.run(name)
+
     def run_traced(self, steps: int) -> None:
         """Optimiser steps with the clock read between instructions; `clocks` has what was read."""
+        self.begin()
         self.stamps = []
         for _ in range(steps):
             name = self.program.step_body(self.done)
@@ -259,6 +292,7 @@ class Rank:
 
     def steps(self, count: int) -> None:
         """`count` optimiser steps."""
+        self.begin()
         for _ in range(count):
             self.run(self.program.step_body(self.done))
             self.done += 1
@@ -268,6 +302,7 @@ class Rank:
 
         A body whose turn has not come yet, such as the one that ends a long epoch, is run once out of turn for it.
         """
+        self.begin()
         for name, _ in self.program.period:
             if name not in self.sent:
                 self.run(name)

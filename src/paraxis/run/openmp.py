@@ -48,6 +48,9 @@ class Team:
     def steps(self, count: int) -> None:
         """`count` optimiser steps."""
         self._between = self._between[-4 * AT_ONCE :]
+        for name, times in self.program.prologue if not self.done else ():
+            for _ in range(times):
+                self.ensemble.settle(self.names.index(name))
         while count:
             begun = perf_counter_ns()
             feed = feed_of(self.task, self.task.train, self.done, min(count, AT_ONCE), self._cache)
