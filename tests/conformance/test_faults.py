@@ -14,6 +14,8 @@ MUTABLE = [
     *WITH_AVERAGE,
     *map(parse, ("microbatches=2", "pp=2,schedule=gpipe,microbatches=4", "dp=2,bucket_bytes=64,microbatches=2")),
     parse("dp=2,pp=2,microbatches=2,sync=average@2"),
+    parse("dp=2,sync=diloco@2"),
+    parse("dp=4,sync=diloco@3:bf16:fragments=2"),
 ]
 
 
@@ -44,7 +46,7 @@ def test_every_fault_fails_the_comparison(fault: str, plan: Plan, folder: Path) 
     assert fails(spec_of(folder, "tiny", *TASKS["tiny"]), plan, fault)
 
 
-OWN_LOSS = (parse("dp=2,pp=2,microbatches=2"), parse("dp=2,sync=average@4"))
+OWN_LOSS = (parse("dp=2,pp=2,microbatches=2"), parse("dp=2,sync=average@4"), parse("dp=2,sync=diloco@2"))
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("mean-of-sums", *NORMS)])

@@ -213,7 +213,7 @@ def trained(spec: TaskSpec, plan: Plan, fault: str = "") -> Outcome:
 
 
 @cache
-def emulated(spec: TaskSpec, replicas: int, groups: int, every: int, sync: str) -> tuple[Outcome, float]:
+def emulated(spec: TaskSpec, replicas: int, groups: int, every: int, sync: str = "gradient") -> tuple[Outcome, float]:
     """Plain code for the same algorithm, and the largest change of a weight."""
     copies = [serial.replica(task(spec)) for _ in range(replicas)]
     before = {name: value.clone() for name, value in copies[0].task.net.state_dict().items()}

@@ -63,7 +63,7 @@ def _early(match: Callable[[Instruction], bool]) -> Rewrite:
     def rewrite(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
         moved = [i for i in body if match(i)]
         rest = [i for i in body if not match(i)]
-        last = max(n for n, i in enumerate(rest) if i.op in BACKWARD)
+        last = max((n for n, i in enumerate(rest) if i.op in BACKWARD), default=0)
         return rest[:last] + moved + rest[last:]
 
     return rewrite
@@ -131,8 +131,16 @@ def _replicas(p: Plan) -> bool:
     return p.dp > 1 and p.sync == "gradient"
 
 
+def _agreeing(p: Plan) -> bool:
+    return p.dp > 1 and p.sync not in ("gradient", "hogwild")
+
+
 def _averaging(p: Plan) -> bool:
-    return p.sync != "gradient"
+    return p.sync.startswith("average")
+
+
+def _outer(p: Plan) -> bool:
+    return p.sync.startswith("diloco")
 
 
 def _replicated(p: Plan) -> bool:
@@ -199,5 +207,16 @@ FAULTS: dict[str, Fault] = {
         "dp > 1, microbatches=1 and batch norm over the whole batch",
         _without(lambda i: i.buffer == "moments"),
     ),
-    "never-averaged": Fault("replicas never agree", _averaging, "sync=average@H", _without(PARAMS)),
+    "never-agreed": Fault(
+        "replicas never agree",
+        _agreeing,
+        "a sync between gradient and hogwild, such as average@H",
+        _without(lambda i: i.base == "AllReduce" and i.buffer in ("params", "delta", "grads")),
+    ),
+    "no-outer-momentum": Fault(
+        "the outer step forgets its momentum", _outer, "sync=diloco@H", _without(_of("Update", rule="nesterov"))
+    ),
+    "no-snapshot": Fault(
+        "the weights at the start are not remembered", _outer, "sync=diloco@H", _without(_of("Update", rule="snapshot"))
+    ),
 }
