@@ -141,7 +141,8 @@ with open_session(TaskSpec(network="cnn"), {}, {comm: 2}, None, lambda what, don
         pids.add(tuple(session.pool(comm).pids))
 print(json.dumps([found, sorted(pids)]))
 """
-LATER = dict.fromkeys(("unzeroed", "never-agreed", "summed-weights", "no-outer-momentum", "no-snapshot"), 2)  # the step that a fault spoils, if not the first
+# The step that a fault spoils, if not the first.
+LATER = dict.fromkeys(("unzeroed", "never-agreed", "summed-weights", "no-outer-momentum", "no-snapshot"), 2)
 
 
 @pytest.mark.slow
