@@ -258,7 +258,8 @@ def test_space_offers_every_kind() -> None:
     assert {plan.comm for plan in found} == {"", "openmp", "mpi", "gloo"}
     assert all((plan.engine == "native") == (plan.comm == "openmp") for plan in found if plan.comm)
     assert {plan.schedule for plan in found} == {"", *SCHEDULES}
-    assert {plan.sync for plan in found} == {"gradient", "average@epoch", f"average@{AVERAGE_EVERY}"}
+    apart = {f"{rule}@{AVERAGE_EVERY}" for rule in ("average", "diloco")}
+    assert {plan.sync for plan in found} == {"gradient", "average@epoch", *apart}
     assert parse("dp=2,threads=2") in found and parse("threads=4") in found and parse("dp=2,pp=2") in found
 
 

@@ -54,4 +54,5 @@ def _kinds(workers: int, layers: int, inexact: bool) -> Iterator[dict[str, objec
         yield grid | {"schedule": "layerwise"}
     if inexact:
         yield {"dp": workers, "sync": f"average@{AVERAGE_EVERY}"}
+        yield {"dp": workers, "sync": f"diloco@{AVERAGE_EVERY}"}
         yield {"dp": workers, "sync": "average@epoch"}
