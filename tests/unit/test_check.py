@@ -380,6 +380,7 @@ def test_sums_in_the_wrong_place_are_refused(name: str) -> None:
 # -- faults ----------------------------------------------------------------------------------------------------
 
 CARRIERS = [*map(parse, ("dp=2", "dp=2,microbatches=2", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@2", "serial"))]
+CARRIERS.append(parse("dp=2,sync=diloco@2"))
 
 
 @pytest.mark.parametrize("name", FAULTS)
