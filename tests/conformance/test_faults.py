@@ -15,6 +15,7 @@ MUTABLE = [
     *map(parse, ("microbatches=2", "pp=2,schedule=gpipe,microbatches=4", "dp=2,bucket_bytes=64,microbatches=2")),
     parse("dp=2,pp=2,microbatches=2,sync=average@2"),
     parse("dp=2,sync=diloco@2"),
+    parse("dp=2,microbatches=2,sync=compressed"),
     parse("dp=4,sync=diloco@3:bf16:fragments=2"),
 ]
 

@@ -333,7 +333,7 @@ def test_both_halves_of_a_shared_step_are_needed(left_out: str, folder: Path, mo
 # -- one rank of several processes -----------------------------------------------------------------------------
 
 RANKS = ("dp=2", "dp=4,microbatches=2", "pp=2,microbatches=4", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@2")
-RANKS += ("dp=2,sync=diloco@2:bf16",)
+RANKS += ("dp=2,sync=diloco@2:bf16", "dp=2,sync=compressed")
 
 
 @pytest.mark.parametrize("threads", [1, 2])

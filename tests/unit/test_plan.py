@@ -161,7 +161,7 @@ def test_a_leading_zero_is_no_other_plan() -> None:
         ("pp=2,split=3+5+1", "names 3 stages, but pp=2"),
         ("pp=3,split=3+5", "names 2 stages, but pp=3"),
         ("pp=2,split=0+8", "every stage needs at least one layer"),
-        ("dp=2,sync=average", "it takes gradient, average@H, diloco@H or hogwild, with H steps"),
+        ("dp=2,sync=average", "it takes gradient, average@H, compressed, diloco@H or hogwild, with"),
         ("dp=2,sync=average@0", "or hogwild, with H steps or H=epoch"),
         ("dp=2,sync=median@4", "gradient, average@H"),
         ("engine=plain,dp=2", "parallel plans take engine=torch"),

@@ -71,6 +71,8 @@ def test_text_of_a_rule_and_of_its_program_is_read_back(text: str) -> None:
         ("diloco@-3", "diloco@H"),
         ("diloco@", "diloco@H"),
         ("gradient@4", "it takes gradient"),
+        ("compressed@4", "average@H, compressed, diloco@H"),
+        ("compressed:bf16", "compressed takes none"),
         ("average@4:bf16", "'bf16' is no option; average takes none"),
         ("diloco@4:fp4", "'fp4' is no option; diloco takes bf16, int8, fragments=N"),
         ("diloco@4:payload=bf16", "'payload=bf16' is no option"),
@@ -97,6 +99,7 @@ def test_too_short_an_epoch_for_the_fragments_is_refused() -> None:
     [
         ("dp=2,engine=native,sync=diloco@4:bf16", "threads send nothing; leave out bf16"),
         ("dp=2,engine=native,sync=diloco@4:fragments=2", "leave out fragments"),
+        ("dp=2,engine=native,sync=compressed", "threads send nothing that could be smaller; take sync=gradient"),
         ("dp=2,engine=native,comm=mpi,sync=diloco@4:int8", "leave out int8"),
     ],
 )
@@ -251,6 +254,15 @@ def test_rows_that_share_a_scale_never_share_a_parameter() -> None:
     kept = keep(made("diloco@4:int8"), torch.ones(10), [("a", 0, 4), ("b", 4, 10)], {"a": 4, "b": 6})
     assert kept is not None and kept.bounds == [(0, 2 * ROW)] and kept.runs == [[(0, 4, 0), (4, 10, ROW)]]
     assert keep(made("average@2"), torch.ones(10), [("a", 0, 10)], {"a": 10}) is None
+
+
+def test_compressed_gradients_leave_the_weight_of_the_loss_as_it_is() -> None:
+    """A weight that only the data tell is summed by itself: bfloat16 would make 1037 samples 1040."""
+    layout = Layout(parameters=(3, 4), weight_in_data=True)
+    program = lower(plan_of("dp=2,sync=compressed"), layout)
+    check(program)
+    begun = [(i.buffer, i.payload) for i in program.body("step")[0] if i.starts]
+    assert begun == [("totals", ""), ("grads", "bf16")] and not program.epilogue and program.period == (("step", 1),)
 
 
 @pytest.mark.parametrize("name", APART)
