@@ -210,7 +210,7 @@ FAULTS: dict[str, Fault] = {
     "never-agreed": Fault(
         "replicas never agree",
         _agreeing,
-        "a sync between gradient and hogwild, such as average@H",
+        "sync=average@H, diloco@H or compressed",
         _without(lambda i: i.base == "AllReduce" and i.buffer in ("params", "delta", "grads")),
     ),
     "no-outer-momentum": Fault(
