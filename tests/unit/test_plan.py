@@ -259,7 +259,7 @@ def test_space_offers_every_kind() -> None:
     assert all((plan.engine == "native") == (plan.comm == "openmp") for plan in found if plan.comm)
     assert {plan.schedule for plan in found} == {"", *SCHEDULES}
     apart = {f"{rule}@{AVERAGE_EVERY}" for rule in ("average", "diloco")}
-    assert {plan.sync for plan in found} == {"gradient", "average@epoch", *apart}
+    assert {plan.sync for plan in found} == {"gradient", "compressed", "average@epoch", *apart}
     assert parse("dp=2,threads=2") in found and parse("threads=4") in found and parse("dp=2,pp=2") in found
 
 

@@ -38,6 +38,8 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
     processes = [comm for comm in comms if comm != "openmp"]
     if not processes:
         return
+    if inexact:
+        yield from (Plan(dp=workers, sync="compressed", comm=comm) for comm in processes)
     yield Plan(threads=workers)
     for ranks in rungs(workers // 2)[1:]:
         if workers % ranks == 0:
