@@ -47,10 +47,14 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
             own.weights = std::make_shared<Weights<T>>(own.parameters, own.statistics);
         strips.emplace_back(STRIP);
     }
-    bool owners = false;
+    bool owners = false, outer = false;
     for (const Body& body : this->bodies)
         for (const auto& list : body.ranks)
-            for (const Instruction& i : list) owners |= i.op == Op::W;
+            for (const Instruction& i : list) owners |= i.op == Op::W, outer |= i.rule >= Rule::snapshot;
+    for (int rank = 0; outer && rank < grid.size(); ++rank) {
+        const size_t count = stages[rank]->weights->params.size();
+        outers.push_back({Memory<T>(count), Memory<T>(count), Memory<T>(count)});
+    }
     // Of a pipeline, the stage in front would overwrite what the owners behind it still read.
     if (owners && (!shared || stages[0]->microbatches > 1 || grid.pp > 1))
         throw std::invalid_argument("owners of gradients need weights in common, one microbatch and one stage");

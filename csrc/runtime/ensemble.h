@@ -93,6 +93,10 @@ class Ensemble {
     std::vector<double> norms;
     std::vector<std::vector<int64_t>> clocks;  // [rank * RING + step % RING]
     std::vector<Memory<T>> strips;
+    struct Outer {  // what DiLoCo keeps beside the weights of a rank
+        Memory<T> snapshot, delta, momentum;
+    };
+    std::vector<Outer> outers;
     struct Piece {  // of the parameters; summed: its gradient is the sum of the replicas' own
         size_t begin, end;
         bool summed;
@@ -115,6 +119,7 @@ class Ensemble {
     void update(Hand& hand, const Instruction& i);
     void descend(Hand& hand);
     void hogwild(Hand& hand);
+    void outer(Hand& hand, Rule rule);
     void norm(Hand& hand);
     T* buffer(int rank, Buffer which, size_t* size);
     void divide(bool owners);

@@ -11,6 +11,7 @@ template <class T>
 T* Ensemble<T>::buffer(int rank, Buffer which, size_t* size) {
     Stage<T>& stage = *stages[rank];
     const Memory<T>& found = which == Buffer::params    ? stage.weights->params
+                             : which == Buffer::delta   ? outers[rank].delta
                              : which == Buffer::running ? stage.weights->running
                              : which == Buffer::statistics ? stage.collected
                                                         : stage.gradients;
@@ -108,6 +109,8 @@ void Ensemble<T>::update(Hand& hand, const Instruction& i) {
         descend(hand);
     } else if (i.rule == Rule::hogwild) {
         hogwild(hand);
+    } else {
+        outer(hand, i.rule);
     }
 }
 
@@ -139,6 +142,25 @@ void Ensemble<T>::assign(int rank, size_t begin, size_t end, bool summed) {
         return;
     }
     if (begin < end) pieces[rank].push_back({begin, end, summed});
+}
+
+// DiLoCo on a rank's own weights (Douillard et al. 2023): Python's page of it says what each rule is.
+template <class T>
+void Ensemble<T>::outer(Hand& hand, Rule rule) {
+    if (outers.empty()) return;
+    constexpr T RATE = T(0.7), MOMENTUM = T(0.9);
+    const Memory<T>& params = stages[hand.rank]->weights->params;
+    const size_t count = params.size();
+    T *w = params.data(), *s = outers[hand.rank].snapshot.data(), *d = outers[hand.rank].delta.data(),
+      *m = outers[hand.rank].momentum.data();
+    if (rule == Rule::snapshot) std::copy(w, w + count, s);
+    if (rule == Rule::copy) std::copy(s, s + count, w);
+    if (rule == Rule::delta)
+        for (size_t k = 0; k < count; ++k) d[k] = s[k] - w[k];
+    if (rule == Rule::nesterov)
+        for (size_t k = 0; k < count; ++k) m[k] = MOMENTUM * m[k] + d[k], d[k] += MOMENTUM * m[k];
+    if (rule == Rule::outer)
+        for (size_t k = 0; k < count; ++k) s[k] -= RATE * d[k];
 }
 
 // Of the parameters, what each rank updates: all of its own copy, or its share of the common one; owners also compute the

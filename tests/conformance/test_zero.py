@@ -1,4 +1,4 @@
-"""ZeRO through the reference interpreter: every stage computes what plain serial code computes, and keeps only shares."""
+"""ZeRO through the reference interpreter: every stage computes what serial code computes, and keeps only shares."""
 
 from pathlib import Path
 

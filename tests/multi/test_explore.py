@@ -42,8 +42,14 @@ def check_rows(study: dict[str, Any]) -> None:
 
 
 def check_bytes(study: dict[str, Any]) -> None:
-    """Averaging every H steps sends what replicas of every step send, an Hth as often, although no epoch may end."""
-    every = {"gradient": 1, "average@8": 8, "average@epoch": study["task"]["steps_per_epoch"]}
+    """Rules of every H steps send what replicas of every step send, an Hth as often, although no epoch may end."""
+    every = {
+        "gradient": 1,
+        "average@8": 8,
+        "diloco@8": 8,
+        "compressed": 2,
+        "average@epoch": study["task"]["steps_per_epoch"],
+    }
     found: dict[int, list[float]] = {}
     for row in ok_rows(study):
         plan = parse(row["plan"])

@@ -15,6 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Read top to bottom: a layer imports only what stands above it (and its own).
 LAYERS = [
     {"errors"},
+    {"sync"},
     {"plan"},
     {"program"},
     {"comm"},

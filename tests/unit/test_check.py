@@ -441,6 +441,7 @@ def test_sums_in_the_wrong_place_are_refused(name: str) -> None:
 CARRIERS = [
     *map(parse, ("dp=2", "dp=2,microbatches=2", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@2", "serial", "tp=2"))
 ]
+CARRIERS.append(parse("dp=2,sync=diloco@2"))
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -460,7 +461,7 @@ def test_every_fault_changes_the_program_or_spoils_an_engine(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if not FAULTS[name].needs(Plan())])
 def test_a_plan_that_cannot_have_a_fault_is_told_what_it_needs(name: str) -> None:
-    with pytest.raises(PlanError, match=r"needs (dp > 1|pp > 1|tp > 1|sync=average)"):
+    with pytest.raises(PlanError, match=r"needs (dp > 1|pp > 1|tp > 1|sync=(average|diloco)@H)"):
         FAULTS[name].mutated(Plan(), lower(Plan(), PLAIN))
 
 

@@ -32,7 +32,7 @@ def test_operations_are_one_list() -> None:
     assert tuple(native.OPS) == tuple(op for op in OPS if op not in MEMORY), "ranks that share weights reserve nothing"
 
 
-@pytest.mark.parametrize("text", ["dp=2", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@2", "dp=2,sync=hogwild"])
+@pytest.mark.parametrize("text", ["dp=2", "dp=2,pp=2,microbatches=2", "dp=2,sync=diloco@2", "dp=2,sync=hogwild"])
 def test_cpp_knows_every_rule_and_buffer_of_a_program(text: str) -> None:
     layout = Layout(parameters=(4, 4), statistics=True, clip=True)
     program = lower(parse(f"{text},engine=native"), layout, 2)

@@ -167,8 +167,8 @@ def test_a_leading_zero_is_no_other_plan() -> None:
         ("pp=2,split=3+5+1", "names 3 stages, but pp=2"),
         ("pp=3,split=3+5", "names 2 stages, but pp=3"),
         ("pp=2,split=0+8", "every stage needs at least one layer"),
-        ("dp=2,sync=average", "gradient, average@H with H steps, average@epoch or hogwild"),
-        ("dp=2,sync=average@0", "average@H with H steps"),
+        ("dp=2,sync=average", "it takes gradient, average@H, compressed, diloco@H or hogwild, with"),
+        ("dp=2,sync=average@0", "or hogwild, with H steps or H=epoch"),
         ("dp=2,sync=median@4", "gradient, average@H"),
         ("engine=plain,dp=2", "parallel plans take engine=torch"),
         ("engine=plain,microbatches=2", "parallel plans take engine=torch"),
@@ -268,7 +268,8 @@ def test_space_offers_every_kind() -> None:
     assert {plan.comm for plan in found} == {"", "openmp", "mpi", "gloo"}
     assert all((plan.engine == "native") == (plan.comm == "openmp") for plan in found if plan.comm)
     assert {plan.schedule for plan in found} == {"", *SCHEDULES}
-    assert {plan.sync for plan in found} == {"gradient", "average@epoch", f"average@{AVERAGE_EVERY}"}
+    apart = {f"{rule}@{AVERAGE_EVERY}" for rule in ("average", "diloco")}
+    assert {plan.sync for plan in found} == {"gradient", "compressed", "average@epoch", *apart}
     assert parse("dp=2,threads=2") in found and parse("threads=4") in found and parse("dp=2,pp=2") in found
 
 

@@ -98,7 +98,7 @@ def test_every_sample_is_seen_once_by_every_layer(plan: Plan, needs: dict[str, A
     program = lowered(plan, needs)
     slices = Counter(range(plan.dp * plan.microbatches))
     for name, ranks in program.bodies:
-        if name in ("score", "settle"):
+        if name in ("score", "settle", "begin"):
             continue
         for stage, cuts in enumerate(program.segments):
             rows = [
@@ -152,21 +152,22 @@ def test_collectives_are_joined_by_all_members_in_one_order(plan: Plan, needs: d
 @EVERY_PLAN
 @EVERY_NETWORK
 def test_a_step_ends_with_its_update_and_replicas_agree_once_a_period(plan: Plan, needs: dict[str, Any]) -> None:
-    program = lowered(plan, needs)
+    program, apart = lowered(plan, needs), plan.sync not in ("gradient", "compressed")
     steps = [program.step_body(n) for n in range(program.steps_in_period() + 1)]
     assert steps[0] == steps[-1]
     for name in set(steps):
         for row in program.body(name):
             rules = [i.rule for i in row if i.op == "Update"]
-            assert rules[0] == "zero" and rules[-1] == "step" and row[0].rule == "zero"
-            agree = [i for i in row if i.starts and i.axis == "dp" and i.buffer in ("grads", "params")]
+            assert rules[0] == "zero" and rules.count("step") == 1 and row[0].rule == "zero"
+            assert rules[-1] == "step" or (name, rules[-1]) == ("diloco", "copy")
+            agree = [i for i in row if i.starts and i.axis == "dp" and i.buffer in ("grads", "params", "delta")]
             assert bool(agree) == (plan.dp > 1 and name != "local")
             reduced = {i.bucket for i in agree if i.buffer == "grads"}
-            flat = plan.interleave > 1 and not plan.bucket_bytes
+            flat = (plan.interleave > 1 and not plan.bucket_bytes) or plan.sync == "compressed"
             buckets = {-1} if flat else set(range(len(program.segments[row[0].stage])))
-            assert reduced == (buckets if agree and plan.exact else set())
-    assert program.epilogue == (() if plan.exact else (("settle", 1),))
-    assert steps.count("average") == (0 if plan.exact else 1 + (program.steps_in_period() == 1))
+            assert reduced == (buckets if agree and not apart else set())
+    assert program.epilogue == ((("settle", 1),) if apart else ())
+    assert sum(name not in ("local", "step") for name in steps) == (apart + (apart and len(steps) == 2))
 
 
 def test_average_once_an_epoch_takes_the_epochs_steps() -> None:

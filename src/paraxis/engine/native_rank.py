@@ -4,6 +4,7 @@ Its own threads share the samples of every microbatch; to the program they are i
 """
 
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paraxis.engine.kept import keep
 from paraxis.engine.native_engine import extension, stages_of, tokens_of
 from paraxis.engine.native_task import Feed, check_native, feed_of, get_weights, hyper_of, put_weights
 from paraxis.errors import PlanError
@@ -39,6 +41,8 @@ class NativeEngine:
         self.ensemble = self._make(program)
         put_weights(self.ensemble, task, [0])
         self.flat = SimpleNamespace(params=self._view("params"), grads=self._view("grads"))
+        size = self.flat.params.numel()
+        self.kept = keep(program, self.flat.params, [("", 0, size)], {"": size})
         self.running, self.statistics = self._view("running"), self._view("statistics")
         copies = [n for n, tie in program.ties_of(rank).items() if tie.stages[0] != self.stage]
         self.elsewhere = [self.ensemble.tied(0, n) for n in copies]  # what another stage counts in the norm
@@ -152,8 +156,18 @@ class NativeEngine:
         if name == "tied":
             first, last = self.ensemble.tied(0, bucket)
             return self.flat.grads[first:last]
+        if self.kept and name in self.kept.buffers:
+            return self.kept.buffer(name, bucket)
         named = {"grads": self.flat.grads, "params": self.flat.params, "running": self.running}
-        return (named | {"statistics": self.statistics, "norm": self.norm, "score": self.score})[name]
+        return (
+            named
+            | {"gradients": self.flat.grads}
+            | {"statistics": self.statistics, "norm": self.norm, "score": self.score}
+        )[name]
+
+    def views(self, names: Sequence[str], fragment: int) -> list[list[Tensor]]:
+        """What a synchronisation rule's update is made on."""
+        return self.kept.views(names, fragment) if self.kept else []
 
     def zero(self) -> None:
         """Begin a step."""
@@ -194,4 +208,5 @@ class NativeEngine:
 
     def bytes_held(self) -> int:
         """Bytes of weights, gradients and the optimiser's state."""
-        return 3 * self.flat.params.nbytes + self.threads * self.flat.grads.nbytes
+        kept = sum(t.nbytes for t in self.kept.buffers.values()) if self.kept else 0
+        return 3 * self.flat.params.nbytes + self.threads * self.flat.grads.nbytes + kept

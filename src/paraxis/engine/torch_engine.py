@@ -1,6 +1,6 @@
 """The PyTorch engine, one rank: its stages, the flat buffers of their parameters and gradients, and the updates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paraxis.engine.flat import Flat, flatten
+from paraxis.engine.kept import keep
 from paraxis.engine.pausing import pausing_for
 from paraxis.engine.rules import RULES, State
 from paraxis.engine.sharding import Shards, ends, shard
@@ -47,6 +48,8 @@ class TorchEngine:
             self.flat = self.shares.flat
         for p in (p for g in self.hyper.groups for p in g["params"] if id(p) in unreached):
             p.grad = None
+        sizes = {task.names[id(p)]: p.numel() for p in task.net.parameters() if p.requires_grad}
+        self.kept = keep(program, self.flat.params, self.flat.names, sizes)
         for stage in self.stages.values():
             stage.pausing = pausing_for(stage, program, self.flat.grads.device)
         self._keep_own_parameters(task, first=own[0] == 0)
@@ -124,8 +127,11 @@ class TorchEngine:
             pausing = self.stages[stage].pausing
             assert pausing is not None, "only a stage that pauses has moments"
             return pausing.moments[bucket]
+        if self.kept and name in self.kept.buffers:
+            return self.kept.buffer(name, bucket)
         return {
             "params": self.flat.params,
+            "gradients": self.gradients_flat,
             "totals": self.totals,
             "score": self.score,
             "norm": self.norm,
@@ -136,6 +142,10 @@ class TorchEngine:
     def reserve(self, name: str, bucket: int, stage: int) -> None:
         """Memory for a bucket's parameters or gradients."""
         self._shares().reserve(name, bucket, stage)
+
+    def views(self, names: Sequence[str], fragment: int) -> list[list[Tensor]]:
+        """What a synchronisation rule's update is made on."""
+        return self.kept.views(names, fragment) if self.kept else []
 
     def release(self, name: str, bucket: int, stage: int) -> None:
         """Let it go."""
@@ -232,7 +242,8 @@ class TorchEngine:
         return {
             "params": self.flat.params.nbytes + whole("params"),
             "grads": self.flat.grads.nbytes + whole("grads"),
-            "state": sum(t.nbytes for run in self.runs for t in run[2].values()),
+            "state": sum(t.nbytes for run in self.runs for t in run[2].values())
+            + sum(t.nbytes for t in (self.kept.buffers.values() if self.kept else ())),
         }
 
     def bytes_held(self) -> int:

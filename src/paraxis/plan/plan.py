@@ -8,6 +8,7 @@ from typing import Any
 from paraxis.errors import PlanError, ProgramError
 from paraxis.plan.own import is_own
 from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES, parted
+from paraxis.sync import rule as sync_rule
 
 ENGINES = ("torch", "native", "plain")
 COMMS = ("openmp", "mpi", "gloo", "nccl")
@@ -58,11 +59,11 @@ class Plan:
 
     `interleave` is the number of stages on each rank (2 with schedule=interleaved unless more are asked for), `split`
     the number of layers of each stage (empty: balanced by measured cost); `threads` are an engine's own in one rank;
-    `bucket_bytes` 0 reduces all gradients at once; `sync` is "gradient", "average@H" (H steps), "average@epoch" or
-    "hogwild". Under comm=openmp ranks are threads, whose weight `gradients` are "private" (each rank those of its
-    samples, then summed) or "owner" (each its own block, over all).
-    `zero` is the stage of ZeRO (Rajbhandari et al. 2020): of optimizer state (1), gradients too (2) and parameters too
-    (3), each replica keeps only its share.
+    `bucket_bytes` 0 reduces all gradients at once; `sync` is "gradient", "hogwild" or a rule of paraxis.sync, such as
+    "average@8" or "diloco@epoch:bf16". Under comm=openmp ranks are threads, whose weight `gradients` are "private"
+    (each rank those of its samples, then summed) or "owner" (each its own block, over all). `zero` is the stage of ZeRO
+    (Rajbhandari et al. 2020): of optimizer state (1), gradients too (2) and parameters too (3), each replica keeps only
+    its share.
     Raises PlanError for values that no network could meet.
     """
 
@@ -103,9 +104,9 @@ class Plan:
             value = getattr(self, key)
             if value not in allowed and not (key == "schedule" and is_own(value)):
                 raise PlanError(f"{key}={value}: {_suggest(value, [w for w in allowed if w])}")
-        period(self.sync, steps_per_epoch=1)
         self._check_engine()
         self._check_zero()
+        self._check_sync()
         self._check_threads()
         self._check_interleave()
 
@@ -136,6 +137,19 @@ class Plan:
         if self.sync != "gradient":
             raise PlanError(f"zero={self.zero}: with sync={self.sync} replicas differ; shares take sync=gradient")
 
+    def _check_sync(self) -> None:
+        sync = sync_rule.parse(self.sync)
+        if sync is None or self.dp == 1 or self.engine != "native":
+            return
+        threads = (self.comm or "openmp") == "openmp"
+        if threads and sync.rule.gradients:
+            raise PlanError(f"sync={self.sync}: threads send nothing that could be smaller; take sync=gradient")
+        if threads and sync.payload:
+            raise PlanError(f"sync={self.sync}: threads send nothing; leave out {sync.payload}")
+        if sync.fragments > 1 or sync.payload == "int8":
+            what = "fragments" if sync.fragments > 1 else "int8"
+            raise PlanError(f"sync={self.sync}: engine=native has its weights in one piece; leave out {what}")
+
     def _check_interleave(self) -> None:
         if self.interleave > 1 and self.microbatches > 1 and (self.schedule or "1f1b") in ONE_STAGE:
             several = ", ".join(name for name in SCHEDULES if name not in ONE_STAGE)
@@ -157,8 +171,8 @@ class Plan:
 
     def _drop_what_has_no_effect(self) -> None:
         quiet: dict[str, Any] = {}
-        if self.sync.removeprefix("average@").isdecimal():
-            quiet["sync"] = f"average@{int(self.sync.removeprefix('average@'))}"
+        if sync := sync_rule.parse(self.sync):
+            quiet["sync"] = sync.text()
         if self.mesh.size == 1:
             quiet["comm"] = ""
         elif not self.comm:
@@ -255,15 +269,9 @@ def parse(text: str) -> Plan:
 
 
 def period(sync: str, steps_per_epoch: int) -> int:
-    """Steps between two agreements of the replicas: 1, H of `average@H`, or an epoch's steps."""
-    rule, _, every = sync.partition("@")
-    if sync in ("gradient", "hogwild"):
-        return 1
-    if rule == "average" and every == "epoch":
-        return steps_per_epoch
-    if rule == "average" and every.isdecimal() and int(every) >= 1:
-        return int(every)
-    raise PlanError(f"sync={sync}: it takes gradient, average@H with H steps, average@epoch or hogwild")
+    """Steps until replicas have agreed on everything: 1, H of `average@H`, or an epoch's steps; raises PlanError."""
+    found = sync_rule.parse(sync)
+    return 1 if found is None or not found.rule.agreements else found.every or steps_per_epoch
 
 
 def with_split(plan: Plan, split: Iterable[int]) -> Plan:

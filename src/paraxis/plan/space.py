@@ -45,6 +45,8 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
     yield Plan(tp=workers, comm=processes[0])
     if workers >= 4 and workers % 2 == 0:
         yield Plan(dp=workers // 2, tp=2, comm=processes[0])
+    if inexact:
+        yield from (Plan(dp=workers, sync="compressed", comm=comm) for comm in processes)
     yield Plan(threads=workers)
     for ranks in rungs(workers // 2)[1:]:
         if workers % ranks == 0:
@@ -64,4 +66,5 @@ def _kinds(workers: int, layers: int, inexact: bool) -> Iterator[dict[str, objec
         yield grid | {"schedule": "layerwise"}
     if inexact:
         yield {"dp": workers, "sync": f"average@{AVERAGE_EVERY}"}
+        yield {"dp": workers, "sync": f"diloco@{AVERAGE_EVERY}"}
         yield {"dp": workers, "sync": "average@epoch"}

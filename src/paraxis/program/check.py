@@ -24,6 +24,7 @@ from paraxis.program.instructions import (
     Program,
 )
 from paraxis.program.meetings import awaited, begins, kind, reach
+from paraxis.sync.rule import updates
 
 SUMS = {
     "moments": "the replicas' sums of batch norm {}",
@@ -67,7 +68,8 @@ class _Rank:
 def check(program: Program) -> Checked:
     """Raises ProgramError or Deadlock with the grid and an arrow at the fault; else tells the peak of live work."""
     peaks = [0] * program.mesh.size
-    for part in (*_unrolled(program), *_apart(program)):
+    begin = [name for name, _ in program.prologue]
+    for part in (*begin, *_unrolled(program), *_apart(program)):
         body = program.body(part)
         if len(body) != program.mesh.size:
             raise ProgramError(f"body {part} has {len(body)} ranks, but the mesh has {program.mesh.size}")
@@ -75,7 +77,7 @@ def check(program: Program) -> Checked:
             peak = _check_rank(program, part, rank, instructions)
             peaks[rank] = max(peaks[rank], peak)
         _check_slices(program, part)
-    check_hang(program.mesh, [program.body(part) for part in _unrolled(program)])
+    check_hang(program.mesh, [program.body(part) for part in (*begin, *_unrolled(program))])
     for name in _apart(program):
         check_hang(program.mesh, [program.body(name)])
     return Checked(tuple(peaks))
@@ -135,7 +137,7 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             _check_meeting(program, state, i, slot, fail)
         elif i.buffer == "tied":
             _check_tie(program, rank, state, i, slot, fail)
-        elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm"):
+        elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm", *updates()):
             _check_write(program, rank, state, i, slot, fail)
         state.peak = max(state.peak, len({(f[0], f[2]) for f in (state.forward - state.backward) | state.parted}))
     if state.open:
@@ -277,7 +279,7 @@ def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: 
 def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
     """Reductions and updates: complete gradients only, and no write between F and B of a microbatch."""
     live = state.forward - state.backward
-    writes = i.rule in ("step", "hogwild") or (i.buffer == "params" and program.zero < 3)
+    writes = i.rule in ("step", "hogwild", *updates()) or (i.buffer == "params" and program.zero < 3)
     if writes and live:
         fail(slot, f"{i.label()} writes parameters while microbatch {min(live)[2]} is between F and B")
     if i.starts and i.buffer == "grads":
@@ -295,6 +297,9 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
         state.gathered |= i.buffer == "params" and program.zero < 3
     if i.rule in ("step", "norm") and (missing := program.ties_of(rank).keys() - state.tied):
         fail(slot, f"{i.label()} before the copies of {program.ties[min(missing)].parameter} have been added up")
+    busy = [o for o in state.open.values() if i.rule in updates() and o.buffer in updates()[i.rule][1]]
+    if busy:
+        fail(slot, f"{i.label()} does not wait for the reduction of {busy[0].buffer}")
     if i.rule == "step":
         if state.parted:
             fail(slot, f"the update comes without W{min(state.parted)[2]}, its microbatch's gradient of weights")

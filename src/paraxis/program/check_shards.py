@@ -27,7 +27,7 @@ class Shards:
         """One instruction more; calls `fail` if it cannot stand here."""
         if not self.zero:
             return
-        if i.op == "F" or i.op in BACKWARD or i.rule == "copy":
+        if i.op == "F" or i.op in BACKWARD or i.rule == "keep":
             self._computes(i, slot, fail)
         elif i.op in MEMORY:
             self._memory(i, slot, fail)

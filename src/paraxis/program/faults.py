@@ -63,7 +63,7 @@ def _early(match: Callable[[Instruction], bool]) -> Rewrite:
     def rewrite(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
         moved = [i for i in body if match(i)]
         rest = [i for i in body if not match(i)]
-        last = max(n for n, i in enumerate(rest) if i.op in GRADIENT)
+        last = max((n for n, i in enumerate(rest) if i.op in GRADIENT), default=0)
         return rest[:last] + moved + rest[last:]
 
     return rewrite
@@ -158,8 +158,16 @@ def _replicas(p: Plan) -> bool:
     return p.dp > 1 and p.sync == "gradient"
 
 
+def _agreeing(p: Plan) -> bool:
+    return p.dp > 1 and p.sync not in ("gradient", "hogwild")
+
+
 def _averaging(p: Plan) -> bool:
-    return p.sync != "gradient"
+    return p.sync.startswith("average")
+
+
+def _outer(p: Plan) -> bool:
+    return p.sync.startswith("diloco")
 
 
 def _replicated(p: Plan) -> bool:
@@ -236,7 +244,6 @@ FAULTS: dict[str, Fault] = {
         "pp > 1 and a network that ties weights across stages",
         _without(lambda i: i.buffer == "tied"),
     ),
-    "never-averaged": Fault("replicas never agree", _averaging, "sync=average@H", _without(PARAMS)),
     "dropped-output": Fault("parts of outputs are not added up", _shared, "tp > 1", _without(_of("ReduceAct"))),
     "dropped-input-gradient": Fault(
         "gradients of an input that ranks share are not added up",
@@ -253,5 +260,17 @@ FAULTS: dict[str, Fault] = {
     "summed-whole": Fault("gradients that every rank has whole are added up", _shared, "tp > 1", spoil=_summed_whole),
     "counted-whole": Fault(
         "what every rank has whole counts twice in the norm", _shared, "tp > 1 and --clip", spoil=_counted_whole
+    ),
+    "never-agreed": Fault(
+        "replicas never agree",
+        _agreeing,
+        "sync=average@H, diloco@H or compressed",
+        _without(lambda i: i.base == "AllReduce" and i.buffer in ("params", "delta", "grads")),
+    ),
+    "no-outer-momentum": Fault(
+        "the outer step forgets its momentum", _outer, "sync=diloco@H", _without(_of("Update", rule="nesterov"))
+    ),
+    "no-snapshot": Fault(
+        "the weights at the start are not remembered", _outer, "sync=diloco@H", _without(_of("Update", rule="snapshot"))
     ),
 }

@@ -34,13 +34,13 @@ class Instruction:
 
     `slice` says which of the dp x microbatches equal slices of the global batch is meant, `peer` is a rank, `axis` a
     direction of the mesh (`pp:0+3`: of the pipeline these places), `buffer` a declared buffer, `bucket` a segment's
-    part of it (-1: all), `rule` an update rule.
+    or fragment's part of it (-1: all), `rule` an update rule, `payload` what summed elements travel as ("": as they
+    are; else `grads` go without their totals).
     A `W` with rule "owner" computes the rank's own block of the weights' gradient, over the samples of all replicas.
     Of buffers `moments` (in a forward) and `moment_grads` (in a backward), `bucket` is the batch norm between segments
     `bucket` and `bucket` + 1; of buffer `tied` it is the number of a tie. A `ReduceAct` or `ReduceGrad` stands between
     segments `segment` and `segment` + 1. An F or B covers segments from `segment` on; see program.meetings.
-    What shards a bucket's memory names the `segment`, microbatch and op (as `rule`) that it
-    is made whole for.
+    What shards a bucket's memory names the `segment`, microbatch and op (as `rule`) that it is made whole for.
     """
 
     op: str
@@ -55,6 +55,7 @@ class Instruction:
     reduction: str = ""
     rule: str = ""
     token: int = -1
+    payload: str = ""
 
     @property
     def base(self) -> str:
@@ -80,7 +81,8 @@ class Instruction:
     def meeting(self) -> tuple[str | int, ...]:
         """Of a collective: what the ranks of its group must have in common."""
         place = -1 if self.axis.startswith("pp") else self.stage
-        return self.base, self.axis, self.buffer, place, self.bucket, self.segment, self.microbatch, self.rule
+        words = self.base, self.axis, self.buffer, self.rule, self.payload
+        return *words, place, self.bucket, self.segment, self.microbatch
 
     def text(self) -> str:
         """`F stage=0 segment=1 microbatch=2`; `parse_instruction` gives the same back."""

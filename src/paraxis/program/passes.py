@@ -3,7 +3,7 @@
 `training` and `evaluation` are the tables of contents; every pass takes a body and gives one back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from paraxis.plan.own import find, is_own
@@ -13,19 +13,35 @@ from paraxis.program.cut import Layout
 from paraxis.program.instructions import Instruction, Tie
 from paraxis.program.meetings import Words, add_meetings, begins
 from paraxis.program.zero import copying, gather_parameters, shard_gradients, shard_parameters, used_buckets
+from paraxis.sync.rule import Do
 
 Body = list[Instruction]
 Cuts = tuple[Sequence[Sequence[tuple[int, int]]], Sequence[Words]]  # of every stage, its segments and their borders
 I = Instruction  # noqa: E741  (the passes below are tables of instructions)
 
 
-def training(plan: Plan, layout: Layout, cuts: Cuts, ties: Sequence[Tie], rank: int, agree: str) -> Body:
-    """One optimiser step of one rank; `agree`: how replicas do (gradient, shared, owner, hogwild, average, none)."""
+def training(
+    plan: Plan,
+    layout: Layout,
+    cuts: Cuts,
+    ties: Sequence[Tie],
+    rank: int,
+    agree: str,
+    reduce: Iterable[Do] = (),
+    after: Iterable[Do] = (),
+) -> Body:
+    """One optimiser step of one rank; `agree`: how replicas do (gradient, shared, owner, hogwild, none).
+
+    `reduce` and `after`: what a synchronisation rule does with gradients, and with weights once they have been updated.
+    """
     dp, place, _ = plan.mesh.coordinates(rank)
     order = find(plan.schedule or "layerwise")(plan.pp, plan.microbatches, place, plan.interleave)
     body = expand(order, plan, dp, cuts)
     meets = any(word != "cut" for own in cuts[1] for word in own)
-    if agree == "gradient" and plan.dp > 1:
+    if reduce:
+        totals = _both("dp", "totals", "sum") if layout.weight_in_data else []  # which no rounding may reach
+        body += [replace(i, stage=place) for i in [*totals, *follow(reduce)]]
+    elif agree == "gradient" and plan.dp > 1:
         whole = meets or (plan.interleave > 1 and not plan.bucket_bytes)
         buckets = _whole(body) if whole else _each(cuts, body)
         if plan.zero < 2:
@@ -43,6 +59,7 @@ def training(plan: Plan, layout: Layout, cuts: Cuts, ties: Sequence[Tie], rank: 
     body += finish(plan, layout, place, agree, add_ties(plan, ties, place))
     if plan.zero in (1, 2):
         body += gather_parameters((stage, bucket) for (stage, _), bucket in buckets.items())
+    body += follow(after, layout.statistics)
     return pair_tokens(body)
 
 
@@ -193,13 +210,19 @@ def finish(plan: Plan, layout: Layout, stage: int, agree: str, tied: Body) -> Bo
     body.append(I("Update", stage=stage, rule="hogwild" if agree == "hogwild" else "step"))
     if common:
         body += _both("dp", "params", "", "AllGather")
-    return body + (averaging(layout, None) if agree == "average" else [])
+    return body
 
 
-def averaging(layout: Layout, first_token: int | None) -> Body:
-    """Replicas take the mean of their weights (local SGD, Stich 2019); momentum stays each replica's own."""
-    body = _both("dp", "params", "mean") + (_both("dp", "running", "mean") if layout.statistics else [])
-    return body if first_token is None else pair_tokens(body)
+def follow(steps: Iterable[Do], statistics: bool = False) -> Body:
+    """What a synchronisation rule asks for, in instructions, and if there are running `statistics` their mean."""
+    body: Body = []
+    for do in steps:
+        if do.op == "Update":
+            body.append(I("Update", rule=do.rule, bucket=do.bucket))
+        else:
+            ends = _both("dp", do.buffer, do.reduction, do.op)
+            body += [replace(i, bucket=do.bucket, payload=do.payload) for i in ends]
+    return body + (_both("dp", "running", "mean") if body and statistics else [])
 
 
 def evaluation(plan: Plan, layout: Layout, rank: int, cuts: Cuts) -> Body:

@@ -6,6 +6,7 @@ Stage 3: parameters too are whole only around their use; the next segment's are 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from paraxis.errors import PlanError
 from paraxis.plan.plan import Plan
@@ -114,7 +115,7 @@ def copying(buckets: Iterable[tuple[int, int]]) -> Body:
     """Of stage 3, how the weights come to be read: gathered and copied a bucket at a time."""
     out: Body = []
     for stage, bucket in buckets:
-        copy = I("Update", stage=stage, segment=bucket, bucket=bucket, rule="copy")
+        copy = I("Update", stage=stage, segment=bucket, bucket=bucket, rule="keep")
         gathered = _both(copy, "AllGather", "params", bucket)
         ends = (_memory(op, copy, "params", bucket) for op in ("Reserve", "Release"))
         out += [next(ends), *gathered, copy, next(ends)]
@@ -129,9 +130,8 @@ def _memory(op: str, i: Instruction, buffer: str, bucket: int, stage: int = -1) 
 
 def _both(i: Instruction, op: str, buffer: str, bucket: int, reduction: str = "") -> Body:
     """Start and wait of a bucket's collective, for the sake of what `i` computes."""
-    words = {"stage": i.stage, "segment": i.segment, "microbatch": i.microbatch, "bucket": bucket}
-    ends = (f"{op}{end}" for end in ("Start", "Wait"))
-    return [I(end, **words, axis="dp", buffer=buffer, reduction=reduction, rule=_for(i)) for end in ends]
+    both = I(op, i.stage, i.segment, i.microbatch, axis="dp", buffer=buffer, bucket=bucket, reduction=reduction)
+    return [replace(both, op=f"{op}{end}", rule=_for(i)) for end in ("Start", "Wait")]
 
 
 def _for(i: Instruction) -> str:

@@ -31,6 +31,7 @@ from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
 from paraxis.run.weights import compare, difference, untied
 from paraxis.run.window import record_cost, traceable, window_of
+from paraxis.sync.rule import settled
 from paraxis.task.batches import digest
 from paraxis.task.shared import Shard
 from paraxis.task.spec import TaskSpec
@@ -127,8 +128,8 @@ class Duties:
         if request["turns"] > 1:
             losses = serial.in_turn(copies[0], request["steps"], request["turns"])
         else:
-            losses = serial.emulate(copies, 0, request["steps"], request["groups"], request["every"])
-        if request["replicas"] > 1 and request["steps"] % request["every"]:
+            losses = serial.emulate(copies, 0, request["steps"], request["groups"], request["every"], request["sync"])
+        if request["replicas"] > 1 and not settled(request["sync"], request["steps"], request["every"]):
             serial.average([c.task.net for c in copies])
         after = {k: v.clone().contiguous() for k, v in copies[0].task.net.state_dict().items()}
         changes = [float((after[k] - before[k]).abs().max()) for k in after if after[k].is_floating_point()]
@@ -144,8 +145,9 @@ class Duties:
         """Train the first steps of a plan and compare this rank's weights with those of the file."""
         running = self._ready(request["key"])
         self._steps(running, request["steps"])
-        if running.rank is not None and request["steps"] % running.rank.program.steps_in_period():
-            running.rank.settle()
+        rank = running.rank
+        if rank and not settled(running.plan.sync, request["steps"], rank.program.steps_in_period()):
+            rank.settle()
         wanted, state = load_file(request["file"]), self._state(running)
         worst, where = compare(state, wanted, _shards(running), request["change"])
         return {"difference": worst, "where": where, "losses": self._losses(running), "compared": list(state)}

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from paraxis.comm.base import Comm, Request
+from paraxis.comm.payload import PackedSum
 from paraxis.program.instructions import COLLECTIVES, REDUCES, Instruction, Program
+from paraxis.sync.rule import updates
 
 Action = Callable[[], None]
 KINDS = ("SendAct", "RecvAct", "SendGrad", "RecvGrad")
@@ -63,8 +65,17 @@ def _weight_gradient(i: Instruction, c: Context) -> Action:
 
 
 def _update(i: Instruction, c: Context) -> Action:
+    if i.rule in updates():
+        function, names = updates()[i.rule]
+        views = c.engine.views(names, i.bucket)
+
+        def follow() -> None:
+            for own in views:
+                function(*own)
+
+        return follow
     rules = {"zero": "zero", "step": "update", "norm": "gradient_norm", "statistics": "update_statistics"}
-    if i.rule == "copy":
+    if i.rule == "keep":
         return partial(c.engine.copy, i.bucket, i.stage)
     action: Action = getattr(c.engine, rules[i.rule])
     return action
@@ -118,17 +129,21 @@ def _collective(i: Instruction) -> str:
 
 def _tensor(i: Instruction, c: Context) -> Tensor:
     """What a collective is about: a buffer, or what a stage that stands still in its middle has just made."""
-    found: Tensor = (
-        c.engine.buffer(i.base, i.segment, i.stage)
-        if i.base in REDUCES
-        else c.engine.buffer(i.buffer, i.bucket, i.stage)
-    )
-    return found
+    if i.base in REDUCES:
+        return cast(Tensor, c.engine.buffer(i.base, i.segment, i.stage))
+    whole = i.payload and i.buffer == "grads"  # what is rounded on its way goes without the totals in front
+    return cast(Tensor, c.engine.buffer("gradients" if whole else i.buffer, i.bucket, i.stage))
 
 
 def _collect_start(i: Instruction, c: Context) -> Action:
     comm = c.axes[i.axis]
     begin = getattr(comm, _collective(i) + "_start")
+
+    def pack() -> None:
+        c.open[i.token] = [PackedSum(comm, _tensor(i, c), i.payload)]
+
+    if i.payload:
+        return pack
 
     def start() -> None:
         tensor = _tensor(i, c)
@@ -144,6 +159,7 @@ def _collect_wait(i: Instruction, c: Context) -> Action:
     def wait() -> None:
         for request in c.open.pop(i.token):
             request.wait()
+            c.sent[0] += getattr(request, "sent", 0)
         finish()
 
     return wait
@@ -175,10 +191,14 @@ def _collect_at_once(i: Instruction, c: Context) -> Action:
 def _finish(i: Instruction, c: Context) -> Action:
     """What remains to be done with what a collective has brought."""
     if i.reduction == "mean":
-        return lambda: c.engine.buffer(i.buffer, i.bucket, i.stage).div_(c.axes[i.axis].size)
+        return partial(_divide, i, c)
     if i.base == "ReduceScatter":
         return partial(c.engine.take_share, i.bucket, i.stage)
     return lambda: None
+
+
+def _divide(i: Instruction, c: Context) -> None:
+    _tensor(i, c).div_(c.axes[i.axis].size)
 
 
 def _collected_bytes(i: Instruction, tensor: Tensor, ranks: int) -> int:
@@ -265,7 +285,7 @@ class Rank:
         actions: list[Action] = []
         for n, i in enumerate(instructions):
             before, behind = instructions[n - 1 : n], instructions[n + 1 : n + 2]
-            joins = self.blocking and i.base in COLLECTIVES and i.buffer != "factors"
+            joins = self.blocking and i.base in COLLECTIVES and i.buffer != "factors" and not i.payload
             if joins and i.starts and behind and behind[0].token == i.token:
                 actions.append(lambda: None)
             elif joins and i.waits and before and before[0].token == i.token:
@@ -281,8 +301,15 @@ class Rank:
             action()
         self.sent[name] = self.context.sent[0] - before
 
+    def begin(self) -> None:
+        """The prologue, before the first step."""
+        for name, times in self.program.prologue if not self.done else ():
+            for _ in range(times):
+                self.run(name)
+
     def run_traced(self, steps: int) -> None:
         """Optimiser steps with the clock read between instructions; `clocks` has what was read."""
+        self.begin()
         self.stamps = []
         for _ in range(steps):
             name = self.program.step_body(self.done)
@@ -304,6 +331,7 @@ class Rank:
 
     def steps(self, count: int) -> None:
         """`count` optimiser steps."""
+        self.begin()
         for _ in range(count):
             self.run(self.program.step_body(self.done))
             self.done += 1
@@ -313,6 +341,7 @@ class Rank:
 
         A body whose turn has not come yet, such as the one that ends a long epoch, is run once out of turn for it.
         """
+        self.begin()
         for name, _ in self.program.period:
             if name not in self.sent:
                 self.run(name)

@@ -20,6 +20,7 @@ from paraxis.engine.rules import Hyper
 from paraxis.errors import PlanError
 from paraxis.measure.machine import usable_cores
 from paraxis.program.instructions import Instruction, Program
+from paraxis.sync.rule import buffers as kept_by_rules
 from paraxis.task.batches import Source
 from paraxis.task.task import Task
 
@@ -48,6 +49,9 @@ class Team:
     def steps(self, count: int) -> None:
         """`count` optimiser steps."""
         self._between = self._between[-4 * AT_ONCE :]
+        for name, times in self.program.prologue if not self.done else ():
+            for _ in range(times):
+                self.ensemble.settle(self.names.index(name))
         while count:
             begun = perf_counter_ns()
             feed = feed_of(self.task, self.task.train, self.done, min(count, AT_ONCE), self._cache)
@@ -98,8 +102,8 @@ class Team:
 
     def bytes_held(self) -> int:
         """Bytes of weights, gradients and the optimiser's state."""
-        one = sum(t.nbytes for t in self.buffers("params")) * 3
-        return one + sum(t.nbytes for t in self.buffers("grads"))
+        copies = 3 + sum(b.name in kept_by_rules() for b in self.program.buffers)
+        return copies * sum(t.nbytes for t in self.buffers("params")) + sum(t.nbytes for t in self.buffers("grads"))
 
     def square_sum(self) -> float:
         """Sum of squares of all parameters, counted once."""
@@ -136,6 +140,10 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
         )
     if any(len(cuts) > 1 for cuts in program.segments) and not program.synchronised():
         raise PlanError("engine=native reduces all gradients at once: leave out bucket_bytes")
+    every = [i for _, ranks in program.bodies for rank in ranks for i in rank]
+    unknown = {i.rule for i in every} - set(native.RULES) | {i.buffer for i in every} - set(native.BUFFERS)
+    if unknown:
+        raise PlanError(f"engine=native has no {', '.join(sorted(unknown))} for threads; comm=mpi or engine=torch has")
     words = [(name, [[_words(i) for i in rank] for rank in ranks]) for name, ranks in program.bodies]
     samples = task.batch // (mesh.dp * program.microbatches)
     make = native.Float if task.dtype == torch.float32 else native.Double
