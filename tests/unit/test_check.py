@@ -31,6 +31,10 @@ ODD = (
     "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=2,bucket_bytes=8",
     "dp=2,pp=4,microbatches=5,sync=average@3",
     "dp=2,sync=average@1",
+    "dp=2,zero=1",
+    "dp=3,pp=2,zero=2,microbatches=3,bucket_bytes=8",
+    "dp=2,pp=2,zero=3,schedule=gpipe,microbatches=2,bucket_bytes=8",
+    "dp=2,pp=2,interleave=2,zero=1,schedule=gpipe,microbatches=2",
 )
 
 
@@ -380,6 +384,7 @@ def test_sums_in_the_wrong_place_are_refused(name: str) -> None:
 # -- faults ----------------------------------------------------------------------------------------------------
 
 CARRIERS = [*map(parse, ("dp=2", "dp=2,microbatches=2", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@2", "serial"))]
+CARRIERS += map(parse, ("dp=2,zero=1", "dp=2,zero=3,microbatches=2,bucket_bytes=8"))
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -399,7 +404,7 @@ def test_every_fault_changes_the_program_or_spoils_an_engine(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if not FAULTS[name].needs(Plan())])
 def test_a_plan_that_cannot_have_a_fault_is_told_what_it_needs(name: str) -> None:
-    with pytest.raises(PlanError, match=r"needs (dp > 1|pp > 1|sync=average)"):
+    with pytest.raises(PlanError, match=r"needs (dp > 1|pp > 1|sync=average|zero)"):
         FAULTS[name].mutated(Plan(), lower(Plan(), PLAIN))
 
 

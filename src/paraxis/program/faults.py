@@ -39,7 +39,7 @@ class Fault:
             return program
         bodies = []
         for name, ranks in program.bodies:
-            training = name not in ("evaluate", "score", "settle")
+            training = name not in ("evaluate", "score", "settle", "state")
             spoiled = tuple(
                 tuple(self.rewrite(program, rank, list(body))) if training else body for rank, body in enumerate(ranks)
             )
@@ -90,6 +90,17 @@ def _skip_backward(program: Program, rank: int, body: list[Instruction]) -> list
     return [i for i in body if not (first and i.op in BACKWARD and i.microbatch == program.microbatches - 1)]
 
 
+def _freed_early(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
+    """What lets a segment's parameters go behind its backward stands in front of it."""
+    out: list[Instruction] = []
+    for i in body:
+        if i.op == "Release" and i.buffer == "params" and i.rule in BACKWARD and out[-1].op in BACKWARD:
+            out.insert(-1, i)
+        else:
+            out.append(i)
+    return out
+
+
 def _local_slice(program: Program, i: Instruction) -> Instruction:
     return replace(i, slice=i.microbatch)
 
@@ -123,12 +134,30 @@ def _of(op: str, **wanted: object) -> Callable[[Instruction], bool]:
     return lambda i: i.base == op and all(getattr(i, key) == value for key, value in wanted.items())
 
 
-GRADS, PARAMS = _of("AllReduce", buffer="grads"), _of("AllReduce", buffer="params")
+def _reduces(i: Instruction) -> bool:
+    """Gradients of ranks that have no weights in common."""
+    return i.buffer == "grads" and (i.base == "AllReduce" or (i.base == "ReduceScatter" and i.bucket >= 0))
+
+
+GRADS = _reduces
+PARAMS, GATHERED = _of("AllReduce", buffer="params"), _of("AllGather", buffer="params")
 STEP = _of("Update", rule="step")
 
 
 def _replicas(p: Plan) -> bool:
     return p.dp > 1 and p.sync == "gradient"
+
+
+def _reducing_once(p: Plan) -> bool:
+    return _replicas(p) and p.zero < 2
+
+
+def _sharding(p: Plan) -> bool:
+    return p.zero > 0
+
+
+def _parting(p: Plan) -> bool:
+    return p.zero == 3
 
 
 def _averaging(p: Plan) -> bool:
@@ -155,7 +184,9 @@ FAULTS: dict[str, Fault] = {
         "dp > 1",
         _with(GRADS, lambda p, i: replace(i, reduction="mean")),
     ),
-    "stale-bucket": Fault("a bucket is reduced before its last gradient", _replicas, "dp > 1", _early(GRADS)),
+    "stale-bucket": Fault(
+        "a bucket is reduced before its last gradient", _reducing_once, "dp > 1 and zero < 2", _early(GRADS)
+    ),
     "all-data": Fault(
         "every worker trains on the same share",
         _replicated,
@@ -168,6 +199,8 @@ FAULTS: dict[str, Fault] = {
         "dp > 1 and a network with dropout",
         _with(lambda i: i.op == "F", _local_slice),
     ),
+    "stale-shard": Fault("other ranks' shares are not gathered", _sharding, "zero > 0", _without(GATHERED)),
+    "freed-early": Fault("parameters are released before their backward", _parting, "zero=3", _freed_early),
     "random-start": Fault("one worker starts from other weights", _any, "", spoil=_other_start),
     "late-batch": Fault("one worker is a batch ahead", _any, "", spoil=_late),
     "factor": Fault("one worker divides by half the batch", _any, "", spoil=_heavier),

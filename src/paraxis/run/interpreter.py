@@ -145,11 +145,15 @@ def _collect_at_once(i: Instruction, c: Context) -> Action:
 
 def _finish(i: Instruction, c: Context) -> Action:
     """What remains to be done with what a collective has brought."""
-    if i.reduction == "mean":
-        return lambda: c.engine.buffer(i.buffer, i.bucket, i.stage).div_(c.axes[i.axis].size)
-    if i.base == "ReduceScatter":
-        return partial(c.engine.take_share, i.bucket, i.stage)
-    return lambda: None
+    take: Action = partial(c.engine.take_share, i.bucket, i.stage) if i.base == "ReduceScatter" else lambda: None
+    if i.reduction != "mean":
+        return take
+
+    def mean() -> None:
+        c.engine.buffer(i.buffer, i.bucket, i.stage).div_(c.axes[i.axis].size)
+        take()
+
+    return mean
 
 
 def _collected_bytes(i: Instruction, tensor: Tensor, ranks: int) -> int:
