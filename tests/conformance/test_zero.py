@@ -106,6 +106,7 @@ MUTANTS = [
     *((fault, f"dp=2,zero={z}{SMALL}") for z in (1, 3) for fault in ("random-start", "lost-update", "unzeroed")),
     *((fault, f"dp=2,zero={z},microbatches=2") for z in (1, 2) for fault in ("mean-of-sums", "early-update")),
     ("stale-bucket", f"dp=2,zero=1{SMALL}"),
+    *(("lost-shard", f"dp=2,zero={z},microbatches=2") for z in (2, 3)),
 ]
 
 
@@ -115,9 +116,14 @@ def test_every_fault_fails_the_comparison(fault: str, plan: str, folder: Path) -
     assert difference(spec, parse(plan), trained(spec, parse(plan), fault)) > WRONG
 
 
-def test_a_backward_on_released_parameters_does_not_compute(folder: Path) -> None:
+def test_what_is_released_cannot_be_computed_with(folder: Path) -> None:
+    """Should the checker ever let it pass."""
+    ranks = started(spec_of(folder, "tiny", *TASKS["tiny"]), parse(f"dp=2,zero=3{SMALL}"))
+    reference.run_steps(ranks, 1)
+    stage = ranks[0].engine.at(0)
+    stage.load(0, 0)
     with pytest.raises(RuntimeError, match=r"storage|not allocated"):
-        trained(spec_of(folder, "tiny", *TASKS["tiny"]), parse(f"dp=2,zero=3{SMALL}"), "freed-early")
+        stage.forward(0, 0, 0)
 
 
 # -- memory and bytes ------------------------------------------------------------------------------------------

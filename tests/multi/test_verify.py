@@ -22,6 +22,8 @@ PLAN_OF = {  # a plan that can have the fault
     "never-averaged": ("mlp", "dp=2,sync=average@2"),
     "early-update": ("mlp", "dp=2,microbatches=2"),
     "stale-bucket": ("mlp", "dp=2,microbatches=2"),
+    "stale-shard": ("mlp", "dp=2,zero=1"),
+    "lost-shard": ("mlp", "dp=2,zero=3,microbatches=2"),
 }
 WHOLE = {"local-moments": ("--batch", 8, "--bn-group", 8)}
 PLACE = re.compile(

@@ -90,17 +90,6 @@ def _skip_backward(program: Program, rank: int, body: list[Instruction]) -> list
     return [i for i in body if not (first and i.op in BACKWARD and i.microbatch == program.microbatches - 1)]
 
 
-def _freed_early(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
-    """What lets a segment's parameters go behind its backward stands in front of it."""
-    out: list[Instruction] = []
-    for i in body:
-        if i.op == "Release" and i.buffer == "params" and i.rule in BACKWARD and out[-1].op in BACKWARD:
-            out.insert(-1, i)
-        else:
-            out.append(i)
-    return out
-
-
 def _local_slice(program: Program, i: Instruction) -> Instruction:
     return replace(i, slice=i.microbatch)
 
@@ -123,6 +112,15 @@ def _load_late(engine: Any, stage: Any, load: Callable[[int, int], None], microb
     load(microbatch, part)
     size = stage.slice_size
     stage.batches[microbatch] = engine.source.share(engine.step + 1, part * size, size, stage.stage == 0, stage.last)
+
+
+def _overwriting(engine: Any) -> None:
+    engine.take_share = partial(_take_only, engine, engine.take_share)
+
+
+def _take_only(engine: Any, take: Callable[[int, int], None], bucket: int, stage: int) -> None:
+    engine.shards.buckets[stage, bucket].grads.own.zero_()
+    take(bucket, stage)
 
 
 def _other_rate(engine: Any) -> None:
@@ -156,8 +154,8 @@ def _sharding(p: Plan) -> bool:
     return p.zero > 0
 
 
-def _parting(p: Plan) -> bool:
-    return p.zero == 3
+def _adding(p: Plan) -> bool:
+    return p.zero > 1 and p.microbatches > 1
 
 
 def _averaging(p: Plan) -> bool:
@@ -200,7 +198,12 @@ FAULTS: dict[str, Fault] = {
         _with(lambda i: i.op == "F", _local_slice),
     ),
     "stale-shard": Fault("other ranks' shares are not gathered", _sharding, "zero > 0", _without(GATHERED)),
-    "freed-early": Fault("parameters are released before their backward", _parting, "zero=3", _freed_early),
+    "lost-shard": Fault(
+        "one worker keeps only its last microbatch's share of the gradient",
+        _adding,
+        "zero=2 or 3 and microbatches > 1",
+        spoil=_overwriting,
+    ),
     "random-start": Fault("one worker starts from other weights", _any, "", spoil=_other_start),
     "late-batch": Fault("one worker is a batch ahead", _any, "", spoil=_late),
     "factor": Fault("one worker divides by half the batch", _any, "", spoil=_heavier),
