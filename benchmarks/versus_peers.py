@@ -1,6 +1,6 @@
 """Is a plan as fast here as the loop one would write by hand? Paired, interleaved, against benchmarks/peers.
 
-    python benchmarks/versus_peers.py [data|pipeline|all] [--rounds 20]
+    python benchmarks/versus_peers.py [data|pipeline|zero|all] [--rounds 20]
 
 Ends in one JSON line: for every case the median ratio of rates (above 1: Paraxis is faster) with its 95% interval.
 """
@@ -38,9 +38,21 @@ def pipeline(net: str) -> list[str]:
     ]
 
 
+def sharded(net: str) -> list[str]:
+    """ZeRO-3 over MPI and over Gloo, against FSDP2, which shards the same: every layer of 400 KB or more by itself."""
+    case = f"--net {net} --batch 128"
+    return [
+        f"python paraxis_peer.py {case} --plan dp=2,zero=3,comm=mpi",
+        f"{TORCHRUN} fsdp.py {case}",
+        f"python paraxis_peer.py {case} --plan dp=2,zero=3,comm=gloo",
+        f"python paraxis_peer.py {case} --plan dp=2,zero=1,comm=mpi",
+    ]
+
+
 CASES = {
     "data": {f"cnn {batch}": data(batch) for batch in (32, 128, 512)},
     "pipeline": {f"{net} 128": pipeline(net) for net in ("wide", "cnn")},
+    "zero": {f"{net} 128": sharded(net) for net in ("cnn", "resnet18")},
 }
 
 

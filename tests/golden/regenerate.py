@@ -20,6 +20,9 @@ CASES = {
     "pipeline-gpipe-rich": ("pp=3,schedule=gpipe,microbatches=2", RICH),
     "grid-buckets-rich": ("dp=2,pp=2,microbatches=2,split=2+3,bucket_bytes=24", RICH),
     "pipeline-tied": ("dp=2,pp=3,microbatches=2", TIED),
+    "zero-1": ("dp=2,zero=1,bucket_bytes=24", PLAIN),
+    "zero-2-rich": ("dp=2,zero=2,microbatches=2,bucket_bytes=24", RICH),
+    "zero-3": ("dp=2,zero=3,bucket_bytes=24", PLAIN),
     "average": ("dp=2,sync=average@3", RICH),
 }
 

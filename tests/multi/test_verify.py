@@ -30,6 +30,8 @@ PLAN_OF = {  # a plan that can have the fault
     "wrong-part": ("cnn", "tp=2"),
     "summed-whole": ("cnn", "tp=2"),
     "counted-whole": ("mlp", "tp=2"),
+    "stale-shard": ("mlp", "dp=2,zero=1"),
+    "lost-shard": ("mlp", "dp=2,zero=3,microbatches=2"),
 }
 WHOLE = {"local-moments": ("--batch", 8, "--bn-group", 8), "counted-whole": ("--clip", 0.05)}
 PLACE = re.compile(

@@ -40,6 +40,10 @@ ODD = (
     "dp=2,pp=4,schedule=zb-h1,microbatches=6,sync=average@3",
     "dp=2,pp=4,microbatches=5,sync=average@3",
     "dp=2,sync=average@1",
+    "dp=2,zero=1",
+    "dp=3,pp=2,zero=2,microbatches=3,bucket_bytes=8",
+    "dp=2,pp=2,zero=3,schedule=gpipe,microbatches=2,bucket_bytes=8",
+    "dp=2,pp=2,interleave=2,zero=1,schedule=gpipe,microbatches=2",
 )
 
 
@@ -442,6 +446,7 @@ CARRIERS = [
     *map(parse, ("dp=2", "dp=2,microbatches=2", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@2", "serial", "tp=2"))
 ]
 CARRIERS.append(parse("dp=2,sync=diloco@2"))
+CARRIERS += map(parse, ("dp=2,zero=1", "dp=2,zero=3,microbatches=2,bucket_bytes=8"))
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -461,7 +466,7 @@ def test_every_fault_changes_the_program_or_spoils_an_engine(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if not FAULTS[name].needs(Plan())])
 def test_a_plan_that_cannot_have_a_fault_is_told_what_it_needs(name: str) -> None:
-    with pytest.raises(PlanError, match=r"needs (dp > 1|pp > 1|tp > 1|sync=(average|diloco)@H)"):
+    with pytest.raises(PlanError, match=r"needs (dp > 1|pp > 1|tp > 1|sync=(average|diloco)@H|zero)"):
         FAULTS[name].mutated(Plan(), lower(Plan(), PLAIN))
 
 

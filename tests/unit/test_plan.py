@@ -270,6 +270,7 @@ def test_space_offers_every_kind() -> None:
     assert {plan.schedule for plan in found} == {"", *SCHEDULES}
     apart = {f"{rule}@{AVERAGE_EVERY}" for rule in ("average", "diloco")}
     assert {plan.sync for plan in found} == {"gradient", "compressed", "average@epoch", *apart}
+    assert parse("dp=4,zero=1") in found and parse("dp=2,zero=3") in found
     assert parse("dp=2,threads=2") in found and parse("threads=4") in found and parse("dp=2,pp=2") in found
 
 
@@ -277,6 +278,30 @@ def test_space_keeps_to_what_it_is_told() -> None:
     assert all(plan.exact for plan in space(8, 4, inexact=False))
     assert {plan.comm for plan in space(8, 4, comms=("gloo",))} == {"", "gloo"}
     assert all(plan.pp == 1 for plan in space(8, 1))
+
+
+def test_shards_have_buckets_and_no_effect_alone() -> None:
+    assert parse("zero=3") == Plan() and parse("pp=2,microbatches=2,zero=2") == parse("pp=2,microbatches=2")
+    for zero, bucket in ((0, 0), (1, 0), (2, 512 << 10), (3, 512 << 10)):
+        plan = parse(f"dp=2,zero={zero}")
+        assert plan.bucket_bytes == bucket and plan.exact and parse(plan.short()) == parse(plan.text()) == plan
+        assert "bucket" not in plan.short() + plan.label()
+    assert parse("dp=2,zero=3,bucket_bytes=1M").label() == "dp=2 zero=3 bucket=1M mpi"
+    assert parse("dp=2,zero=3,bucket_bytes=1M").short() == "dp=2,comm=mpi,bucket_bytes=1048576,zero=3"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("dp=2,zero=4", "it takes 0 (nothing sharded), 1, 2 or 3"),
+        ("dp=2,zero=1,engine=native", "with comm=openmp replicas share one copy of the weights already"),
+        ("dp=2,zero=1,engine=native,comm=mpi", "engine=native keeps its weights whole; engine=torch can shard them"),
+        ("dp=2,zero=2,sync=average@4", "with sync=average@4 replicas differ; shares take sync=gradient"),
+        ("dp=2,zero=x", "a whole number"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(text: str, part: str) -> None:
+    assert part in refusal(text)
 
 
 @pytest.mark.parametrize(

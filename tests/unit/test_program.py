@@ -31,6 +31,7 @@ PLANS = [
     *map(parse, ("microbatches=3", "dp=2,bucket_bytes=8", "dp=3,pp=2,microbatches=3,bucket_bytes=8")),
     *map(parse, ("pp=4,schedule=gpipe,microbatches=6", "dp=2,pp=2,microbatches=2,sync=average@3")),
     parse("pp=3,schedule=layerwise,microbatches=2"),
+    *map(parse, (f"dp=2,pp=2,microbatches=2,bucket_bytes=8,zero={z}" for z in (1, 2, 3))),
     *map(parse, ("pp=2,interleave=2", "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=3,bucket_bytes=8")),
 ]
 EVERY_PLAN = pytest.mark.parametrize("plan", PLANS, ids=Plan.short)
@@ -98,7 +99,7 @@ def test_every_sample_is_seen_once_by_every_layer(plan: Plan, needs: dict[str, A
     program = lowered(plan, needs)
     slices = Counter(range(plan.dp * plan.microbatches))
     for name, ranks in program.bodies:
-        if name in ("score", "settle", "begin"):
+        if name in ("score", "settle", "begin", "state"):
             continue
         for stage, cuts in enumerate(program.segments):
             rows = [

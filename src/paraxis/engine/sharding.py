@@ -16,7 +16,7 @@ Place = tuple[int, int]  # (stage, bucket); EVERYTHING where one bucket has all 
 EVERYTHING = (-1, -1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)  # to print a tensor that has no memory ends the process
 class Part:
     """Of one buffer and bucket, the `whole` (p * n,), this rank's `place` in it (n,) and its `own` share (n,).
 
@@ -32,7 +32,7 @@ class Part:
         self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size() if full else 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Bucket:
     """Parameters [first, last) of a flat buffer with their gradients, of which the share begins at `own`."""
 
@@ -43,7 +43,7 @@ class Bucket:
     grads: Part
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Shards:
     """The buckets of one rank and `flat` buffers of what it keeps; `zero` is the stage (1 too where ranks share)."""
 
@@ -105,9 +105,9 @@ class Shards:
 
 
 def one_for_all(program: Program, rank: int) -> bool:
-    """Whether a rank's gradients are reduced into shares as a single bucket."""
+    """Whether a rank's shares are parts of a single bucket."""
     rows = (program.body(name)[rank] for name, _ in program.period)
-    return all(i.bucket < 0 for row in rows for i in row if i.base == "ReduceScatter")
+    return all(i.bucket < 0 for row in rows for i in row if i.base in ("ReduceScatter", "AllGather"))
 
 
 def ends(program: Program, rank: int, places: Sequence[Place]) -> set[int]:

@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from paraxis.measure.records import Event, Split, Work
-from paraxis.program.instructions import COLLECTIVES, Instruction, Program
+from paraxis.program.instructions import COLLECTIVES, MEMORY, Instruction, Program
 from paraxis.program.simulate import Costs, simulate
 from paraxis.program.timeline import Resolved, Span, Timeline, classify, resolve
 
@@ -200,7 +200,7 @@ def replay(program: Program, lines: Sequence[Timeline], name: str) -> Timeline:
     for line in lines:
         for n, s in enumerate(line.spans):
             length = s.end - s.start
-            if s.kind in ("compute", "optimizer", "data"):
+            if s.kind in ("compute", "optimizer", "data") or s.instruction.op in MEMORY:
                 seen[_key(s.instruction, program.mesh.coordinates(s.rank)[1])].append(length)
             elif s.kind == "communication" and s.instruction.waits:
                 # Who comes late for a message finds it there; only who waited for its sender saw it travel.

@@ -173,7 +173,9 @@ def _communication(e: Evidence, share: float) -> Verdict:
     if each <= SMALL or rate < SLOW * (e.memory or USUAL):
         return Verdict("latency", share, seen, _fewer_messages(plan))
     change = "a larger batch, for the bytes stay the same" if plan.dp > 1 else "a split where activations are smaller"
-    if plan.comm == "gloo":
+    if plan.zero == 3:
+        change += f", or zero=2, which gathers parameters once a step instead of {1 + plan.microbatches} times or more"
+    elif plan.comm == "gloo":
         change += ", or comm=mpi"
     elif plan.dp > 1:
         change += ", or engine=native,comm=openmp, which moves no weights between replicas"
@@ -181,6 +183,8 @@ def _communication(e: Evidence, share: float) -> Verdict:
 
 
 def _fewer_messages(plan: Plan) -> str:
+    if plan.zero > 1:
+        return f"larger buckets (bucket_bytes={2 * plan.bucket_bytes})"
     if plan.bucket_bytes:
         return "one bucket (bucket_bytes=0)"
     if plan.comm == "gloo":
@@ -207,7 +211,7 @@ def _fewer_calls(plan: Plan) -> str:
 
 def _optimizer(e: Evidence, share: float) -> Verdict:
     """An update reads weights, gradients and momentum and writes two of them, and computes next to nothing."""
-    moved = 5 * 4 * e.parameters / e.plan.pp
+    moved = 5 * 4 * e.parameters / e.plan.pp / (e.plan.dp if e.plan.zero else 1)
     rate = moved / e.parts.optimizer
     seen = f"the update takes {share:.0%} of the step and streams about {_bytes(moved)}, {rate / 1e9:.2g} GB/s"
     if rate < SLOW * (e.memory or USUAL):

@@ -40,6 +40,8 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
         if kind == {"dp": workers} and "openmp" in comms:
             yield Plan(dp=workers, comm="openmp", engine="native", gradients="owner")
     processes = [comm for comm in comms if comm != "openmp"]
+    for zero in (1, 3) if processes else ():
+        yield Plan(dp=workers, comm=processes[0], zero=zero)
     if not processes:
         return
     yield Plan(tp=workers, comm=processes[0])

@@ -39,7 +39,7 @@ class Fault:
             return program
         bodies = []
         for name, ranks in program.bodies:
-            training = name not in ("evaluate", "score", "settle")
+            training = name not in ("evaluate", "score", "settle", "state")
             spoiled = tuple(
                 tuple(self.rewrite(program, rank, list(body))) if training else body for rank, body in enumerate(ranks)
             )
@@ -114,6 +114,15 @@ def _load_late(engine: Any, stage: Any, load: Callable[[int, int], None], microb
     stage.batches[microbatch] = engine.source.share(engine.step + 1, part * size, size, stage.stage == 0, stage.last)
 
 
+def _overwriting(engine: Any) -> None:
+    engine.take_share = partial(_take_only, engine, engine.take_share)
+
+
+def _take_only(engine: Any, take: Callable[[int, int], None], bucket: int, stage: int) -> None:
+    engine.shards.buckets[stage, bucket].grads.own.zero_()
+    take(bucket, stage)
+
+
 def _other_rate(engine: Any) -> None:
     for group in engine.hyper.groups:
         group["lr"] *= 1.01
@@ -150,7 +159,13 @@ def _of(op: str, **wanted: object) -> Callable[[Instruction], bool]:
     return lambda i: i.base == op and all(getattr(i, key) == value for key, value in wanted.items())
 
 
-GRADS, PARAMS = _of("AllReduce", buffer="grads"), _of("AllReduce", buffer="params")
+def _reduces(i: Instruction) -> bool:
+    """Gradients of ranks that have no weights in common."""
+    return i.buffer == "grads" and (i.base == "AllReduce" or (i.base == "ReduceScatter" and i.bucket >= 0))
+
+
+GRADS = _reduces
+PARAMS, GATHERED = _of("AllReduce", buffer="params"), _of("AllGather", buffer="params")
 STEP = _of("Update", rule="step")
 
 
@@ -160,6 +175,18 @@ def _replicas(p: Plan) -> bool:
 
 def _agreeing(p: Plan) -> bool:
     return p.dp > 1 and p.sync not in ("gradient", "hogwild")
+
+
+def _reducing_once(p: Plan) -> bool:
+    return _replicas(p) and p.zero < 2
+
+
+def _sharding(p: Plan) -> bool:
+    return p.zero > 0
+
+
+def _adding(p: Plan) -> bool:
+    return p.zero > 1 and p.microbatches > 1
 
 
 def _averaging(p: Plan) -> bool:
@@ -194,7 +221,9 @@ FAULTS: dict[str, Fault] = {
         "dp > 1",
         _with(GRADS, lambda p, i: replace(i, reduction="mean")),
     ),
-    "stale-bucket": Fault("a bucket is reduced before its last gradient", _replicas, "dp > 1", _early(GRADS)),
+    "stale-bucket": Fault(
+        "a bucket is reduced before its last gradient", _reducing_once, "dp > 1 and zero < 2", _early(GRADS)
+    ),
     "all-data": Fault(
         "every worker trains on the same share",
         _replicated,
@@ -206,6 +235,13 @@ FAULTS: dict[str, Fault] = {
         _replicated,
         "dp > 1 and a network with dropout",
         _with(lambda i: i.op == "F", _local_slice),
+    ),
+    "stale-shard": Fault("other ranks' shares are not gathered", _sharding, "zero > 0", _without(GATHERED)),
+    "lost-shard": Fault(
+        "one worker keeps only its last microbatch's share of the gradient",
+        _adding,
+        "zero=2 or 3 and microbatches > 1",
+        spoil=_overwriting,
     ),
     "random-start": Fault("one worker starts from other weights", _any, "", spoil=_other_start),
     "late-batch": Fault("one worker is a batch ahead", _any, "", spoil=_late),

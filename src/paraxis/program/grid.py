@@ -51,7 +51,13 @@ def explain(program: Program) -> str:
     keys = "F forward, B backward of a microbatch; L load; r/s receive/send A activation, G gradient; AR all-reduce"
     keys += ", ARm of a batch norm's sums" * program.synchronised()
     keys += ", ARt of a tied parameter's gradient" * bool(program.ties)
-    return f"period: {runs}   ({keys}; < starts, > waits)"
+    keys += ", RS reduce-scatter, AG all-gather" * (program.zero > 0)
+    keys += ", +/- memory for a segment's gradients (g)" * (program.zero > 1)
+    keys += " and parameters (p)" * (program.zero > 2)
+    explained = f"period: {runs}   ({keys}; < starts, > waits)"
+    if program.zero > 2 and min(map(len, program.segments)) == 1:
+        explained += "\nsmaller than bucket_bytes: a stage that is one segment is whole from its first F to the update"
+    return explained
 
 
 def simplify(body: Ranks) -> Ranks:

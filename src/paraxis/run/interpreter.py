@@ -190,15 +190,15 @@ def _collect_at_once(i: Instruction, c: Context) -> Action:
 
 def _finish(i: Instruction, c: Context) -> Action:
     """What remains to be done with what a collective has brought."""
-    if i.reduction == "mean":
-        return partial(_divide, i, c)
-    if i.base == "ReduceScatter":
-        return partial(c.engine.take_share, i.bucket, i.stage)
-    return lambda: None
+    take: Action = partial(c.engine.take_share, i.bucket, i.stage) if i.base == "ReduceScatter" else lambda: None
+    if i.reduction != "mean":
+        return take
 
+    def mean() -> None:
+        _tensor(i, c).div_(c.axes[i.axis].size)
+        take()
 
-def _divide(i: Instruction, c: Context) -> None:
-    _tensor(i, c).div_(c.axes[i.axis].size)
+    return mean
 
 
 def _collected_bytes(i: Instruction, tensor: Tensor, ranks: int) -> int:
