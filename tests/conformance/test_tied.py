@@ -88,7 +88,7 @@ def test_a_tied_weight_counts_once_in_the_norm(text: str) -> None:
     ranks = started(spec, plan)
     for rank in ranks:
         engine = rank.engine
-        engine.counted = [(0, len(engine.gradients_flat))]
+        engine.counted = [engine.gradients_flat]
     reference.run_steps(ranks, 6)
     state = ranks[0].engine.state()
     right = wanted(spec, plan)[0].states[0]

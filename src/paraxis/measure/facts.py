@@ -5,6 +5,7 @@ from typing import Any
 
 from paraxis.measure.roofline import LayerWork, work_of
 from paraxis.program.cut import Layout
+from paraxis.program.shares import split_of
 
 
 @dataclass(frozen=True)
@@ -45,5 +46,6 @@ def facts_of(document: dict[str, Any]) -> Facts:
         key: tuple(value) if isinstance(value, list) else value for key, value in document["layout"].items()
     }
     layout["tied"] = tuple((name, tuple(layers)) for name, layers in layout["tied"])
+    layout["splits"] = tuple(split_of(split) for split in layout["splits"])
     work = tuple(work_of(layer) for layer in document.get("work", ()))
     return Facts(**(lists | {"layout": Layout(**layout), "work": work}))
