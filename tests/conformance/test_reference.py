@@ -139,6 +139,7 @@ MORE = (
     "pp=2,schedule=interleaved,microbatches=4",
     "dp=2,pp=2,schedule=interleaved,microbatches=4,bucket_bytes=64",
     "pp=3,schedule=zb-h1,microbatches=4",
+    "pp=3,schedule=zb-h2,microbatches=8",
     "dp=2,pp=2,schedule=zb-h1,microbatches=2,bucket_bytes=64",
     "dp=2,pp=2,schedule=zb-h1,microbatches=2,sync=average@2",
     "dp=2,microbatches=2,sync=average@2",

@@ -21,7 +21,7 @@ LAYERS = [
     {"engine", "task"},
     {"run", "measure"},
     {"session", "proof", "recommend", "report", "progress"},
-    {"rounds", "accuracy", "experiment", "study", "verification", "training", "showing", "doctor"},
+    {"rounds", "accuracy", "experiment", "study", "verification", "training", "showing", "scheduling", "doctor"},
     {"api", "cli", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

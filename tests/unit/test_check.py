@@ -35,6 +35,8 @@ ODD = (
     "dp=2,pp=2,schedule=interleaved,microbatches=5,bucket_bytes=8",
     "pp=2,schedule=interleaved,microbatches=2",
     "dp=2,pp=2,schedule=zb-h1,microbatches=5,bucket_bytes=8",
+    "dp=2,pp=3,schedule=zb-h2,microbatches=7",
+    "pp=4,schedule=zb-h2,microbatches=5",
     "dp=2,pp=4,schedule=zb-h1,microbatches=6,sync=average@3",
     "dp=2,pp=4,microbatches=5,sync=average@3",
     "dp=2,sync=average@1",

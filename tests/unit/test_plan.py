@@ -132,7 +132,8 @@ def test_equal_programs_have_equal_text_and_different_programs_have_not() -> Non
     texts: dict[str, set[str]] = {}
     for dp, pp, schedule, m, sync, bucket in axes:
         plan = Plan(dp=dp, pp=pp, schedule=schedule, microbatches=m, sync=sync, bucket_bytes=bucket)
-        texts.setdefault(lower(plan, layout, 5).text(), set()).add(plan.text())
+        if not (schedule == "zb-h2" and m <= pp):  # of so few microbatches it is ZB-H1
+            texts.setdefault(lower(plan, layout, 5).text(), set()).add(plan.text())
     assert [several for several in texts.values() if len(several) > 1] == []
     assert len(texts) == len({text for several in texts.values() for text in several}) > 30
 

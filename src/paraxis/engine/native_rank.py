@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paraxis.engine.native_engine import extension, stages_of, tokens_of
-from paraxis.engine.native_task import Feed, feed_of, get_weights, hyper_of, put_weights
+from paraxis.engine.native_task import Feed, check_native, feed_of, get_weights, hyper_of, put_weights
 from paraxis.errors import PlanError
 from paraxis.program.instructions import MOMENTS, Program
 from paraxis.task.batches import Source
@@ -23,8 +23,7 @@ class NativeEngine:
     """One rank's share of the computing; `step` is the optimiser step in progress."""
 
     def __init__(self, task: Task, program: Program, rank: int, threads: int) -> None:
-        if len(program.stages) > program.mesh.pp:
-            raise PlanError("engine=native has one stage on each rank: leave out interleave")
+        check_native(program)
         _, self.stage, _ = program.mesh.coordinates(rank)
         if len(program.segments[self.stage]) > 1 and not program.synchronised():
             raise PlanError("engine=native reduces all gradients at once: leave out bucket_bytes")

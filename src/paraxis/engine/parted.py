@@ -124,8 +124,7 @@ def _convolution(
 
 def parting_for(program: Program, stage: int, segments: Sequence[Sequence[nn.Module]]) -> Parting | None:
     """Of a stage whose program has I and W apart: its layers are told to keep; None for all other stages."""
-    cells = (i for _, ranks in program.bodies for row in ranks for i in row)
-    if not any(i.op == "W" and i.stage == stage and i.rule != "owner" for i in cells):
+    if not program.parted(stage):
         return None
     parting = Parting()
     for module in {m: None for segment in segments for layer in segment for m in layer.modules()}:

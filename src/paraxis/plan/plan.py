@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from paraxis.errors import PlanError, ProgramError
+from paraxis.plan.own import is_own
 from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES, parted
 
 ENGINES = ("torch", "native", "plain")
@@ -100,7 +101,7 @@ class Plan:
         words = {"schedule": ("", *SCHEDULES), "engine": ENGINES, "comm": ("", *COMMS), "gradients": GRADIENTS}
         for key, allowed in words.items():
             value = getattr(self, key)
-            if value not in allowed:
+            if value not in allowed and not (key == "schedule" and is_own(value)):
                 raise PlanError(f"{key}={value}: {_suggest(value, [w for w in allowed if w])}")
         period(self.sync, steps_per_epoch=1)
         self._check_engine()
@@ -139,7 +140,8 @@ class Plan:
         if self.interleave > 1 and self.microbatches > 1 and (self.schedule or "1f1b") in ONE_STAGE:
             several = ", ".join(name for name in SCHEDULES if name not in ONE_STAGE)
             raise PlanError(f"interleave={self.interleave}: several stages a rank take schedule={several}")
-        if self.engine == "native" and self._ordered() and (self.schedule in STAGES or parted(self.schedule)):
+        known = self.schedule in SCHEDULES  # of a user's own the engine says what it has not
+        if self.engine == "native" and self._ordered() and known and (self.schedule in STAGES or parted(self.schedule)):
             whole = ", ".join(name for name in SCHEDULES if name not in STAGES and not parted(name))
             raise PlanError(f"schedule={self.schedule}: engine=native takes {whole}; this one takes engine=torch")
 
@@ -171,7 +173,7 @@ class Plan:
             quiet["bucket_bytes"] = SHARDED_BUCKET
         if self.pp == 1:
             quiet |= {"schedule": "", "split": (), "interleave": 1}
-        elif self.microbatches == 1 or not self.schedule:
+        elif not is_own(self.schedule) and (self.microbatches == 1 or not self.schedule):
             quiet["schedule"] = "layerwise" if self.microbatches == 1 else "1f1b"
         for key, value in quiet.items():
             object.__setattr__(self, key, value)
@@ -218,7 +220,7 @@ class Plan:
         if self.engine == "plain":
             return f"today: 1 process, {self.threads} thread{'s' * (self.threads > 1)}"
         words = [f"{axis}={getattr(self, axis)}" for axis in ("dp", "pp", "tp") if getattr(self, axis) > 1]
-        words += [self.schedule] * bool(self.schedule)
+        words += [self.schedule.rpartition("/")[2]] * bool(self.schedule)
         words += [f"m={self.microbatches}"] * (self.microbatches > 1)
         words += [f"{self.interleave} stages a rank"] * (self.interleave > 1)
         words += [self.sync] * (self.sync != "gradient")

@@ -61,6 +61,14 @@ def zb_h1(ranks: int, microbatches: int, rank: int, stages: int = 1) -> Order:
     return _zero_bubble(microbatches, rank, warmup=ranks - rank, most=ranks)
 
 
+def zb_h2(ranks: int, microbatches: int, rank: int, stages: int = 1) -> Order:
+    """ZB-H2 (Qi et al. 2023, section 2.2): more warm-up, less bubble: (p-1)(t_F+t_I-2t_W), at most 2p-1 live.
+
+    For m >= 2p-1 and t_W <= t_F; the bubble is counted as of ZB-H1, and is none where all three take as long.
+    """
+    return _zero_bubble(microbatches, rank, warmup=2 * (ranks - rank) - 1, most=2 * ranks - 1)
+
+
 def _zero_bubble(microbatches: int, rank: int, warmup: int, most: int) -> Order:
     """So many forwards first, then I and F in turn, with a W where `most` are live (from F to W) or no F is left."""
     order: Order = [("F", rank, i) for i in range(min(warmup, microbatches))]
@@ -83,9 +91,10 @@ SCHEDULES: dict[str, Schedule] = {
     "1f1b": one_f_one_b,
     "interleaved": interleaved,
     "zb-h1": zb_h1,
+    "zb-h2": zb_h2,
 }
 STAGES = {"interleaved": 2}  # of each rank, for a plan that names none
-ONE_STAGE = ("1f1b", "zb-h1")  # schedules of one stage a rank
+ONE_STAGE = ("1f1b", "zb-h1", "zb-h2")  # schedules of one stage a rank
 
 
 def parted(name: str) -> bool:

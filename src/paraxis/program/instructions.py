@@ -183,6 +183,11 @@ class Program:
         """Whether replicas have batch norms in common, which cut their stages into segments."""
         return any(b.name == "moments" for b in self.buffers)
 
+    def parted(self, stage: int) -> bool:
+        """Whether a stage makes the gradient of its weights apart from its input's, each microbatch's in its W."""
+        cells = (i for _, ranks in self.bodies for row in ranks for i in row)
+        return any(i.op == "W" and i.stage == stage and i.rule != "owner" for i in cells)
+
     def steps_in_period(self) -> int:
         """Optimiser steps until the program repeats."""
         return sum(times for _, times in self.period)

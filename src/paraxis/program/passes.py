@@ -6,8 +6,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from paraxis.plan.own import find, is_own
 from paraxis.plan.plan import Plan
-from paraxis.plan.schedules import SCHEDULES, Order
+from paraxis.plan.schedules import Order
 from paraxis.program.cut import Layout
 from paraxis.program.instructions import Instruction, Tie
 from paraxis.program.meetings import Words, add_meetings, begins
@@ -21,7 +22,7 @@ I = Instruction  # noqa: E741  (the passes below are tables of instructions)
 def training(plan: Plan, layout: Layout, cuts: Cuts, ties: Sequence[Tie], rank: int, agree: str) -> Body:
     """One optimiser step of one rank; `agree`: how replicas do (gradient, shared, owner, hogwild, average, none)."""
     dp, place, _ = plan.mesh.coordinates(rank)
-    order = SCHEDULES[plan.schedule or "layerwise"](plan.pp, plan.microbatches, place, plan.interleave)
+    order = find(plan.schedule or "layerwise")(plan.pp, plan.microbatches, place, plan.interleave)
     body = expand(order, plan, dp, cuts)
     meets = any(word != "cut" for own in cuts[1] for word in own)
     if agree == "gradient" and plan.dp > 1:
@@ -75,8 +76,14 @@ WAYS = {"F": "F", "B": "B", "I": "B"}
 
 
 def add_transfers(body: Body, plan: Plan, rank: int) -> Body:
-    """Sends never block and receives are posted one ahead; a send's buffer is kept until the next one of its kind."""
+    """Sends never block and receives are posted one ahead; a send's buffer is kept until the next one of its kind.
+
+    Where a rank has several stages, or a user orders them, a sender would wait for a receive that is posted only after
+    what the sender has yet to do. There an activation is kept until its gradient has come, as B needs it anyway, and
+    that gradient's receive is posted as soon as the activation is sent: then nothing but data is waited for.
+    """
     dp, _, tp = plan.mesh.coordinates(rank)
+    patient = plan.interleave > 1 or is_own(plan.schedule)
     out: Body = []
     ends = {(WAYS[i.op], i.stage): i.segment for i in body if i.op in WAYS}  # with which each stage's F and B end
     fronts = {(WAYS[i.op], i.stage): i.segment for i in reversed(body) if i.op in WAYS}  # ... and begin
@@ -84,31 +91,40 @@ def add_transfers(body: Body, plan: Plan, rank: int) -> Body:
     for i in body:
         if i.op in WAYS and i.segment == fronts[WAYS[i.op], i.stage]:
             todo[WAYS[i.op], i.stage].append(i.microbatch)
-    sending: dict[tuple[str, int], Instruction] = {}
+    sending: dict[tuple[str, int, int], Instruction] = {}
 
     def transfer(op: str, stage: int, away: int, microbatch: int) -> Instruction:
         peer = plan.mesh.rank(dp, (stage + away) % plan.pp, tp)
         return I(op, stage=stage, microbatch=microbatch, peer=peer)
 
-    def post(op: str, stage: int) -> None:
+    def post(op: str, stage: int, microbatch: int = -1) -> None:
         receive, source, _, _ = EDGES[op]
-        if 0 <= stage + source < plan.stages and todo[op, stage]:
-            out.append(transfer(receive + "Start", stage, source, todo[op, stage].pop(0)))
+        waiting = todo.get((op, stage), [])
+        if 0 <= stage + source < plan.stages and (microbatch in waiting if microbatch >= 0 else waiting):
+            taken = waiting.pop(waiting.index(microbatch) if microbatch >= 0 else 0)
+            out.append(transfer(receive + "Start", stage, source, taken))
 
     for op, stage in ends:
-        post(op, stage)
+        if not (patient and op == "B"):
+            post(op, stage)
     for i in body:
         key = op, stage = WAYS.get(i.op, ""), i.stage
         receive, source, send, target = EDGES.get(op, ("", 0, "", 0))
         if source and i.segment == fronts[key] and 0 <= stage + source < plan.stages:
             out.append(transfer(receive + "Wait", stage, source, i.microbatch))
-            post(op, stage)
+            if not (patient and op == "B"):
+                post(op, stage)
+            elif ("F", stage, i.microbatch) in sending:
+                out.append(sending.pop(("F", stage, i.microbatch)))
         out.append(i)
         if target and i.segment == ends[key] and 0 <= stage + target < plan.stages:
-            if key in sending:
-                out.append(sending[key])
+            name = op, stage, i.microbatch if patient and op == "F" else -1
+            if name in sending:
+                out.append(sending[name])
             out.append(transfer(send + "Start", stage, target, i.microbatch))
-            sending[key] = transfer(send + "Wait", stage, target, i.microbatch)
+            sending[name] = transfer(send + "Wait", stage, target, i.microbatch)
+            if patient and op == "F":
+                post("B", stage, i.microbatch)
     return out + list(sending.values())
 
 

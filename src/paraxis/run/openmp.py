@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paraxis.engine.native_engine import extension, stages_of, tokens_of
-from paraxis.engine.native_task import feed_of, get_weights, hyper_of, put_weights
+from paraxis.engine.native_task import check_native, feed_of, get_weights, hyper_of, put_weights
 from paraxis.engine.rules import Hyper
 from paraxis.errors import PlanError
 from paraxis.measure.machine import usable_cores
@@ -129,8 +129,7 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
         plain = hyper.rule == "sgd" and not (hyper.groups[0]["momentum"] or hyper.groups[0]["weight_decay"])
         if not plain or task.spec.clip:
             raise PlanError("sync=hogwild is plain SGD: give --momentum 0, no decay and no clipping")
-    if len(program.stages) > mesh.pp:
-        raise PlanError("engine=native has one stage on each rank: leave out interleave")
+    check_native(program)
     if task.altering:
         raise PlanError(
             "engine=native: a layer works in place and alters its neighbour's output; make it inplace=False"
