@@ -211,8 +211,15 @@ def test_copies_of_a_weight_and_its_replicas_are_added_up_in_one_order_on_all_ra
     private, shared = made(COPIES, TIED), made("dp=2,pp=2,comm=openmp,engine=native", TIED)
     check(edited(private, 2, beside("AllReduceWait")))
     assert "must be added up after the replicas' red" in refused(edited(private, 2, beside("AllReduceStart")), 2)
-    check(edited(shared, 1, beside("ReduceScatterStart")))
-    assert "must be added up before the replicas' red" in refused(edited(shared, 1, beside("ReduceScatterWait")), 1)
+    for scattering in (shared, made("dp=2,pp=2,zero=1", TIED)):
+        check(edited(scattering, 1, beside("ReduceScatterStart")))
+        late = edited(scattering, 1, beside("ReduceScatterWait"))
+        assert "must be added up before the replicas' red" in refused(late, 1)
+
+
+def test_shares_of_every_microbatch_s_gradient_cannot_be_added_up_over_stages() -> None:
+    with pytest.raises(PlanError, match="zero=2: stages share w, whose copies are added up whole; take zero=1"):
+        made("dp=2,pp=2,zero=2", TIED)
 
 
 def test_a_weight_that_a_rank_has_no_copy_of_and_one_added_up_twice_are_refused() -> None:

@@ -270,7 +270,8 @@ def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: 
     done = sum(1 for s, k, _ in state.backward if (s, k) in own)
     if done < program.microbatches * len(own) or any(key[:2] in own for key in state.parted):
         fail(slot, f"the copies of {tie.parameter} are added up before their last backward")
-    replicas = program.mesh.dp > 1 and not program.epilogue and not program.common()
+    whole = not program.epilogue and not program.common() and not program.zero
+    replicas = program.mesh.dp > 1 and whole
     if any(o.buffer == "grads" for o in state.open.values()) or any((p in state.reduced) != replicas for p in own):
         order = "after" if replicas else "before"
         fail(slot, f"the copies of {tie.parameter} must be added up {order} the replicas' reduction")

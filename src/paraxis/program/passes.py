@@ -37,6 +37,7 @@ def training(
     dp, place, _ = plan.mesh.coordinates(rank)
     order = find(plan.schedule or "layerwise")(plan.pp, plan.microbatches, place, plan.interleave)
     body = expand(order, plan, dp, cuts)
+    tied = add_ties(plan, ties, place)
     meets = any(word != "cut" for own in cuts[1] for word in own)
     if reduce:
         totals = _both("dp", "totals", "sum") if layout.weight_in_data else []  # which no rounding may reach
@@ -44,7 +45,9 @@ def training(
     elif agree == "gradient" and plan.dp > 1:
         whole = meets or (plan.interleave > 1 and not plan.bucket_bytes)
         buckets = _whole(body) if whole else _each(cuts, body)
-        if plan.zero < 2:
+        if plan.zero == 1 and tied:  # shares are shares of sums, so copies are added up before
+            tied += scatter(buckets)
+        elif plan.zero < 2:
             body = add_reductions(body, buckets, "ReduceScatter" if plan.zero else "AllReduce")
         else:
             body = shard_gradients(body, used_buckets(cuts[0], layout))
@@ -56,7 +59,7 @@ def training(
     if agree == "owner":
         body = part_weight_gradients(body)
     body = [I("Update", stage=place, rule="zero"), *body]
-    body += finish(plan, layout, place, agree, add_ties(plan, ties, place))
+    body += finish(plan, layout, place, agree, tied)
     if plan.zero in (1, 2):
         body += gather_parameters((stage, bucket) for (stage, _), bucket in buckets.items())
     body += follow(after, layout.statistics)
@@ -157,6 +160,12 @@ def add_reductions(body: Body, buckets: dict[tuple[int, int], int], op: str = "A
         if i.op in ("B", "W") and ends[i.stage, i.segment] == index and (i.stage, i.segment) in buckets:
             out.append(_reduce("Start", i.stage, "grads", buckets[i.stage, i.segment], op))
     return out + [_reduce("Wait", stage, "grads", buckets[stage, k], op) for stage, k in reversed(buckets)]
+
+
+def scatter(buckets: dict[tuple[int, int], int]) -> Body:
+    """Buckets reduced into shares one after the other, when all of them are complete."""
+    ends = ("Start", "Wait")
+    return [_reduce(end, stage, "grads", k, "ReduceScatter") for (stage, _), k in buckets.items() for end in ends]
 
 
 def part_weight_gradients(body: Body) -> Body:

@@ -22,8 +22,8 @@ I = Instruction  # noqa: E741  (the passes below are tables of instructions)
 def check_zero(plan: Plan, meets: bool, ties: Sequence[Tie]) -> None:
     """Raises PlanError for what shards cannot be reconciled with."""
     asked = f"zero={plan.zero}"
-    if plan.zero and ties:
-        raise PlanError(f"{asked}: stages share {ties[0].parameter}, whose copies are added up whole; leave out pp")
+    if plan.zero > 1 and ties:
+        raise PlanError(f"{asked}: stages share {ties[0].parameter}, whose copies are added up whole; take zero=1")
     if plan.zero > 1 and meets:
         raise PlanError(f"{asked}: ranks meet in the middle of a layer (tp, bn_group); zero=1 shards what can be")
     if plan.zero > 1 and plan.schedule.startswith("zb"):
