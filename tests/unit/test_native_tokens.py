@@ -268,6 +268,7 @@ WRONG_LAYERS: dict[str, dict[str, Any]] = {
     "it has fewer tokens": {"entries_2": 8},
     "attention takes queries": {"heads_5": 3},
     "cannot use the parameters of that layer": {"same_12": 3},
+    "2: nobody reads what it makes": {"skip_7": 1, "x_3": 1},
 }
 
 
