@@ -58,7 +58,8 @@ void Stage<T>::check(const Spec& spec) const {
     const bool takes = spec.kind == "embedding" || spec.kind == "position" || spec.kind == "attention";
     const bool bare = spec.in.positions() == 1 && spec.kind != "batch_norm";
     need(tokens ? bare && (layers.empty() && head) == (spec.kind == "embedding") : !takes, "it is no layer of such samples");
-    need(!tokens || (spec.kind != "attention" && spec.kind != "position") || spec.entries >= tokens, "it has fewer tokens");
+    need(spec.kind != "position" || spec.entries >= tokens, "it has fewer tokens");
+    need(spec.kind != "attention" || spec.entries == tokens, "it has another number of tokens");
 }
 
 // Where a layer's parameters lie: behind those of the layers in front, or where those of another one are.
