@@ -41,7 +41,7 @@ struct Sgd {
     bool nesterov, first;
 };
 
-// Lanes of a block are samples; `valid` of them are real, the others are padding.
+// Lanes of a block are samples, or tokens of one; `valid` of them are real, the others are padding.
 template <class T>
 struct Kernels {
     const char* name;

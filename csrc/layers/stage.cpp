@@ -30,8 +30,6 @@ Stage<T>::Stage(const std::vector<Spec>& specs, int slice, int microbatches, boo
     gradients = Memory<T>(parameters);
     collected = Memory<T>(statistics);
     scratch = Memory<T>(most);
-    for (size_t id = 0; id < elements.size(); ++id)
-        grads.emplace_back(id && !(tail && id + 1 == elements.size()) ? elements[id] : 0);
     for (int m = 0; m < microbatches; ++m) {
         Slot& slot = slots.emplace_back();
         for (size_t id = 0; id < elements.size(); ++id) slot.acts.emplace_back(id || head ? elements[id] : 0);
@@ -45,6 +43,7 @@ Stage<T>::Stage(const std::vector<Spec>& specs, int slice, int microbatches, boo
         slot.valid = slice;
     }
     plan_gradients();
+    house_gradients(false);
 }
 
 template <class T>
@@ -59,7 +58,8 @@ void Stage<T>::check(const Spec& spec) const {
     const bool takes = spec.kind == "embedding" || spec.kind == "position" || spec.kind == "attention";
     const bool bare = spec.in.positions() == 1 && spec.kind != "batch_norm";
     need(tokens ? bare && (layers.empty() && head) == (spec.kind == "embedding") : !takes, "it is no layer of such samples");
-    need(!tokens || (spec.kind != "attention" && spec.kind != "position") || spec.entries >= tokens, "it has fewer tokens");
+    need(spec.kind != "position" || spec.entries >= tokens, "it has fewer tokens");
+    need(spec.kind != "attention" || spec.entries == tokens, "it has another number of tokens");
 }
 
 // Where a layer's parameters lie: behind those of the layers in front, or where those of another one are.
@@ -116,10 +116,42 @@ void Stage<T>::plan_gradients() {
 }
 
 template <class T>
+void Stage<T>::house_gradients(bool apart) {
+    std::vector<size_t> sizes;
+    std::vector<int> empty;
+    rooms.assign(elements.size(), -1);
+    const auto house = [&](int id) {
+        if (id <= 0 || id + 1 == int(elements.size()) || rooms[id] >= 0) return;
+        if (empty.empty()) {
+            empty.push_back(int(sizes.size()));
+            sizes.push_back(0);
+        }
+        // The least of those that are large enough; if none is, the largest, which grows.
+        const auto best = std::min_element(empty.begin(), empty.end(), [&](int a, int b) {
+            const bool fits = sizes[a] >= elements[id], other = sizes[b] >= elements[id];
+            return fits != other ? fits : fits ? sizes[a] < sizes[b] : sizes[a] > sizes[b];
+        });
+        rooms[id] = *best;
+        sizes[*best] = std::max(sizes[*best], elements[id]);
+        empty.erase(best);
+    };
+    for (size_t n = layers.size(); n-- > 0;) {
+        const Spec& spec = layers[n]->spec;
+        if (rooms[spec.y] < 0 && spec.y + 1 < int(elements.size()))
+            throw std::invalid_argument(spec.name + ": nobody reads what it makes");
+        house(spec.x);
+        house(spec.skip);
+        if (!apart && rooms[spec.y] >= 0) empty.push_back(rooms[spec.y]);
+    }
+    grads.clear();
+    for (size_t size : sizes) grads.emplace_back(size);
+}
+
+template <class T>
 T* Stage<T>::grad(int m, int id) {
     if (!id) return slots[m].entering.data();
     if (id + 1 == int(elements.size())) return tail ? slots[m].acts.back().data() : slots[m].gradient;
-    return grads[id].data();
+    return grads[rooms[id]].data();
 }
 
 template <class T>
@@ -206,6 +238,7 @@ void Stage<T>::backward(int segment, int m, uint64_t step, int64_t first, bool p
 template <class T>
 void Stage<T>::own_by(int owners) {
     scratch = Memory<T>(scratch.size() * owners);
+    house_gradients(true);  // they read all gradients when the backward is over
 }
 
 template <class T>

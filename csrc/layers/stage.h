@@ -87,7 +87,10 @@ class Stage {
         int valid = 0;
     };
     std::vector<Slot> slots;
-    std::vector<Memory<T>> grads;   // of every activation but the input; no two microbatches are in a backward at once
+    // Of every activation but the input and, in the tail, the output; no two microbatches are in a backward at once. One
+    // that has been used up leaves its room to another.
+    std::vector<Memory<T>> grads;
+    std::vector<int> rooms;         // of each activation, among `grads`; -1: none
     std::vector<size_t> elements;   // of every activation
     std::vector<bool> dx_add, dskip_add;
     std::vector<bool> dw_add;       // somebody behind it, who uses the same parameters, has written their gradient
@@ -101,6 +104,7 @@ class Stage {
     void check(const Spec& spec) const;
     void settle(const Spec& spec, const Layer<T>& layer);
     void plan_gradients();
+    void house_gradients(bool apart);
     void load_tokens(Slot& slot, const Samples& samples, const int64_t* index);
     size_t begin(int segment) const { return segment ? meeting[segment - 1] : 0; }
     size_t end(int segment) const { return segment < int(meeting.size()) ? meeting[segment] : layers.size(); }

@@ -231,6 +231,12 @@ def strange() -> nn.Module:
     return net
 
 
+def hooked_places() -> nn.Module:
+    net = network(gpt.Shape(1, 8, 2, 9), ["block"], False, True)
+    net.parts[0].wpe.register_forward_hook(lambda module, args, output: 2 * output)  # type: ignore
+    return net
+
+
 def padded() -> nn.Module:
     return Stages(nn.Embedding(256, 6, padding_idx=0), nn.Linear(6, 256))
 
@@ -247,6 +253,7 @@ def dropping() -> nn.Module:
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     "parts.1 (Flatten): it needs samples that are no sequences": flattening,
     "parts.1.attn (Attention): it needs no hooks": hooked,
+    "wpe (Embedding): it needs no hooks": hooked_places,
     "1 (Linear): it needs parameters of its own": tied_with_a_bias,
     "3 (Linear): it needs parameters of its own": tied_linears,
     "mlp (Strange)": strange,
@@ -266,8 +273,10 @@ WRONG_LAYERS: dict[str, dict[str, Any]] = {
     "it is no layer of such samples": {"kind_3": "batch_norm"},
     "1: it is no layer of such samples": {"kind_1": "affine"},
     "it has fewer tokens": {"entries_2": 8},
+    "it has another number of tokens": {"entries_5": 10},
     "attention takes queries": {"heads_5": 3},
     "cannot use the parameters of that layer": {"same_12": 3},
+    "2: nobody reads what it makes": {"skip_7": 1, "x_3": 1},
 }
 
 

@@ -143,3 +143,28 @@ def test_the_page_is_written_whole(tmp_path: Path) -> None:
     html = page.write(study, tmp_path).read_text(encoding="utf-8")
     assert html.endswith("</html>\n") and json.loads(inside(html)) == study
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_odd_levels_and_figures_are_drawn_all_the_same(tmp_path: Path) -> None:
+    """Factors that some trials lack, levels of mixed kinds, figures that are missing or no numbers."""
+    from paraxis.study.bench import Outcome
+    from paraxis.study.conduct import conduct
+    from paraxis.study.sampling import Sampled
+
+    sizes = [{"batch": 32}, {"batch": 64, "lr": 0.1}, {"optimizer": "adam"}]
+    odd = {
+        "measure": ["step_seconds", "final_accuracy"],
+        "fixed": {"network": "mlp", "epochs": 1},
+        "factors": {"size": sizes, "nesterov": [False, True], "seed": [1, 2, 3]},
+        "exclude": [{"optimizer": "adam", "nesterov": True}],
+    }
+    numbers = iter([float("inf"), float("nan"), None, 0.0] * 9)
+
+    def some(*_: object) -> Outcome:
+        value = next(numbers)
+        return Outcome("ok", None, Sampled({"step_seconds": value, "final_accuracy": 0.5 if value == 0.0 else value}))
+
+    study = conduct(make(odd), tmp_path, 1e9, lambda what, fraction: None, some)
+    html = page.html(study)
+    assert "Results" in words(html) and len(study["trials"]) == 15
+    assert json.loads(inside(html), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) == study

@@ -80,6 +80,12 @@ class Compiler:
         if not condition:
             raise PlanError(f"engine=native cannot take {name} ({type(module).__name__}): it needs {what}")
 
+    def need_bare(self, module: nn.Module, name: str) -> None:
+        """Raises PlanError where somebody but the task, which follows where a function draws, has a hook."""
+        found = (hook for hooks in HOOKS for hook in getattr(module, hooks).values())
+        alone = all(getattr(hook, "__module__", "") == track.__module__ for hook in found)
+        self.need(alone, name, module, "no hooks")
+
     def need_trained(self, module: nn.Module, name: str) -> None:
         """Raises PlanError where a parameter is frozen."""
         self.need(all(p.requires_grad for p in module.parameters()), name, module, "all parameters trained")
@@ -141,7 +147,7 @@ def compile_layers(
 
 def _layer(module: nn.Module, c: Compiler) -> None:
     name = c.names.get(id(module), "") or type(module).__name__
-    c.need(not _hooked(module), name, module, "no hooks")
+    c.need_bare(module, name)
     if type(module) in LAYERS:
         fits = not c.tokens or isinstance(module, native_tokens.TOKENWISE)
         c.need(fits, name, module, "samples that are no sequences")
@@ -161,12 +167,6 @@ def _layer(module: nn.Module, c: Compiler) -> None:
     else:
         known = ", ".join(sorted(kind.__name__ for kind in LAYERS))
         raise PlanError(f"engine=native cannot take {name} ({type(module).__name__}); it has {known}, Sequential")
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether somebody but the task, which follows where a function draws, has a hook there."""
-    found = (hook for hooks in HOOKS for hook in getattr(module, hooks).values())
-    return any(getattr(hook, "__module__", "") != track.__module__ for hook in found)
 
 
 def _linear(m: Any, c: Compiler, name: str) -> None:

@@ -27,18 +27,23 @@ def first_draw(name: str) -> int:
 def embedding(m: Any, c: "Compiler", name: str) -> None:
     """Rows of a table, by symbol."""
     c.need(c.symbols, name, m, "to be the first layer, and --data text")
-    plain = m.padding_idx is None and m.max_norm is None and not m.scale_grad_by_freq and not m.sparse
-    c.need(plain, name, m, "no padding_idx, max_norm, scale_grad_by_freq or sparse")
-    c.need_trained(m, name)
+    _need_plain(m, c, name)
     c.symbols = False
     c.add("embedding", m, (1, 1, m.embedding_dim), entries=m.num_embeddings, weight=m.weight)
+
+
+def _need_plain(m: Any, c: "Compiler", name: str) -> None:
+    plain = m.padding_idx is None and m.max_norm is None and not m.scale_grad_by_freq and not m.sparse
+    c.need(plain and type(m) is nn.Embedding, name, m, "no padding_idx, max_norm, scale_grad_by_freq or sparse")
+    c.need_trained(m, name)
 
 
 def embed(m: gpt.Embed, c: "Compiler", layer: Layer) -> None:
     """The first stage of `gpt`: symbols and places."""
     layer(m.wte, c)
     c.need(m.wpe.num_embeddings >= c.tokens, "wpe", m.wpe, f"{c.tokens} places")
-    c.need_trained(m.wpe, "wpe")
+    c.need_bare(m.wpe, "wpe")
+    _need_plain(m.wpe, c, "wpe")
     c.add("position", m.wpe, entries=m.wpe.num_embeddings, weight=m.wpe.weight)
     layer(m.drop, c)
 

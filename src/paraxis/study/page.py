@@ -80,7 +80,7 @@ def opening(study: dict[str, Any], definition: Definition, trials: list[Trial], 
     """What it asks, what it found in a sentence, how to run it, how many trials there are, on what machine."""
     lacks = len(study["not_reached"])
     links = " ".join(f'<a href="#{key}">{heading}</a>' for key, heading, _ in parts)
-    found = (study["analysis"] or {}).get("sentence") or ""
+    found, where = (study["analysis"] or {}).get("sentence") or "", machine(trials)
     lines = [
         f'<p class="brand"><b>Paraxis</b> study {text(definition.name)}</p>',
         f'<p class="unfinished">{count(lacks, "trial")} did not fit the budget; the same command with more --budget '
@@ -90,7 +90,7 @@ def opening(study: dict[str, Any], definition: Definition, trials: list[Trial], 
         f"<h1>{text(definition.about or definition.name)}</h1>",
         f'<p class="lede">{text(found)}</p>' if found else "",
         command(f"paraxis explore --study {definition.name}", "Run it"),
-        f'<p class="machine">{text(machine(trials))}</p>',
+        f'<p class="machine">{text(where)}</p>' if where else "",
         f'<nav aria-label="Sections">{links}</nav>',
     ]
     return "<header>\n" + "\n".join(line for line in lines if line) + "\n</header>\n"

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from functools import reduce
 from itertools import chain
 from typing import Any, Protocol
@@ -70,14 +71,16 @@ class ArraySource:
         return self._blocks[key][1][within % steps]
 
     def thinned(self, most: int) -> "ArraySource":
-        """Every k-th of the samples, in order, so that at most `most` are left; itself where all may stay."""
+        """Every k-th of samples that are not shuffled, at most `most` of them; itself where all may stay."""
         stride = -(-self.size // most)
         if stride == 1:
             return self
         if stride not in self._thinned:  # kept, for engines know samples that they have laid out by their identity
-            inputs, targets = (np.ascontiguousarray(t.numpy()[::stride]) for t in (self.inputs, self.targets))
-            arrays = Arrays(inputs, targets, classes=0)
-            self._thinned[stride] = ArraySource(arrays, self.batch, self.seed, self.dtype, self.shuffled)
+            few = copy(self)
+            few.inputs, few.targets = self.inputs[::stride].contiguous(), self.targets[::stride].contiguous()
+            few.size, few._blocks, few._thinned = len(few.targets), {}, {}
+            few.steps_per_epoch = -(-few.size // few.batch)
+            self._thinned[stride] = few
         return self._thinned[stride]
 
     def numbers(self, step: int, steps: int) -> np.ndarray:
