@@ -140,7 +140,7 @@ def watched(plan: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Rank], dic
     def looked(part: Part, full: bool) -> None:
         resize(part, full)
         for kind in most if ranks else ():
-            most[kind] = max(most[kind], ranks[0].engine.shards.transient(kind))
+            most[kind] = max(most[kind], ranks[0].engine.shares.transient(kind))
 
     with monkeypatch.context() as patch:
         patch.setattr(Part, "resize", looked)
@@ -157,7 +157,7 @@ def test_what_a_rank_keeps_at_rest_and_what_is_whole_for_a_while(monkeypatch: py
         assert ranks[0].engine.bytes_held() == sum(held[zero].values())
         segments = ranks[0].program.segments[0]
         if zero:
-            sizes = sorted(b.params.whole.nbytes for b in ranks[0].engine.shards.buckets.values())
+            sizes = sorted(b.params.whole.nbytes for b in ranks[0].engine.shares.buckets.values())
             assert len(sizes) == len(segments) > 3
             assert most["grads"] <= (sum(sizes[-2:]) if zero > 1 else 0)
             assert most["params"] <= (sum(sizes[-2:]) if zero > 2 else 0)
@@ -178,7 +178,7 @@ def test_bytes_of_a_step_are_those_of_its_collectives(folder: Path) -> None:
         assert len({rank.context.sent[0] for rank in ranks}) == 1
         sent[zero] = ranks[0].context.sent[0]
     assert sent[1] == pytest.approx(sent[0], rel=0.01) and sent[2] == sent[1], "an all-reduce is both halves"
-    first, *middle, last = (b.params.whole.nbytes for b in ranks[0].engine.shards.buckets.values())
+    first, *middle, last = (b.params.whole.nbytes for b in ranks[0].engine.shares.buckets.values())
     times = 2 * (first + sum(middle)) + last  # the last segment stays whole from its F to its B
     assert sent[3] == 3 * (times + first + sum(middle) + last) // 4
 
@@ -193,7 +193,7 @@ def test_gathered_weights_are_read_and_given_back(folder: Path) -> None:
             reference.run_body(ranks, "state")
         sums[plan] = {rank.engine.square_sum() for rank in ranks}
         if ranks[0].program.zero == 3:
-            assert ranks[0].engine.shards.transient("params") == 0 and not ranks[0].engine.copies
+            assert ranks[0].engine.shares.transient("params") == 0 and not ranks[0].engine.copies
     first, *others = sums.values()
     assert all(len(s) == 1 and max(s) == pytest.approx(max(first), rel=1e-12) for s in (first, *others))
 

@@ -119,7 +119,7 @@ def _overwriting(engine: Any) -> None:
 
 
 def _take_only(engine: Any, take: Callable[[int, int], None], bucket: int, stage: int) -> None:
-    engine.shards.buckets[stage, bucket].grads.own.zero_()
+    engine.shares.buckets[stage, bucket].grads.own.zero_()
     take(bucket, stage)
 
 
