@@ -12,11 +12,17 @@ from paraxis.engine.pausing import pausing_for
 from paraxis.engine.rules import RULES, State
 from paraxis.engine.statistics import joined
 from paraxis.engine.torch_stage import Step, TorchStage
+from paraxis.errors import PlanError
 from paraxis.program.instructions import MOMENTS, REDUCES, Program
 from paraxis.program.shares import chosen
 from paraxis.task.batches import Source
 from paraxis.task.shared import Shard, loss_of_parts, split
 from paraxis.task.task import Task
+
+O = torch.optim  # noqa: E741
+BY_ELEMENT = (  # optimisers whose step of an element depends on that element alone
+    *(O.SGD, O.Adam, O.AdamW, O.NAdam, O.RAdam, O.Adamax, O.Adagrad, O.Adadelta, O.RMSprop, O.Rprop),
+)
 
 
 class TorchEngine:
@@ -34,6 +40,9 @@ class TorchEngine:
         places = [(stage, k) for stage in own for k in range(len(program.segments[stage]))]
         self.places = {place: n for n, place in enumerate(places)}  # of each (stage, segment) among `segments`
         self.hyper = task.hyper()
+        if self.shards and self.hyper.optimizer is not None and type(self.hyper.optimizer) not in BY_ELEMENT:
+            kind, tp = type(self.hyper.optimizer).__name__, program.mesh.tp
+            raise PlanError(f"tp={tp}: {kind} may look at whole tensors, of which a rank has parts; dp takes it")
         unreached = task.keyed.unreached  # an optimiser leaves parameters alone that never get a gradient
         groups = [[p for p in g["params"] if id(p) not in unreached] for g in self.hyper.groups]
         self.flat: Flat = flatten(self.segments, groups, task.names, task.dtype)

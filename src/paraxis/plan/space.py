@@ -30,17 +30,14 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
         if comms != ("openmp",):
             yield Plan()
         return
+    processes = [comm for comm in comms if comm != "openmp"]
     for kind in _kinds(workers, layers, inexact):
-        for comm in comms:
+        for comm in comms if "tp" not in kind else processes[:1]:
             yield Plan(**kind, comm=comm, engine="native" if comm == "openmp" else "torch")  # type: ignore[arg-type]
         if kind == {"dp": workers} and "openmp" in comms:
             yield Plan(dp=workers, comm="openmp", engine="native", gradients="owner")
-    processes = [comm for comm in comms if comm != "openmp"]
     if not processes:
         return
-    yield Plan(tp=workers, comm=processes[0])
-    if workers >= 4 and workers % 2 == 0:
-        yield Plan(dp=workers // 2, tp=2, comm=processes[0])
     yield Plan(threads=workers)
     for ranks in rungs(workers // 2)[1:]:
         if workers % ranks == 0:
@@ -49,6 +46,9 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
 
 def _kinds(workers: int, layers: int, inexact: bool) -> Iterator[dict[str, object]]:
     yield {"dp": workers}
+    for tp in dict.fromkeys((workers, 2)):
+        if workers % tp == 0:
+            yield {"dp": workers // tp, "tp": tp}
     for pp in [p for p in rungs(workers)[1:] if p <= layers and workers % p == 0]:
         grid = {"dp": workers // pp, "pp": pp}
         for m in (2 * pp, 4 * pp):
