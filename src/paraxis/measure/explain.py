@@ -173,6 +173,8 @@ def _communication(e: Evidence, share: float) -> Verdict:
     if each <= SMALL or rate < SLOW * (e.memory or USUAL):
         return Verdict("latency", share, seen, _fewer_messages(plan))
     change = "a larger batch, for the bytes stay the same" if plan.dp > 1 else "a split where activations are smaller"
+    if plan.tp > 1:
+        change = "dp in the place of tp, whose bytes grow with the batch"
     if plan.comm == "gloo":
         change += ", or comm=mpi"
     elif plan.dp > 1:

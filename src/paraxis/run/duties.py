@@ -218,9 +218,12 @@ class Duties:
         return _peak_bytes() - max(0, self.plans[request["key"]].before - self.base)
 
     def norm(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
-        """Sum of squares of this rank's parameters."""
+        """Sum of squares of this rank's parameters, of which it counts what no rank before it has."""
         rank = _some(self._ready(request["key"]).rank)
-        return rank.square_sum() if isinstance(rank, Team) else float(rank.engine.flat.params.square().sum())
+        if isinstance(rank, Team):
+            return rank.square_sum()
+        params = rank.engine.flat.params
+        return sum(float(params[a:b].square().sum()) for a, b in getattr(rank.engine, "counted", [(0, len(params))]))
 
     def drop(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Forget a plan."""
