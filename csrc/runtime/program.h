@@ -17,14 +17,15 @@ enum class Op : int {
     RecvActWait, RecvGradStart, RecvGradWait, AllReduceStart, AllReduceWait, ReduceScatterStart,
     ReduceScatterWait, AllGatherStart, AllGatherWait,
 };
-enum class Rule : int { none, zero, step, norm, statistics, evaluate, hogwild, owner };
-enum class Buffer : int { none, params, grads, totals, score, statistics, running, norm, factors, moments, moment_grads };
+enum class Rule : int { none, zero, step, norm, statistics, evaluate, hogwild, owner, snapshot, delta, nesterov, outer, copy };
+enum class Buffer : int { none, params, grads, totals, score, statistics, running, norm, factors, moments, moment_grads, tied, snapshot, delta, momentum };
 enum class Axis : int { none, dp, pp, tp };
 
-inline constexpr std::array<const char*, 8> RULES = {"",           "zero",     "step",    "norm",
-                                                     "statistics", "evaluate", "hogwild", "owner"};
-inline constexpr std::array<const char*, 11> BUFFERS = {"",        "params", "grads",   "totals",  "score",       "statistics",
-                                                        "running", "norm",   "factors", "moments", "moment_grads"};
+inline constexpr std::array<const char*, 13> RULES = {"",        "zero",  "step",     "norm",  "statistics", "evaluate", "hogwild", "owner",
+                                                      "snapshot", "delta", "nesterov", "outer", "copy"};
+inline constexpr std::array<const char*, 15> BUFFERS = {"",        "params", "grads",   "totals",  "score",        "statistics",
+                                                        "running", "norm",   "factors", "moments", "moment_grads", "tied",
+                                                        "snapshot", "delta",  "momentum"};
 inline constexpr std::array<const char*, 4> AXES = {"", "dp", "pp", "tp"};
 
 struct Instruction {

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -259,7 +259,7 @@ def _choose(plan: str, spec: Any, tell: Tell, joined: JoinedPool | None) -> Any:
     if known is None:
         from paraxis.experiment import explore_task
 
-        study = explore_task(spec, {}, None, 30.0, COMMS["all"], tell, lambda _: None, joined)
+        study = explore_task(spec, {}, None, 30.0, COMMS["all"], tell, lambda _: None, joined, accuracy=False)
         known = study.recommendation.plan if study.recommendation else "serial"
     tell(f"best plan: {parse(known).short()}", -2)
     return parse(known)
@@ -281,28 +281,46 @@ def show(
     trace: Path | None = None,
     out: Path | None = None,
     export: Exports = None,
+    ranks: int | None = None,
+    microbatches: int | None = None,
+    interleave: int | None = None,
     json_: Json = False,
     task: TaskOptions = DEFAULT,
 ) -> int:
-    """Explain one plan of a study, compare studies, or draw a plan's program and its simulated timeline.
+    """Explain a plan of a study, compare studies, draw a plan's program, or try a schedule of your own.
 
     Parameters
     ----------
     what
-        A study's folder or study.json, or a plan such as pp=4,microbatches=8.
+        A study's folder or study.json, a plan such as pp=4,microbatches=8, or a schedule: FILE.py[:NAME] or FILE.txt.
     detail
         With a study: a plan in it, its label, today or best; without one the study's table is printed.
         With another study: both are compared, and as many more as are given.
         With a plan: cut this network and simulate with its measured costs (default: stages alike, backwards double).
+        With a schedule: check, simulate, prove and time it on this network (default: a small one).
     trace
         Write the timelines as Chrome trace JSON, which https://ui.perfetto.dev opens.
     out
         Write the comparison of studies as this HTML file.
     export
         Only write a study's figures beside it for other tools: csv, tensorboard (may be given twice).
+    ranks
+        Of a schedule in FILE.py (default 3; a text has its own).
+    microbatches
+        Of a schedule in FILE.py (default: two for each rank).
+    interleave
+        Stages of each rank of a schedule in FILE.py (default 1).
     """
     from paraxis import showing
+    from paraxis.plan.own import is_own
 
+    if is_own(what):
+        from paraxis.scheduling import Asked, tried
+
+        given = lambda words: replace(task, **{k: v for k, v in words.items() if getattr(task, k) is None})  # noqa: E731
+        return tried(
+            what, detail, Asked(ranks, microbatches, interleave), json_, lambda net, words: _spec(net, given(words))
+        )
     if showing.compared(what, detail, more, out, json_) or showing.exported(what, export):
         return 0
     if showing.is_study(what):

@@ -127,9 +127,10 @@ class Session:
         """The checked program of a plan for this task; raises PlanError for one that the task cannot meet."""
         facts = self.known()
         check_divides(plan, facts.batch, self.spec.bn_group, facts.least)
-        if plan.sync == "average@epoch" and facts.steps_per_epoch is None:
+        if "@epoch" in plan.sync and facts.steps_per_epoch is None:
             raise PlanError(
-                "sync=average@epoch: batches() does not tell how long an epoch is; use average@H with H steps"
+                f"sync={plan.sync}: batches() does not tell how long an epoch is; use "
+                f"{plan.sync.replace('@epoch', '@H')} with H steps"
             )
         program = lower(plan, facts.layout, facts.steps_per_epoch or 1)
         check(program)
@@ -162,11 +163,12 @@ class Session:
         if not groups and self.spec.bn_group:
             groups = facts.batch // replicas // self.spec.bn_group
         groups = groups or (plan.dp // replicas * plan.microbatches if facts.layout.statistics else 1)
-        key = (steps, dtype, groups, replicas, every, turns, seed)
+        sync = plan.sync if replicas > 1 else "gradient"
+        key = (steps, dtype, groups, replicas, every, turns, seed, sync)
         if key not in self.oracles:
             path = str(self.folder / f"oracle-{'-'.join(map(str, key))}.safetensors")
             words = {"steps": steps, "dtype": dtype, "groups": groups, "replicas": replicas, "every": every}
-            words |= {"turns": turns, "seed": seed}
+            words |= {"turns": turns, "seed": seed, "sync": sync}
             answer = self.pool("solo").ask({"do": "oracle", "file": path} | words)[0]
             self.oracles[key] = answer | {"file": path}
         return self.oracles[key]

@@ -118,20 +118,21 @@ def _epochs(
     return epochs, losses
 
 
-def train_steps(session: Session, plan: Plan, count: int, done: int, total: int) -> list[float]:
+def train_steps(session: Session, plan: Plan, count: int, done: int, total: int, key: str = KEY) -> list[float]:
+    """Train `count` steps more of what is set up under a key; the mean loss of each."""
     pool = session.home(plan)
 
     def news(message: dict[str, Any]) -> None:
         session.tell("training", (done + count - message["left"]) / total)
 
-    request = {"do": "train", "key": KEY, "steps": count}
+    request = {"do": "train", "key": key, "steps": count}
     answers = pool.ask(request, range(plan.processes), news=news)
     return mean_losses([a["losses"] for a in answers])
 
 
-def evaluate(session: Session, plan: Plan, which: str) -> dict[str, float]:
-    """Loss, accuracy and samples of a held-out set."""
-    answers = session.ask(KEY, plan, {"do": "evaluate", "set": which})
+def evaluate(session: Session, plan: Plan, which: str, key: str = KEY, most: int = 0) -> dict[str, float]:
+    """Loss, accuracy and samples of a held-out set, or of at most so many spread over it."""
+    answers = session.ask(key, plan, {"do": "evaluate", "set": which, "most": most})
     best = max(answers, key=lambda a: a["weight"])  # only the last stage's ranks have seen outputs
     weight = max(best["weight"], 1e-30)
     return {"loss": best["loss"] / weight, "accuracy": best["hits"] / best["samples"], "samples": best["samples"]}
@@ -139,8 +140,8 @@ def evaluate(session: Session, plan: Plan, which: str) -> dict[str, float]:
 
 def _save(session: Session, plan: Plan, out: Path) -> Path:
     """One plain state_dict from the parts of all stages; written whole or not at all."""
-    if plan.processes == 1 or (plan.dp > 1 and not plan.exact):
-        ranks = list(range(plan.processes))  # replicas agree before they are saved, which takes all of them
+    if plan.processes == 1 or plan.zero == 3 or (plan.dp > 1 and not plan.exact):
+        ranks = list(range(plan.processes))  # replicas agree, or gather, before they are saved, which takes all of them
     else:
         ranks = [rank for stage in range(plan.pp) for rank in plan.mesh.group(plan.mesh.rank(0, stage), "tp")]
     state: dict[str, Any] = {}

@@ -14,6 +14,9 @@ MUTABLE = [
     *WITH_AVERAGE,
     *map(parse, ("microbatches=2", "pp=2,schedule=gpipe,microbatches=4", "dp=2,bucket_bytes=64,microbatches=2")),
     parse("dp=2,pp=2,microbatches=2,sync=average@2"),
+    parse("dp=2,sync=diloco@2"),
+    parse("dp=2,microbatches=2,sync=compressed"),
+    parse("dp=4,sync=diloco@3:bf16:fragments=2"),
 ]
 
 
@@ -45,7 +48,7 @@ def test_every_fault_fails_the_comparison(fault: str, plan: Plan, folder: Path) 
     assert fails(spec_of(folder, "tiny", *TASKS["tiny"]), plan, fault)
 
 
-OWN_LOSS = (parse("dp=2,pp=2,microbatches=2"), parse("dp=2,sync=average@4"))
+OWN_LOSS = (parse("dp=2,pp=2,microbatches=2"), parse("dp=2,sync=average@4"), parse("dp=2,sync=diloco@2"))
 
 
 ABLE = [fault for fault in FAULTS if any(FAULTS[fault].needs(plan) for plan in OWN_LOSS)]

@@ -97,6 +97,7 @@ PLANS = [
     *map(native, (f"pp=2,schedule={schedule},microbatches=4" for schedule in ("layerwise", "gpipe", "1f1b"))),
     *map(native, ("dp=2,pp=2,microbatches=2", "pp=3,microbatches=2", "dp=2,sync=average@2", "dp=2,sync=average@epoch")),
     native("dp=2,pp=2,microbatches=2,sync=average@4"),
+    *map(native, ("dp=2,sync=diloco@2", "dp=4,pp=2,microbatches=1,sync=diloco@3", "dp=2,sync=diloco@epoch")),
     *map(native, ("dp=2,gradients=owner", "dp=4,gradients=owner")),
 ]
 FEW = [native(text) for text in ("serial", "dp=2", "dp=2,gradients=owner", "dp=2,pp=2,microbatches=2")]
@@ -155,9 +156,10 @@ def test_training_is_worth_comparing(name: str, folder: Path) -> None:
 
 
 # What one can do to a program without leaving threads at a gate for ever.
-SAFE = {"all-data", "wrong-mask", "lost-update", "unzeroed", "summed-weights", "never-averaged", "local-statistics"}
-SAFE |= {"swapped-microbatch", "lost-backward"}
+SAFE = {"all-data", "wrong-mask", "lost-update", "unzeroed", "summed-weights", "never-agreed", "local-statistics"}
+SAFE |= {"swapped-microbatch", "lost-backward", "no-outer-momentum", "no-snapshot"}
 MUTABLE = [*FEW, *map(native, ("pp=2,microbatches=4", "dp=2,sync=average@2", "dp=2,microbatches=2"))]
+MUTABLE += [native("dp=2,sync=diloco@2")]
 MUTANTS = [(fault, plan) for fault in FAULTS for plan in MUTABLE if fault in SAFE and FAULTS[fault].needs(plan)]
 
 
@@ -331,6 +333,7 @@ def test_both_halves_of_a_shared_step_are_needed(left_out: str, folder: Path, mo
 # -- one rank of several processes -----------------------------------------------------------------------------
 
 RANKS = ("dp=2", "dp=4,microbatches=2", "pp=2,microbatches=4", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@2")
+RANKS += ("dp=2,sync=diloco@2:bf16", "dp=2,sync=compressed")
 
 
 @pytest.mark.parametrize("threads", [1, 2])

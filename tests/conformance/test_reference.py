@@ -136,8 +136,24 @@ MORE = (
     "pp=2,interleave=2",
     "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=2",
     "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=2,bucket_bytes=64",
+    "pp=2,schedule=interleaved,microbatches=4",
+    "dp=2,pp=2,schedule=interleaved,microbatches=4,bucket_bytes=64",
+    "pp=3,schedule=zb-h1,microbatches=4",
+    "pp=3,schedule=zb-h2,microbatches=8",
+    "dp=2,pp=2,schedule=zb-h1,microbatches=2,bucket_bytes=64",
+    "dp=2,pp=2,schedule=zb-h1,microbatches=2,sync=average@2",
     "dp=2,microbatches=2,sync=average@2",
     "dp=2,pp=2,microbatches=2,sync=average@4",
+    "dp=2,sync=compressed",
+    "dp=4,microbatches=2,sync=compressed",
+    "dp=2,pp=2,microbatches=2,sync=compressed",
+    "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=2,sync=compressed",
+    "dp=2,sync=diloco@2",
+    "dp=4,microbatches=2,sync=diloco@4",
+    "dp=2,pp=2,microbatches=2,sync=diloco@1",
+    "dp=2,pp=2,microbatches=2,sync=diloco@2:int8",
+    "dp=4,sync=diloco@3:bf16:fragments=2",
+    "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=2,sync=diloco@4:fragments=4:int8",
 )
 PLANS = [*(plan for plan in space(4, 4, comms=("mpi",)) if plan.threads == plan.tp == 1), *map(parse, MORE)]
 FEW = [*map(parse, ("serial", "dp=2", "pp=2,microbatches=4", "dp=2,pp=2,microbatches=2,bucket_bytes=64"))]
@@ -196,6 +212,8 @@ def settle(ranks: list[Rank]) -> None:
 def outcome(ranks: list[Rank]) -> Outcome:
     rows = [rank.engine.losses for rank in ranks if rank.engine.losses]
     losses = [sum(loss for loss, _ in step) / sum(weight for _, weight in step) for step in zip(*rows, strict=True)]
+    if "state" in ranks[0].bodies:
+        reference.run_body(ranks, "state")  # as Rank.state does, on all ranks together
     return Outcome(losses, [rank.engine.state() for rank in ranks])
 
 
@@ -207,11 +225,11 @@ def trained(spec: TaskSpec, plan: Plan, fault: str = "") -> Outcome:
 
 
 @cache
-def emulated(spec: TaskSpec, replicas: int, groups: int, every: int) -> tuple[Outcome, float]:
+def emulated(spec: TaskSpec, replicas: int, groups: int, every: int, sync: str = "gradient") -> tuple[Outcome, float]:
     """Plain code for the same algorithm, and the largest change of a weight."""
     copies = [serial.replica(task(spec)) for _ in range(replicas)]
     before = {name: value.clone() for name, value in copies[0].task.net.state_dict().items()}
-    losses = serial.emulate(copies, 0, STEPS, groups, every)
+    losses = serial.emulate(copies, 0, STEPS, groups, every, sync)
     serial.average([copy.task.net for copy in copies])
     after = copies[0].task.net.state_dict()
     return Outcome(losses, [after]), max(float((after[n] - before[n]).abs().max()) for n in after)
@@ -232,7 +250,7 @@ def wanted(spec: TaskSpec, plan: Plan) -> tuple[Outcome, float]:
     if spec.bn_group:  # a group at a time, through the network's own batch norm
         groups = task(spec).batch // replicas // spec.bn_group
         spec = spec.model_copy(update={"bn_group": None})
-    return emulated(spec, replicas, groups, every)
+    return emulated(spec, replicas, groups, every, plan.sync if replicas > 1 else "gradient")
 
 
 def difference(spec: TaskSpec, plan: Plan, found: Outcome) -> float:
@@ -362,7 +380,8 @@ def test_the_null_interpreter_is_told_everything_and_does_nothing(plan: Plan, fo
         rows = [program.body(program.step_body(n))[rank] for n in range(steps)]
         ops = [i.op for row in rows for i in row]
         calls = ran.engine.calls
-        assert calls["forward"] == ops.count("F") and calls["backward"] == ops.count("B")
+        halves = {"forward": "F", "backward": "B", "input_gradient": "I", "weight_gradient": "W"}
+        assert {name: calls.get(name, 0) for name in halves} == {name: ops.count(op) for name, op in halves.items()}
         assert calls["evaluate"] == plan.microbatches * sum(len(program.segments[s]) for s in program.stages_of(rank))
         assert calls["update"] == steps and ran.done == steps
         assert not ran.context.open, "no token stays open"

@@ -19,7 +19,9 @@ PLAN_OF = {  # a plan that can have the fault
     "swapped-microbatch": ("mlp", "pp=2,microbatches=4"),
     "lost-backward": ("mlp", "pp=2,microbatches=4"),
     "summed-weights": ("mlp", "dp=2,sync=average@2"),
-    "never-averaged": ("mlp", "dp=2,sync=average@2"),
+    "never-agreed": ("mlp", "dp=2,sync=average@2"),
+    "no-outer-momentum": ("mlp", "dp=2,sync=diloco@2"),
+    "no-snapshot": ("mlp", "dp=2,sync=diloco@2"),
     "early-update": ("mlp", "dp=2,microbatches=2"),
     "stale-bucket": ("mlp", "dp=2,microbatches=2"),
     "untied": ("gpt:2-32-2-16", "pp=2,microbatches=2"),
@@ -155,7 +157,8 @@ with open_session(TaskSpec(network="cnn"), {}, {comm: 2}, None, lambda what, don
         pids.add(tuple(session.pool(comm).pids))
 print(json.dumps([found, sorted(pids)]))
 """
-LATER = {"unzeroed": 2, "never-averaged": 2, "summed-weights": 2}  # the step that a fault spoils, if not the first
+# The step that a fault spoils, if not the first.
+LATER = dict.fromkeys(("unzeroed", "never-agreed", "summed-weights", "no-outer-momentum", "no-snapshot"), 2)
 
 
 @pytest.mark.slow

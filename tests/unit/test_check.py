@@ -32,6 +32,12 @@ ODD = (
     "pp=2,interleave=2",
     "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=5",
     "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=2,bucket_bytes=8",
+    "dp=2,pp=2,schedule=interleaved,microbatches=5,bucket_bytes=8",
+    "pp=2,schedule=interleaved,microbatches=2",
+    "dp=2,pp=2,schedule=zb-h1,microbatches=5,bucket_bytes=8",
+    "dp=2,pp=3,schedule=zb-h2,microbatches=7",
+    "pp=4,schedule=zb-h2,microbatches=5",
+    "dp=2,pp=4,schedule=zb-h1,microbatches=6,sync=average@3",
     "dp=2,pp=4,microbatches=5,sync=average@3",
     "dp=2,sync=average@1",
 )
@@ -105,6 +111,10 @@ def test_every_plan_of_the_space_passes(plan: Plan, layout: Layout) -> None:
     m = plan.microbatches
     v = plan.interleave
     live = {"": lambda s: 1, "layerwise": lambda s: v, "gpipe": lambda s: m * v, "1f1b": lambda s: min(plan.pp - s, m)}
+    group = -(-m // max(1, m // plan.pp))
+    live["interleaved"] = lambda s: min((v - 1) * group + 2 * (plan.pp - 1 - s) + 1, m * v)
+    live["zb-h1"] = lambda s: min(plan.pp, m)
+    live["zb-h2"] = lambda s: min(2 * plan.pp - 1, m)
     assert peaks == tuple(live[plan.schedule](stage) for stage in stages)
 
 
@@ -431,6 +441,7 @@ def test_sums_in_the_wrong_place_are_refused(name: str) -> None:
 CARRIERS = [
     *map(parse, ("dp=2", "dp=2,microbatches=2", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@2", "serial", "tp=2"))
 ]
+CARRIERS.append(parse("dp=2,sync=diloco@2"))
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -450,7 +461,7 @@ def test_every_fault_changes_the_program_or_spoils_an_engine(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if not FAULTS[name].needs(Plan())])
 def test_a_plan_that_cannot_have_a_fault_is_told_what_it_needs(name: str) -> None:
-    with pytest.raises(PlanError, match=r"needs (dp > 1|pp > 1|tp > 1|sync=average)"):
+    with pytest.raises(PlanError, match=r"needs (dp > 1|pp > 1|tp > 1|sync=(average|diloco)@H)"):
         FAULTS[name].mutated(Plan(), lower(Plan(), PLAIN))
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from hashlib import sha256
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from paraxis.errors import PlanError, ProgramError
 from paraxis.plan.plan import Plan, parse
-from paraxis.plan.schedules import ONE_STAGE, SCHEDULES
+from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, parted
 from paraxis.plan.space import space
 from paraxis.program.cut import Layout, balanced, bucketed, cut
 from paraxis.program.instructions import OPS, Instruction, Program, Tie, parse_instruction, parse_program
@@ -63,9 +63,11 @@ def test_every_schedule_computes_each_microbatch_once_forward_then_backward(
     stages = 1 if name in ONE_STAGE else data.draw(st.integers(1, 3))
     order = SCHEDULES[name](ranks, microbatches, rank, stages)
     own = range(rank, ranks * stages, ranks)
-    assert Counter(order) == Counter((op, s, i) for op in "FB" for s in own for i in range(microbatches))
-    assert all(order.index(("F", s, i)) < order.index(("B", s, i)) for s in own for i in range(microbatches))
-    for op in "FB":
+    ops = "FIW" if parted(name) else "FB"
+    assert Counter(order) == Counter((op, s, i) for op in ops for s in own for i in range(microbatches))
+    for before, behind in pairwise(ops):
+        assert all(order.index((before, s, i)) < order.index((behind, s, i)) for s in own for i in range(microbatches))
+    for op in ops:
         for stage in own:
             assert [i for o, s, i in order if (o, s) == (op, stage)] == list(range(microbatches)), "one order for all"
 
@@ -96,13 +98,13 @@ def test_every_sample_is_seen_once_by_every_layer(plan: Plan, needs: dict[str, A
     program = lowered(plan, needs)
     slices = Counter(range(plan.dp * plan.microbatches))
     for name, ranks in program.bodies:
-        if name in ("score", "settle"):
+        if name in ("score", "settle", "begin"):
             continue
         for stage, cuts in enumerate(program.segments):
             rows = [
                 [i for i in row if i.stage == stage] for r, row in enumerate(ranks) if stage in program.stages_of(r)
             ]
-            for op in "F" if name == "evaluate" else "FB":
+            for op in "F" if name == "evaluate" else "FIW" if parted(plan.schedule or "gpipe") else "FB":
                 for segment in range(len(cuts)):
                     seen = Counter(i.slice for row in rows for i in row if i.op == op and i.segment == segment)
                     assert seen == slices, (name, stage, op, segment)
@@ -150,19 +152,22 @@ def test_collectives_are_joined_by_all_members_in_one_order(plan: Plan, needs: d
 @EVERY_PLAN
 @EVERY_NETWORK
 def test_a_step_ends_with_its_update_and_replicas_agree_once_a_period(plan: Plan, needs: dict[str, Any]) -> None:
-    program = lowered(plan, needs)
+    program, apart = lowered(plan, needs), plan.sync not in ("gradient", "compressed")
     steps = [program.step_body(n) for n in range(program.steps_in_period() + 1)]
     assert steps[0] == steps[-1]
     for name in set(steps):
         for row in program.body(name):
             rules = [i.rule for i in row if i.op == "Update"]
-            assert rules[0] == "zero" and rules[-1] == "step" and row[0].rule == "zero"
-            agree = [i for i in row if i.starts and i.axis == "dp" and i.buffer in ("grads", "params")]
+            assert rules[0] == "zero" and rules.count("step") == 1 and row[0].rule == "zero"
+            assert rules[-1] == "step" or (name, rules[-1]) == ("diloco", "copy")
+            agree = [i for i in row if i.starts and i.axis == "dp" and i.buffer in ("grads", "params", "delta")]
             assert bool(agree) == (plan.dp > 1 and name != "local")
             reduced = {i.bucket for i in agree if i.buffer == "grads"}
-            assert reduced == (set(range(len(program.segments[row[0].stage]))) if agree and plan.exact else set())
-    assert program.epilogue == (() if plan.exact else (("settle", 1),))
-    assert steps.count("average") == (0 if plan.exact else 1 + (program.steps_in_period() == 1))
+            flat = (plan.interleave > 1 and not plan.bucket_bytes) or plan.sync == "compressed"
+            buckets = {-1} if flat else set(range(len(program.segments[row[0].stage])))
+            assert reduced == (buckets if agree and not apart else set())
+    assert program.epilogue == ((("settle", 1),) if apart else ())
+    assert sum(name not in ("local", "step") for name in steps) == (apart + (apart and len(steps) == 2))
 
 
 def test_average_once_an_epoch_takes_the_epochs_steps() -> None:

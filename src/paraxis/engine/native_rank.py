@@ -4,6 +4,7 @@ Its own threads share the samples of every microbatch; to the program they are i
 """
 
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paraxis.engine.native_engine import extension, stages_of
-from paraxis.engine.native_task import Feed, feed_of, get_weights, hyper_of, put_weights
+from paraxis.engine.kept import keep
+from paraxis.engine.native_engine import extension, stages_of, tokens_of
+from paraxis.engine.native_task import Feed, check_native, feed_of, get_weights, hyper_of, put_weights
 from paraxis.errors import PlanError
 from paraxis.program.instructions import MOMENTS, Program
 from paraxis.task.batches import Source
@@ -23,8 +25,7 @@ class NativeEngine:
     """One rank's share of the computing; `step` is the optimiser step in progress."""
 
     def __init__(self, task: Task, program: Program, rank: int, threads: int) -> None:
-        if len(program.stages) > program.mesh.pp:
-            raise PlanError("engine=native has one stage on each rank: leave out interleave")
+        check_native(program)
         _, self.stage, _ = program.mesh.coordinates(rank)
         if len(program.segments[self.stage]) > 1 and not program.synchronised():
             raise PlanError("engine=native reduces all gradients at once: leave out bucket_bytes")
@@ -40,7 +41,11 @@ class NativeEngine:
         self.ensemble = self._make(program)
         put_weights(self.ensemble, task, [0])
         self.flat = SimpleNamespace(params=self._view("params"), grads=self._view("grads"))
+        size = self.flat.params.numel()
+        self.kept = keep(program, self.flat.params, [("", 0, size)], {"": size})
         self.running, self.statistics = self._view("running"), self._view("statistics")
+        copies = [n for n, tie in program.ties_of(rank).items() if tie.stages[0] != self.stage]
+        self.elsewhere = [self.ensemble.tied(0, n) for n in copies]  # what another stage counts in the norm
         self.norm = torch.zeros(1, dtype=torch.float64)
         self.score = torch.zeros(3, dtype=torch.float64)
         self.source: Source = task.train
@@ -58,7 +63,7 @@ class NativeEngine:
         return make(
             dp=self.threads,
             pp=1,
-            stages=[stages_of(self.task, program.stages, self.slice_size)[self.stage]],
+            stages=[stages_of(self.task, program, self.slice_size)[self.stage]],
             slice=self.slice_size // self.threads,
             microbatches=program.microbatches,
             bodies=[],
@@ -68,6 +73,7 @@ class NativeEngine:
             seed=self.task.spec.seed,
             naive=False,
             whole=(self.stage, len(program.stages)),
+            tokens=tokens_of(self.task),
         )
 
     def _view(self, name: str) -> Tensor:
@@ -147,8 +153,21 @@ class NativeEngine:
         """A declared flat buffer."""
         if name in MOMENTS.values():
             return torch.from_numpy(self.ensemble.moments(0, bucket))
+        if name == "tied":
+            first, last = self.ensemble.tied(0, bucket)
+            return self.flat.grads[first:last]
+        if self.kept and name in self.kept.buffers:
+            return self.kept.buffer(name, bucket)
         named = {"grads": self.flat.grads, "params": self.flat.params, "running": self.running}
-        return (named | {"statistics": self.statistics, "norm": self.norm, "score": self.score})[name]
+        return (
+            named
+            | {"gradients": self.flat.grads}
+            | {"statistics": self.statistics, "norm": self.norm, "score": self.score}
+        )[name]
+
+    def views(self, names: Sequence[str], fragment: int) -> list[list[Tensor]]:
+        """What a synchronisation rule's update is made on."""
+        return self.kept.views(names, fragment) if self.kept else []
 
     def zero(self) -> None:
         """Begin a step."""
@@ -156,7 +175,10 @@ class NativeEngine:
 
     def gradient_norm(self) -> None:
         """Square of the gradient's norm on this stage."""
-        self.norm[0] = float(self.flat.grads.double().square().sum()) / self.weight**2
+        squares = self.flat.grads.double().square()
+        for first, last in self.elsewhere:
+            squares[first:last] = 0
+        self.norm[0] = float(squares.sum()) / self.weight**2
 
     def update(self) -> None:
         """One optimiser step."""
@@ -180,6 +202,11 @@ class NativeEngine:
         """This stage's part of the network's state_dict."""
         return get_weights(self.ensemble, self.task, [0], self.done)
 
+    def square_sum(self) -> float:
+        """Of the parameters."""
+        return float(self.flat.params.square().sum())
+
     def bytes_held(self) -> int:
         """Bytes of weights, gradients and the optimiser's state."""
-        return 3 * self.flat.params.nbytes + self.threads * self.flat.grads.nbytes
+        kept = sum(t.nbytes for t in self.kept.buffers.values()) if self.kept else 0
+        return 3 * self.flat.params.nbytes + self.threads * self.flat.grads.nbytes + kept

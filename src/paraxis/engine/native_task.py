@@ -10,6 +10,8 @@ from torch import Tensor
 
 from paraxis.engine.native_engine import extension
 from paraxis.engine.rules import Hyper
+from paraxis.errors import PlanError
+from paraxis.program.instructions import Program
 from paraxis.task.batches import ArraySource, Source
 from paraxis.task.task import Task
 
@@ -27,17 +29,32 @@ class Feed:
     scale: float  # of inputs that are bytes
 
 
+def check_native(program: Program) -> None:
+    """Raises PlanError for a program whose schedule the native engine has no instructions for."""
+    if len(program.stages) > program.mesh.pp:
+        raise PlanError("engine=native has one stage on each rank: leave out interleave")
+    if any(program.parted(stage) for stage in range(len(program.stages))):
+        raise PlanError(
+            "engine=native makes both gradients in one B: its schedules have no I and W, engine=torch's may"
+        )
+
+
 def feed_of(task: Task, source: Source, step: int, steps: int, cache: dict[int, np.ndarray]) -> Feed:
     """Up to `steps` steps from `step` on; arrays in memory are made channels-last once and kept in `cache`."""
     if isinstance(source, ArraySource):
-        key, kept = id(source.inputs), source.inputs
-        if key not in cache:
-            cache[key] = channels_last(kept if kept.dtype == torch.uint8 else kept.to(task.dtype))
         if source.shuffled:
             index, size = source.numbers(step, steps), ALL
         else:
             numbers = np.arange(step * source.batch, (step + steps) * source.batch)
             index, size = np.minimum(numbers, source.size - 1).reshape(steps, -1), source.size - step * source.batch
+        if source.tokens:  # bytes in memory: only those of these steps are made wide
+            inputs, targets = (
+                part.numpy()[index.reshape(-1)].astype(np.int64) for part in (source.inputs, source.targets)
+            )
+            return Feed(inputs, targets, np.arange(index.size).reshape(index.shape), size, 1.0)
+        key, kept = id(source.inputs), source.inputs
+        if key not in cache:
+            cache[key] = channels_last(kept if kept.dtype == torch.uint8 else kept.to(task.dtype))
         return Feed(cache[key], source.targets.numpy(), index, size, 1 / 255)
     inputs, targets = source.share(step, 0, source.batch)
     data = channels_last(inputs.to(task.dtype)), targets.contiguous().numpy()

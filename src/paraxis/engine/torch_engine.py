@@ -1,6 +1,6 @@
 """The PyTorch engine, one rank: its stages, the flat buffers of their parameters and gradients, and the updates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from paraxis.engine.flat import Flat, flatten
+from paraxis.engine.kept import keep
 from paraxis.engine.pausing import pausing_for
 from paraxis.engine.rules import RULES, State
+from paraxis.engine.sharding import Shards, ends, shard
 from paraxis.engine.statistics import joined
 from paraxis.engine.torch_stage import Step, TorchStage
-from paraxis.errors import PlanError
+from paraxis.errors import PlanError, ProgramError
 from paraxis.program.instructions import MOMENTS, REDUCES, Program
 from paraxis.program.shares import chosen
 from paraxis.task.batches import Source
@@ -45,29 +47,40 @@ class TorchEngine:
             raise PlanError(f"tp={tp}: {kind} may look at whole tensors, of which a rank has parts; dp takes it")
         unreached = task.keyed.unreached  # an optimiser leaves parameters alone that never get a gradient
         groups = [[p for p in g["params"] if id(p) not in unreached] for g in self.hyper.groups]
-        self.flat: Flat = flatten(self.segments, groups, task.names, task.dtype)
+        self.shares: Shards | None = None
+        apart = program.zero > 0 or program.common()
+        padded = (program.mesh.dp, ends(program, rank, places)) if apart else (1, ())
+        self.flat: Flat = flatten(self.segments, groups, task.names, task.dtype, *padded)
+        if apart:
+            self.shares = shard(self.flat, program, rank, places)
+            self.flat = self.shares.flat
         for p in (p for g in self.hyper.groups for p in g["params"] if id(p) in unreached):
             p.grad = None
+        sizes = {task.names[id(p)]: p.numel() for p in task.net.parameters() if p.requires_grad}
+        self.kept = keep(program, self.flat.params, self.flat.names, sizes)
         for stage in self.stages.values():
             stage.pausing = pausing_for(stage, program, self.flat.grads.device)
         self._keep_own_parameters(task, first=own[0] == 0)
         self.gradients_flat = self.flat.grads[len(self.flat.totals) :]
-        # Cut once: every tensor operation, be it a mere slice, costs microseconds of a step.
-        self.runs: list[tuple[Tensor, Tensor, State, dict[str, Any]]] = [
-            (self.flat.params[a:b], self.gradients_flat[a:b], {}, self.hyper.groups[group])
-            for group, a, b in self.flat.runs
-            if group >= 0
-        ]
-        self.part = 0, 1  # of the parameters, that this rank updates
+        owned = self.shares.own_gradients() if self.shares else [(0, self.gradients_flat)]
+        self.runs = self._runs()
+        self.copies: dict[int, Tensor] = {}  # of parameters that no rank has whole
         self.totals = self.flat.totals
         self.rule: Callable[..., None] | None = RULES.get(self.hyper.rule)
+        if program.zero and self.rule is None:
+            kind = type(self.hyper.optimizer).__name__
+            raise PlanError(f"zero={program.zero}: {kind} needs whole parameters; SGD, Adam and AdamW take shares")
         self.now.unit = self.now.unit.to(self.flat.params.device)
         named = {name: (first, last) for name, first, last in self.flat.names}
         self.tied = {number: named[tie.parameter] for number, tie in program.ties_of(rank).items()}
         elsewhere = {self.tied[n] for n, tie in program.ties_of(rank).items() if tie.stages[0] not in own}
         if program.mesh.coordinates(rank)[2]:  # what is whole on every rank of its group is counted on the first
             elsewhere |= {range_ for name, range_ in named.items() if name not in self.shards}
-        self.counted = _without(list(elsewhere), len(self.gradients_flat))  # in the norm: one copy of each
+        self.elsewhere = elsewhere  # ranges of parameters that a rank before this one has, too
+        counted = _without(list(elsewhere), max(at + len(own) for at, own in owned))  # in the norm: one copy of each
+        self.counted = [
+            own[max(a - at, 0) : b - at] for at, own in owned for a, b in counted if a < at + len(own) and b > at
+        ]
         self.norm = torch.zeros(1, dtype=torch.float64)
         self.running, self.collected = joined([stage.statistics for stage in self.stages.values()])
         replicas = program.mesh.dp if program.epilogue else 1  # those that agree later each train on their own batch
@@ -112,6 +125,8 @@ class TorchEngine:
 
     def buffer(self, name: str, bucket: int, stage: int = -1) -> Tensor:
         """A declared flat buffer, or a segment's part of the gradients."""
+        if self.shares and name in ("grads", "params"):
+            return self.shares.buffer(name, bucket, stage)
         if name == "grads":
             return self.flat.gradients(bucket if bucket < 0 else self.places[stage, bucket])
         if name == "tied":
@@ -121,8 +136,11 @@ class TorchEngine:
             pausing = self.stages[stage].pausing
             assert pausing is not None, "only a stage that pauses has moments"
             return pausing.moments[bucket]
+        if self.kept and name in self.kept.buffers:
+            return self.kept.buffer(name, bucket)
         return {
             "params": self.flat.params,
+            "gradients": self.gradients_flat,
             "totals": self.totals,
             "score": self.score,
             "norm": self.norm,
@@ -130,28 +148,38 @@ class TorchEngine:
             "running": self.running,
         }[name]
 
-    def keep_to(self, part: int, parts: int) -> None:
-        """Update only one of `parts` equal shares of the parameters from now on."""
-        if self.part != (part, parts):
-            self.part = part, parts
-            first, last = self._own_part()
-            cut = [(max(a, first), min(b, last), group) for group, a, b in self.flat.runs if group >= 0]
-            self.runs = [
-                (self.flat.params[a:b], self.gradients_flat[a:b], {}, self.hyper.groups[group])
-                for a, b, group in cut
-                if a < b
-            ]
+    def reserve(self, name: str, bucket: int, stage: int) -> None:
+        """Memory for a bucket's parameters or gradients."""
+        self._shares().reserve(name, bucket, stage)
 
-    def only_own_part(self, part: int, parts: int) -> None:
-        """Clear the parameters of the other shares, before they are gathered."""
-        first, last = self._own_part()
-        self.flat.params[:first].zero_()
-        self.flat.params[last:].zero_()
+    def views(self, names: Sequence[str], fragment: int) -> list[list[Tensor]]:
+        """What a synchronisation rule's update is made on."""
+        return self.kept.views(names, fragment) if self.kept else []
 
-    def _own_part(self) -> tuple[int, int]:
-        part, parts = self.part
-        each = -(-self.flat.params.numel() // parts)
-        return min(part * each, self.flat.params.numel()), min((part + 1) * each, self.flat.params.numel())
+    def release(self, name: str, bucket: int, stage: int) -> None:
+        """Let it go."""
+        self._shares().release(name, bucket, stage)
+
+    def take_share(self, bucket: int, stage: int) -> None:
+        """Keep one's own part of gradients that have been reduced."""
+        self._shares().take_share(bucket, stage)
+
+    def copy(self, bucket: int, stage: int) -> None:
+        """Keep a copy of a bucket's parameters while they are whole."""
+        self.copies |= {id(p): p.detach().clone() for p in self._shares().members(bucket, stage)}
+
+    def _shares(self) -> Shards:
+        if self.shares is None:
+            raise ProgramError("this program shards nothing")
+        return self.shares
+
+    def _runs(self) -> list[tuple[Tensor, Tensor, State, dict[str, Any]]]:
+        """What an update goes over, cut once: every tensor operation, be it a mere slice, costs microseconds."""
+        if self.shares:
+            found = self.shares.own_runs()
+        else:
+            found = [(group, self.flat.params[a:b], self.gradients_flat[a:b]) for group, a, b in self.flat.runs]
+        return [(weights, grads, {}, self.hyper.groups[group]) for group, weights, grads in found if group >= 0]
 
     def zero(self) -> None:
         """Begin a step."""
@@ -164,11 +192,7 @@ class TorchEngine:
 
     def gradient_norm(self) -> None:
         """Square of the gradient's norm on this rank."""
-        first, last = self._own_part()
-        own = [
-            self.gradients_flat[max(a, first) : min(b, last)] for a, b in self.counted if max(a, first) < min(b, last)
-        ]
-        self.norm[0] = sum(float(torch.dot(g, g)) for g in own) * self.scale() ** 2
+        self.norm[0] = sum(float(torch.dot(g, g)) for g in self.counted) * self.scale() ** 2
 
     def update(self) -> None:
         """One optimiser step on the flat buffers."""
@@ -210,15 +234,31 @@ class TorchEngine:
     # -- in and out --------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's part of the network's state_dict."""
+        """This rank's part of the network's state_dict; of stage 3 of ZeRO, what the body `state` has just copied."""
+        copies, self.copies = self.copies, {}
         for stage in self.stages.values():
             stage.statistics.restore()
-        return {name: value.detach().clone() for name, value in self.named.items()}
+        return {name: copies.get(id(value), value).detach().clone() for name, value in self.named.items()}
+
+    def square_sum(self) -> float:
+        """Of the parameters; as `state`."""
+        copies, self.copies = self.copies, {}
+        again = 0.0 if copies else sum(float(self.flat.params[a:b].square().sum()) for a, b in self.elsewhere)
+        return sum(float(t.square().sum()) for t in copies.values() or [self.flat.params]) - again
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes of parameters and gradients, whole or in shares as they are now, and of the optimiser's state."""
+        whole = self.shares.transient if self.shares else lambda name: 0
+        return {
+            "params": self.flat.params.nbytes + whole("params"),
+            "grads": self.flat.grads.nbytes + whole("grads"),
+            "state": sum(t.nbytes for run in self.runs for t in run[2].values())
+            + sum(t.nbytes for t in (self.kept.buffers.values() if self.kept else ())),
+        }
 
     def bytes_held(self) -> int:
         """Bytes of the flat buffers and the optimiser's state."""
-        kept = [self.flat.params, self.flat.grads, *(t for run in self.runs for t in run[2].values())]
-        return sum(t.nbytes for t in kept)
+        return sum(self.bytes_by_kind().values())
 
 
 def _without(parts: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from paraxis.engine.boundary import boundaries, leaf
+from paraxis.engine.parted import Parting, parting_for
 from paraxis.engine.pausing import Pausing
 from paraxis.engine.statistics import StageStatistics
 from paraxis.program.instructions import Program
@@ -56,6 +57,7 @@ class TorchStage:
         self.entry, self.exit, self.entry_counts = boundaries(task, program, stage, self.slice_size)
         cuts = program.segments[stage]
         self.segments = [task.chain[first:last] for first, last in cuts]
+        self.parting: Parting | None = parting_for(program, stage, self.segments)
         self.calls = [[task.callable(layer) for layer in segment] for segment in self.segments]
         self.altered = [first in task.altering for first, _ in cuts]
         self.words = program.borders(stage)
@@ -65,6 +67,8 @@ class TorchStage:
 
     def clear(self) -> None:
         """Forget all microbatches in flight."""
+        if self.parting is not None:
+            self.parting.clear()
         self.batches: dict[int, Nest] = {}
         self.counts: dict[int, dict[str, int]] = {}
         self.arrived: dict[int, Nest] = {}
@@ -167,6 +171,19 @@ class TorchStage:
             self.gradients[segment - 1, microbatch] = list(upstream)
         elif self.stage:
             self.leaving[microbatch] = [g.contiguous() for g in upstream]
+
+    def input_gradient(self, segment: int, microbatch: int) -> None:
+        """I of one segment: a backward that leaves to W what can be left; a whole one where the stage has no W."""
+        if self.parting is None:
+            self.backward(segment, microbatch)
+            return
+        with self.parting.keeping((segment, microbatch)):
+            self.backward(segment, microbatch)
+
+    def weight_gradient(self, segment: int, microbatch: int) -> None:
+        """W of one segment: adds to the flat gradients what I has left."""
+        assert self.parting is not None, "the program has a W for this stage"
+        self.parting.finish((segment, microbatch))
 
     def _descent(self, segment: int, microbatch: int) -> tuple[list[Tensor], Callable[[], None]]:
         """(what collects a gradient in front, autograd's work from what has been made there)."""

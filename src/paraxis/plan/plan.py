@@ -6,11 +6,14 @@ from difflib import get_close_matches
 from typing import Any
 
 from paraxis.errors import PlanError, ProgramError
-from paraxis.plan.schedules import ONE_STAGE, SCHEDULES
+from paraxis.plan.own import is_own
+from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES, parted
+from paraxis.sync import rule as sync_rule
 
 ENGINES = ("torch", "native", "plain")
 COMMS = ("openmp", "mpi", "gloo", "nccl")
 GRADIENTS = ("private", "owner")
+SHARDED_BUCKET = 512 << 10  # bytes of a bucket of ZeRO 2 and 3 by default: below it messages cost more than memory
 SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -54,10 +57,13 @@ class Mesh:
 class Plan:
     """How to train; equal programs have equal text, because keys without effect take their default.
 
-    `interleave` is the number of stages on each rank, `split` the number of layers of each stage (empty: balanced by
-    measured cost); `threads` are an engine's own in one rank; `bucket_bytes` 0 reduces all gradients at once; `sync` is
-    "gradient", "average@H" (H steps), "average@epoch" or "hogwild". Under comm=openmp ranks are threads, whose weight
-    `gradients` are "private" (each rank those of its samples, then summed) or "owner" (each its own block, over all).
+    `interleave` is the number of stages on each rank (2 with schedule=interleaved unless more are asked for), `split`
+    the number of layers of each stage (empty: balanced by measured cost); `threads` are an engine's own in one rank;
+    `bucket_bytes` 0 reduces all gradients at once; `sync` is "gradient", "hogwild" or a rule of paraxis.sync, such as
+    "average@8" or "diloco@epoch:bf16". Under comm=openmp ranks are threads, whose weight `gradients` are "private"
+    (each rank those of its samples, then summed) or "owner" (each its own block, over all). `zero` is the stage of ZeRO
+    (Rajbhandari et al. 2020): of optimizer state (1), gradients too (2) and parameters too (3), each replica keeps only
+    its share.
     Raises PlanError for values that no network could meet.
     """
 
@@ -74,6 +80,7 @@ class Plan:
     threads: int = 1
     bucket_bytes: int = 0
     gradients: str = "private"
+    zero: int = 0
 
     def __post_init__(self) -> None:
         for key in ("dp", "pp", "tp", "microbatches", "interleave", "threads"):
@@ -82,6 +89,8 @@ class Plan:
         if self.bucket_bytes < 0:
             raise PlanError(f"bucket_bytes={self.bucket_bytes}: it takes 0 (all at once) or more, such as 1M")
         self._check_words()
+        if self.interleave == 1 and self._ordered():
+            object.__setattr__(self, "interleave", STAGES.get(self.schedule, 1))
         if self.split and len(self.split) != self.stages:
             ranks = f"pp={self.pp}" + f",interleave={self.interleave}" * (self.interleave > 1)
             raise PlanError(f"split={_plus(self.split)} names {len(self.split)} stages, but {ranks}")
@@ -93,10 +102,11 @@ class Plan:
         words = {"schedule": ("", *SCHEDULES), "engine": ENGINES, "comm": ("", *COMMS), "gradients": GRADIENTS}
         for key, allowed in words.items():
             value = getattr(self, key)
-            if value not in allowed:
+            if value not in allowed and not (key == "schedule" and is_own(value)):
                 raise PlanError(f"{key}={value}: {_suggest(value, [w for w in allowed if w])}")
-        period(self.sync, steps_per_epoch=1)
         self._check_engine()
+        self._check_zero()
+        self._check_sync()
         self._check_threads()
         self._check_interleave()
 
@@ -115,10 +125,43 @@ class Plan:
         if self.gradients == "owner" and not (threaded and self.microbatches == self.pp == 1):
             raise PlanError("gradients=owner needs dp=N,engine=native,comm=openmp, sync=gradient, microbatches=1, pp=1")
 
+    def _check_zero(self) -> None:
+        if not 0 <= self.zero <= 3:
+            raise PlanError(f"zero={self.zero}: it takes 0 (nothing sharded), 1, 2 or 3")
+        if self.zero == 0 or self.dp == 1:
+            return
+        if self.engine == "native" and (self.comm or "openmp") == "openmp":
+            raise PlanError(f"zero={self.zero}: with comm=openmp replicas share one copy of the weights already")
+        if self.engine == "native":
+            raise PlanError(f"zero={self.zero}: engine=native keeps its weights whole; engine=torch can shard them")
+        if self.sync != "gradient":
+            raise PlanError(f"zero={self.zero}: with sync={self.sync} replicas differ; shares take sync=gradient")
+
+    def _check_sync(self) -> None:
+        sync = sync_rule.parse(self.sync)
+        if sync is None or self.dp == 1 or self.engine != "native":
+            return
+        threads = (self.comm or "openmp") == "openmp"
+        if threads and sync.rule.gradients:
+            raise PlanError(f"sync={self.sync}: threads send nothing that could be smaller; take sync=gradient")
+        if threads and sync.payload:
+            raise PlanError(f"sync={self.sync}: threads send nothing; leave out {sync.payload}")
+        if sync.fragments > 1 or sync.payload == "int8":
+            what = "fragments" if sync.fragments > 1 else "int8"
+            raise PlanError(f"sync={self.sync}: engine=native has its weights in one piece; leave out {what}")
+
     def _check_interleave(self) -> None:
         if self.interleave > 1 and self.microbatches > 1 and (self.schedule or "1f1b") in ONE_STAGE:
             several = ", ".join(name for name in SCHEDULES if name not in ONE_STAGE)
             raise PlanError(f"interleave={self.interleave}: several stages a rank take schedule={several}")
+        known = self.schedule in SCHEDULES  # of a user's own the engine says what it has not
+        if self.engine == "native" and self._ordered() and known and (self.schedule in STAGES or parted(self.schedule)):
+            whole = ", ".join(name for name in SCHEDULES if name not in STAGES and not parted(name))
+            raise PlanError(f"schedule={self.schedule}: engine=native takes {whole}; this one takes engine=torch")
+
+    def _ordered(self) -> bool:
+        """Whether there is an order of microbatches that a schedule can choose."""
+        return self.pp > 1 and self.microbatches > 1 and self.schedule != ""
 
     def _check_threads(self) -> None:
         inside = self.mesh.size > 1 and self.comm not in ("", "openmp")
@@ -128,8 +171,8 @@ class Plan:
 
     def _drop_what_has_no_effect(self) -> None:
         quiet: dict[str, Any] = {}
-        if self.sync.removeprefix("average@").isdecimal():
-            quiet["sync"] = f"average@{int(self.sync.removeprefix('average@'))}"
+        if sync := sync_rule.parse(self.sync):
+            quiet["sync"] = sync.text()
         if self.mesh.size == 1:
             quiet["comm"] = ""
         elif not self.comm:
@@ -139,10 +182,12 @@ class Plan:
         if self.dp == 1 or self.sync != "gradient":
             quiet["bucket_bytes"] = 0
         if self.dp == 1:
-            quiet["gradients"] = "private"
+            quiet |= {"gradients": "private", "zero": 0}
+        elif self.zero > 1 and not self.bucket_bytes:
+            quiet["bucket_bytes"] = SHARDED_BUCKET
         if self.pp == 1:
             quiet |= {"schedule": "", "split": (), "interleave": 1}
-        elif self.microbatches == 1 or not self.schedule:
+        elif not is_own(self.schedule) and (self.microbatches == 1 or not self.schedule):
             quiet["schedule"] = "layerwise" if self.microbatches == 1 else "1f1b"
         for key, value in quiet.items():
             object.__setattr__(self, key, value)
@@ -179,8 +224,9 @@ class Plan:
     def short(self) -> str:
         """Only the keys that differ from their default, as one types it."""
         differ = [f for f in fields(self) if getattr(self, f.name) != f.default]
-        implied = "layerwise" if self.microbatches == 1 else "1f1b"
-        shown = [f for f in differ if not (f.name == "schedule" and self.schedule == implied)]
+        implied: dict[str, object] = {"schedule": "layerwise" if self.microbatches == 1 else "1f1b"}
+        implied |= {"bucket_bytes": SHARDED_BUCKET} if self.zero > 1 else {}
+        shown = [f for f in differ if implied.get(f.name) != getattr(self, f.name)]
         return ",".join(f"{f.name}={_show(getattr(self, f.name))}" for f in shown) or "serial"
 
     def label(self) -> str:
@@ -188,13 +234,15 @@ class Plan:
         if self.engine == "plain":
             return f"today: 1 process, {self.threads} thread{'s' * (self.threads > 1)}"
         words = [f"{axis}={getattr(self, axis)}" for axis in ("dp", "pp", "tp") if getattr(self, axis) > 1]
-        words += [self.schedule] * bool(self.schedule)
+        words += [self.schedule.rpartition("/")[2]] * bool(self.schedule)
         words += [f"m={self.microbatches}"] * (self.microbatches > 1)
         words += [f"{self.interleave} stages a rank"] * (self.interleave > 1)
         words += [self.sync] * (self.sync != "gradient")
         words += [f"{self.gradients} gradients"] * (self.gradients != "private")
+        words += [f"zero={self.zero}"] * (self.zero > 0)
         words += [f"threads={self.threads}"] * (self.threads > 1)
-        words += [f"bucket={_bytes(self.bucket_bytes)}"] * (self.bucket_bytes > 0)
+        usual = SHARDED_BUCKET if self.zero > 1 else 0
+        words += [f"bucket={_bytes(self.bucket_bytes)}"] * (self.bucket_bytes != usual)
         words += ["serial"] * (not words)
         words += ["native"] * (self.engine == "native" and self.comm != "openmp")
         return " ".join([*words, self.comm]).strip()
@@ -221,15 +269,9 @@ def parse(text: str) -> Plan:
 
 
 def period(sync: str, steps_per_epoch: int) -> int:
-    """Steps between two agreements of the replicas: 1, H of `average@H`, or an epoch's steps."""
-    rule, _, every = sync.partition("@")
-    if sync in ("gradient", "hogwild"):
-        return 1
-    if rule == "average" and every == "epoch":
-        return steps_per_epoch
-    if rule == "average" and every.isdecimal() and int(every) >= 1:
-        return int(every)
-    raise PlanError(f"sync={sync}: it takes gradient, average@H with H steps, average@epoch or hogwild")
+    """Steps until replicas have agreed on everything: 1, H of `average@H`, or an epoch's steps; raises PlanError."""
+    found = sync_rule.parse(sync)
+    return 1 if found is None or not found.rule.agreements else found.every or steps_per_epoch
 
 
 def with_split(plan: Plan, split: Iterable[int]) -> Plan:

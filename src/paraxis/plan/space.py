@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from itertools import zip_longest
 
 from paraxis.plan.plan import Plan
+from paraxis.plan.schedules import SCHEDULES, STAGES, parted
 
 AVERAGE_EVERY = 8
+ELABORATE = [name for name in SCHEDULES if name in STAGES or parted(name)]  # the schedules of engine=torch alone
 TRANSPORTS = ("openmp", "mpi", "gloo")
 
 
@@ -33,11 +35,15 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
     processes = [comm for comm in comms if comm != "openmp"]
     for kind in _kinds(workers, layers, inexact):
         for comm in comms if "tp" not in kind else processes[:1]:
-            yield Plan(**kind, comm=comm, engine="native" if comm == "openmp" else "torch")  # type: ignore[arg-type]
+            if comm != "openmp" or kind.get("schedule") not in ELABORATE:
+                engine = "native" if comm == "openmp" else "torch"
+                yield Plan(**kind, comm=comm, engine=engine)  # type: ignore[arg-type]
         if kind == {"dp": workers} and "openmp" in comms:
             yield Plan(dp=workers, comm="openmp", engine="native", gradients="owner")
     if not processes:
         return
+    if inexact:
+        yield from (Plan(dp=workers, sync="compressed", comm=comm) for comm in processes)
     yield Plan(threads=workers)
     for ranks in rungs(workers // 2)[1:]:
         if workers % ranks == 0:
@@ -53,8 +59,12 @@ def _kinds(workers: int, layers: int, inexact: bool) -> Iterator[dict[str, objec
         grid = {"dp": workers // pp, "pp": pp}
         for m in (2 * pp, 4 * pp):
             yield grid | {"schedule": "1f1b", "microbatches": m}
+        for name in ELABORATE:
+            if pp * STAGES.get(name, 1) <= layers:
+                yield grid | {"schedule": name, "microbatches": 2 * pp}
         yield grid | {"schedule": "gpipe", "microbatches": 2 * pp}
         yield grid | {"schedule": "layerwise"}
     if inexact:
         yield {"dp": workers, "sync": f"average@{AVERAGE_EVERY}"}
+        yield {"dp": workers, "sync": f"diloco@{AVERAGE_EVERY}"}
         yield {"dp": workers, "sync": "average@epoch"}

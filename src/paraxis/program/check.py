@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from paraxis.errors import ProgramError
+from paraxis.program.check_shards import Shards
 from paraxis.program.grid import point_at
 from paraxis.program.hang import check_hang
 from paraxis.program.instructions import (
@@ -23,6 +24,7 @@ from paraxis.program.instructions import (
     Program,
 )
 from paraxis.program.meetings import awaited, begins, kind, reach
+from paraxis.sync.rule import updates
 
 SUMS = {
     "moments": "the replicas' sums of batch norm {}",
@@ -35,7 +37,10 @@ Fail = Callable[[int, str], NoReturn]
 
 @dataclass(frozen=True)
 class Checked:
-    """What a correct program was found to need: most microbatches alive at once on each rank."""
+    """What a correct program was found to need: most activations of stages alive at once on each rank.
+
+    An activation lives from its F to its B, or to its W.
+    """
 
     peak_live: tuple[int, ...]
 
@@ -54,7 +59,7 @@ class _Rank:
     met: set[tuple[str, int, int, int]] = field(default_factory=set)  # (buffer or op, stage, border, microbatch)
     midway: dict[int, Instruction] = field(default_factory=dict)  # of each stage, what stands still in the middle of it
     tied: set[int] = field(default_factory=set)  # ties whose copies have been added up
-    parted: set[tuple[int, int, int]] = field(default_factory=set)  # backwards that left the weights' gradient to a W
+    parted: set[tuple[int, int, int]] = field(default_factory=set)  # I whose W is still to come
     factors: bool = False  # of weight gradients: those of all ranks are there
     gathered: bool = False
     peak: int = 0
@@ -63,7 +68,8 @@ class _Rank:
 def check(program: Program) -> Checked:
     """Raises ProgramError or Deadlock with the grid and an arrow at the fault; else tells the peak of live work."""
     peaks = [0] * program.mesh.size
-    for part in (*_unrolled(program), *(name for name, _ in program.epilogue), "evaluate", "score"):
+    begin = [name for name, _ in program.prologue]
+    for part in (*begin, *_unrolled(program), *_apart(program)):
         body = program.body(part)
         if len(body) != program.mesh.size:
             raise ProgramError(f"body {part} has {len(body)} ranks, but the mesh has {program.mesh.size}")
@@ -71,8 +77,8 @@ def check(program: Program) -> Checked:
             peak = _check_rank(program, part, rank, instructions)
             peaks[rank] = max(peaks[rank], peak)
         _check_slices(program, part)
-    check_hang(program.mesh, [program.body(part) for part in _unrolled(program)])
-    for name in ("evaluate", "score", *(name for name, _ in program.epilogue)):
+    check_hang(program.mesh, [program.body(part) for part in (*begin, *_unrolled(program))])
+    for name in _apart(program):
         check_hang(program.mesh, [program.body(name)])
     return Checked(tuple(peaks))
 
@@ -81,6 +87,12 @@ def _unrolled(program: Program) -> list[str]:
     """A period plus one step; long runs of one body are as good as two of it."""
     names = [name for name, times in program.period for _ in range(min(times, 2))]
     return [*names, names[0]]
+
+
+def _apart(program: Program) -> list[str]:
+    """Bodies that run by themselves."""
+    shared = {name for name, _ in program.bodies} & {"evaluate", "score", "state"}
+    return [*(name for name, _ in program.epilogue), *sorted(shared)]
 
 
 def _check_slices(program: Program, part: str) -> None:
@@ -95,13 +107,14 @@ def _check_slices(program: Program, part: str) -> None:
 
 def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[Instruction]) -> int:
     """What one rank can violate alone, in one body. Returns the peak of live microbatches."""
-    state, body = _Rank(), program.body(part)
+    state, body, shards = _Rank(), program.body(part), Shards(program.zero)
 
     def fail(slot: int, why: str) -> NoReturn:
         raise ProgramError(f"rank {rank}, slot {slot} of {part}: {why}\n{point_at(body, rank, slot)}")
 
     for slot, i in enumerate(instructions):
         _check_token(state, i, slot, fail)
+        shards.see(i, slot, fail)
         if i.op in COMPUTE and not (0 <= i.microbatch < program.microbatches and i.stage in program.stages_of(rank)):
             own, stages = ", ".join(map(str, program.stages_of(rank))), len(program.stages)
             known = f"there are {program.microbatches} microbatches and {stages} stages, of which {own} here"
@@ -124,12 +137,13 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             _check_meeting(program, state, i, slot, fail)
         elif i.buffer == "tied":
             _check_tie(program, rank, state, i, slot, fail)
-        elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm"):
+        elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm", *updates()):
             _check_write(program, rank, state, i, slot, fail)
-        state.peak = max(state.peak, len({(f[0], f[2]) for f in state.forward - state.backward}))
+        state.peak = max(state.peak, len({(f[0], f[2]) for f in (state.forward - state.backward) | state.parted}))
     if state.open:
         token, i = next(iter(state.open.items()))
         fail(len(instructions) - 1, f"{i.op} {i.label()} (token {token}) is never awaited")
+    shards.end(set(_buckets(program, rank)), len(instructions) - 1, fail)
     if any(i.op in BACKWARD for row in body for i in row):
         _check_complete(program, state, rank, fail, len(instructions) - 1)
         _check_shared(program, state, instructions, fail)
@@ -233,10 +247,13 @@ def _check_weight_gradient(state: _Rank, i: Instruction, slot: int, fail: Fail) 
     key = (i.stage, i.segment, i.microbatch)
     if key not in state.parted:
         fail(slot, f"{i.label()} without an I{i.microbatch} before it")
-    if not state.factors:
+    if i.rule == "owner" and not state.factors:
         fail(slot, f"{i.label()} before the other ranks' factors are there")
+    if i.rule != "owner" and (i.stage, i.segment) in state.reduced:
+        fail(slot, f"{i.label()} adds to bucket {i.segment} after its reduction has started")
     state.parted.remove(key)
-    state.reduced.add((i.stage, i.segment))
+    if i.rule == "owner":
+        state.reduced.add((i.stage, i.segment))
 
 
 def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
@@ -251,7 +268,7 @@ def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: 
         fail(slot, f"{i.label()} adds up {tie.parameter} twice")
     own = [place for place in _buckets(program, rank) if place[0] in tie.stages]
     done = sum(1 for s, k, _ in state.backward if (s, k) in own)
-    if done < program.microbatches * len(own):
+    if done < program.microbatches * len(own) or any(key[:2] in own for key in state.parted):
         fail(slot, f"the copies of {tie.parameter} are added up before their last backward")
     replicas = program.mesh.dp > 1 and not program.epilogue and not program.common()
     if any(o.buffer == "grads" for o in state.open.values()) or any((p in state.reduced) != replicas for p in own):
@@ -262,11 +279,14 @@ def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: 
 def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
     """Reductions and updates: complete gradients only, and no write between F and B of a microbatch."""
     live = state.forward - state.backward
-    if (i.rule in ("step", "hogwild") or i.buffer == "params") and live:
+    writes = i.rule in ("step", "hogwild", *updates()) or (i.buffer == "params" and program.zero < 3)
+    if writes and live:
         fail(slot, f"{i.label()} writes parameters while microbatch {min(live)[2]} is between F and B")
     if i.starts and i.buffer == "grads":
         for stage, bucket in _buckets(program, rank) if i.bucket < 0 else [(i.stage, i.bucket)]:
-            done = sum(1 for s, k, _ in state.backward if (s, k) == (stage, bucket))
+            done = sum(1 for s, k, _ in state.backward - state.parted if (s, k) == (stage, bucket))
+            if done < program.microbatches and program.zero > 1:
+                return  # reduced microbatch by microbatch
             if done < program.microbatches:
                 fail(slot, f"bucket {bucket} is reduced after {done} of {program.microbatches} microbatches")
             state.reduced.add((stage, bucket))
@@ -274,9 +294,12 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
         fail(slot, f"{i.label()} before every microbatch has made its part")
     if i.waits and i.base == "AllGather":
         state.factors |= i.buffer == "factors"
-        state.gathered |= i.buffer == "params"
+        state.gathered |= i.buffer == "params" and program.zero < 3
     if i.rule in ("step", "norm") and (missing := program.ties_of(rank).keys() - state.tied):
         fail(slot, f"{i.label()} before the copies of {program.ties[min(missing)].parameter} have been added up")
+    busy = [o for o in state.open.values() if i.rule in updates() and o.buffer in updates()[i.rule][1]]
+    if busy:
+        fail(slot, f"{i.label()} does not wait for the reduction of {busy[0].buffer}")
     if i.rule == "step":
         if state.parted:
             fail(slot, f"the update comes without W{min(state.parted)[2]}, its microbatch's gradient of weights")
@@ -304,6 +327,8 @@ def _check_complete(program: Program, state: _Rank, rank: int, fail: Fail, slot:
         fail(slot, f"microbatch {missing[0][2]} is never computed")
     if leaked:
         fail(slot, f"the activation of microbatch {leaked[0][2]} is never used: its backward is missing")
+    if state.parted:
+        fail(slot, f"the gradient of weights of microbatch {min(state.parted)[2]} is never made: its W is missing")
 
 
 def _check_shared(program: Program, state: _Rank, instructions: Sequence[Instruction], fail: Fail) -> None:

@@ -93,6 +93,8 @@ def synchronised(plan: Plan, layout: Layout) -> bool:
         return False
     if plan.microbatches > 1 or plan.sync != "gradient":
         raise PlanError("batch norm over the whole batch needs microbatches=1 and sync=gradient; or a smaller bn_group")
+    if plan.zero > 1:
+        raise PlanError(f"zero={plan.zero}: batch norm over the whole batch cuts layers in two; zero=1 does not mind")
     if plan.bucket_bytes:
         raise PlanError(
             "bucket_bytes: synchronised batch norm cuts stages where its layers are; leave bucket_bytes out"

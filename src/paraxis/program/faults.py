@@ -10,7 +10,7 @@ from typing import Any
 
 from paraxis.errors import PlanError
 from paraxis.plan.plan import Plan
-from paraxis.program.instructions import BACKWARD, Instruction, Program
+from paraxis.program.instructions import GRADIENT, Instruction, Program
 
 Rewrite = Callable[[Program, int, list[Instruction]], Iterable[Instruction]]
 
@@ -58,12 +58,12 @@ def _with(match: Callable[[Instruction], bool], change: Callable[[Program, Instr
 
 
 def _early(match: Callable[[Instruction], bool]) -> Rewrite:
-    """Move what matches to just before the last backward."""
+    """Move what matches to just before the last that adds to a gradient."""
 
     def rewrite(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
         moved = [i for i in body if match(i)]
         rest = [i for i in body if not match(i)]
-        last = max(n for n, i in enumerate(rest) if i.op in BACKWARD)
+        last = max((n for n, i in enumerate(rest) if i.op in GRADIENT), default=0)
         return rest[:last] + moved + rest[last:]
 
     return rewrite
@@ -86,8 +86,8 @@ def _swap_samples(program: Program, rank: int, body: list[Instruction]) -> list[
 
 def _skip_backward(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
     """The first stage forgets the backward of its last microbatch."""
-    first = program.mesh.coordinates(rank)[1] == 0
-    return [i for i in body if not (first and i.op in BACKWARD and i.microbatch == program.microbatches - 1)]
+    last = program.microbatches - 1
+    return [i for i in body if not (i.stage == 0 and i.op in GRADIENT and i.microbatch == last)]
 
 
 def _local_slice(program: Program, i: Instruction) -> Instruction:
@@ -158,8 +158,16 @@ def _replicas(p: Plan) -> bool:
     return p.dp > 1 and p.sync == "gradient"
 
 
+def _agreeing(p: Plan) -> bool:
+    return p.dp > 1 and p.sync not in ("gradient", "hogwild")
+
+
 def _averaging(p: Plan) -> bool:
-    return p.sync != "gradient"
+    return p.sync.startswith("average")
+
+
+def _outer(p: Plan) -> bool:
+    return p.sync.startswith("diloco")
 
 
 def _replicated(p: Plan) -> bool:
@@ -236,7 +244,6 @@ FAULTS: dict[str, Fault] = {
         "pp > 1 and a network that ties weights across stages",
         _without(lambda i: i.buffer == "tied"),
     ),
-    "never-averaged": Fault("replicas never agree", _averaging, "sync=average@H", _without(PARAMS)),
     "dropped-output": Fault("parts of outputs are not added up", _shared, "tp > 1", _without(_of("ReduceAct"))),
     "dropped-input-gradient": Fault(
         "gradients of an input that ranks share are not added up",
@@ -253,5 +260,17 @@ FAULTS: dict[str, Fault] = {
     "summed-whole": Fault("gradients that every rank has whole are added up", _shared, "tp > 1", spoil=_summed_whole),
     "counted-whole": Fault(
         "what every rank has whole counts twice in the norm", _shared, "tp > 1 and --clip", spoil=_counted_whole
+    ),
+    "never-agreed": Fault(
+        "replicas never agree",
+        _agreeing,
+        "sync=average@H, diloco@H or compressed",
+        _without(lambda i: i.base == "AllReduce" and i.buffer in ("params", "delta", "grads")),
+    ),
+    "no-outer-momentum": Fault(
+        "the outer step forgets its momentum", _outer, "sync=diloco@H", _without(_of("Update", rule="nesterov"))
+    ),
+    "no-snapshot": Fault(
+        "the weights at the start are not remembered", _outer, "sync=diloco@H", _without(_of("Update", rule="snapshot"))
     ),
 }

@@ -12,16 +12,19 @@ from paraxis.errors import ProgramError
 from paraxis.plan.plan import Mesh
 
 COMPUTE = ("F", "B", "I", "W")
-BACKWARD = ("B", "I")  # what ends the life of an activation
+BACKWARD = ("B", "I")  # what makes the gradient of a stage's input
+GRADIENT = ("B", "I", "W")  # what adds to the gradients of weights
 SENDS = ("SendAct", "SendGrad")
 RECEIVES = ("RecvAct", "RecvGrad")
 REDUCES = ("ReduceAct", "ReduceGrad")  # what ranks that share layers add up in the middle of a stage
 COLLECTIVES = ("AllReduce", "ReduceScatter", "AllGather", *REDUCES)
+MEMORY = ("Reserve", "Release")  # of a bucket that is whole only while it is needed (ZeRO)
 MOMENTS = {"F": "moments", "B": "moment_grads"}  # what replicas add up where a batch norm cuts a stage
 HEAD = ("mesh", "microbatches", "stage", "meets", "buffer", "tie", "prologue", "period", "epilogue")  # of a program
 OPS = (
     *("Load", "F", "B", "I", "W", "Update"),
     *(f"{op}{end}" for op in (*SENDS, *RECEIVES, *COLLECTIVES) for end in ("Start", "Wait")),
+    *MEMORY,
 )
 
 
@@ -31,11 +34,13 @@ class Instruction:
 
     `slice` says which of the dp x microbatches equal slices of the global batch is meant, `peer` is a rank, `axis` a
     direction of the mesh (`pp:0+3`: of the pipeline these places), `buffer` a declared buffer, `bucket` a segment's
-    part of it (-1: all), `rule` an update rule.
+    or fragment's part of it (-1: all), `rule` an update rule, `payload` what summed elements travel as ("": as they
+    are; else `grads` go without their totals).
     A `W` with rule "owner" computes the rank's own block of the weights' gradient, over the samples of all replicas.
     Of buffers `moments` (in a forward) and `moment_grads` (in a backward), `bucket` is the batch norm between segments
     `bucket` and `bucket` + 1; of buffer `tied` it is the number of a tie. A `ReduceAct` or `ReduceGrad` stands between
     segments `segment` and `segment` + 1. An F or B covers segments from `segment` on; see program.meetings.
+    What shards a bucket's memory names the `segment`, microbatch and op (as `rule`) that it is made whole for.
     """
 
     op: str
@@ -50,6 +55,7 @@ class Instruction:
     reduction: str = ""
     rule: str = ""
     token: int = -1
+    payload: str = ""
 
     @property
     def base(self) -> str:
@@ -72,10 +78,11 @@ class Instruction:
         return self.stage - (self.base in ("RecvAct", "SendGrad"))
 
     @property
-    def meeting(self) -> tuple[str, str, str, int, int, int, int]:
+    def meeting(self) -> tuple[str | int, ...]:
         """Of a collective: what the ranks of its group must have in common."""
-        stage = -1 if self.axis.startswith("pp") else self.stage
-        return self.base, self.axis, self.buffer, stage, self.bucket, self.segment, self.microbatch
+        place = -1 if self.axis.startswith("pp") else self.stage
+        words = self.base, self.axis, self.buffer, self.rule, self.payload
+        return *words, place, self.bucket, self.segment, self.microbatch
 
     def text(self) -> str:
         """`F stage=0 segment=1 microbatch=2`; `parse_instruction` gives the same back."""
@@ -93,19 +100,24 @@ class Instruction:
         short = {"SendAct": "sA", "SendGrad": "sG", "RecvAct": "rA", "RecvGrad": "rG", "AllReduce": "AR", "Load": "L"}
         short |= {"ReduceScatter": "RS", "AllGather": "AG", "ReduceAct": "RA", "ReduceGrad": "RG"}
         mark = "<" if self.starts else ">" if self.waits else ""
-        number = self.microbatch if self.microbatch >= 0 else self.bucket
         if self.base in REDUCES:
-            return f"{short[self.base]}{number}.{self.segment}{mark}"
+            return f"{short[self.base]}{self.microbatch}.{self.segment}{mark}"
         if self.buffer in MOMENTS.values():
             return f"ARm{self.bucket}{mark}"
         if self.buffer == "tied":
             return f"ARt{self.bucket}{mark}"
+        if self.op in MEMORY:
+            return f"{'+' if self.op == 'Reserve' else '-'}{self.buffer[:1]}{self.bucket}"
+        number = self.bucket if self.base in COLLECTIVES else self.microbatch
         return f"{short[self.base]}{number if number >= 0 else self.buffer[:1]}{mark}"
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """A named flat buffer of every rank; `shared` is one copy that several ranks see."""
+    """A named flat buffer of every rank; `shared` is one copy that several ranks see, `sharded` each replica's share.
+
+    The buffer `state` is what the optimiser keeps of every parameter; it is declared only where it is sharded.
+    """
 
     name: str
     scope: str = "private"
@@ -164,9 +176,19 @@ class Program:
         """Whether replicas have one copy of the weights."""
         return any(b.name == "params" and b.scope == "shared" for b in self.buffers)
 
+    @property
+    def zero(self) -> int:
+        """The stage of ZeRO: how many of optimizer state, gradients and parameters replicas shard, in this order."""
+        return sum(b.scope == "sharded" for b in self.buffers)
+
     def synchronised(self) -> bool:
         """Whether replicas have batch norms in common, which cut their stages into segments."""
         return any(b.name == "moments" for b in self.buffers)
+
+    def parted(self, stage: int) -> bool:
+        """Whether a stage makes the gradient of its weights apart from its input's, each microbatch's in its W."""
+        cells = (i for _, ranks in self.bodies for row in ranks for i in row)
+        return any(i.op == "W" and i.stage == stage and i.rule != "owner" for i in cells)
 
     def steps_in_period(self) -> int:
         """Optimiser steps until the program repeats."""

@@ -3,12 +3,14 @@
 Read `lower` first: it is the table of contents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from paraxis.plan.plan import Plan, period
 from paraxis.program.cut import Layout, bucketed, cut, met, synchronised, ties, words
-from paraxis.program.instructions import MOMENTS, Buffer, Program, Tie
-from paraxis.program.passes import averaging, evaluation, scoring, training
+from paraxis.program.instructions import MOMENTS, Buffer, Instruction, Program, Tie
+from paraxis.program.passes import evaluation, follow, pair_tokens, scoring, state, training
+from paraxis.program.zero import check_zero
+from paraxis.sync.rule import Do, Sync, parse
 
 
 def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
@@ -19,19 +21,31 @@ def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
     borders = tuple(tuple(w for own in meets[first:last] for w in own) for first, last in stages) if meets else ()
     cuts = segments, borders or tuple(("cut",) * (len(own) - 1) for own in segments)
     tied = ties(plan, layout, stages)
-    every = period(plan.sync, steps_per_epoch)
-    bodies, runs = {}, []
-    if plan.sync in ("gradient", "hogwild"):
-        agree = plan.gradients if plan.gradients == "owner" else "shared" if shared(plan) else plan.sync
-        bodies["step"] = [training(plan, layout, cuts, tied, rank, agree) for rank in range(plan.mesh.size)]
-        runs = [("step", 1)]
+    check_zero(plan, bool(meets), tied)
+    sync = parse(plan.sync)
+
+    def step(agree: str, reduce: Iterable[Do] = (), after: Iterable[Do] = ()) -> list[list[Instruction]]:
+        ranks = range(plan.mesh.size)
+        return [training(plan, layout, cuts, tied, rank, agree, reduce, after) for rank in ranks]
+
+    def alike(steps: Iterable[Do], statistics: bool = False) -> list[list[Instruction]]:
+        return [pair_tokens(follow(steps, statistics))] * plan.mesh.size
+
+    bodies, runs = {}, [("step", 1)]
+    if sync is None:
+        bodies["step"] = step(plan.gradients if plan.gradients == "owner" else "shared" if shared(plan) else plan.sync)
+    elif sync.rule.gradients:
+        bodies["step"] = step("gradient", reduce=sync.rule.gradients)
     else:
-        bodies["local"] = [training(plan, layout, cuts, tied, rank, "none") for rank in range(plan.mesh.size)]
-        bodies["average"] = [training(plan, layout, cuts, tied, rank, "average") for rank in range(plan.mesh.size)]
-        bodies["settle"] = [averaging(layout, first_token=0) for _ in range(plan.mesh.size)]
-        runs = [("local", every - 1)] * (every > 1) + [("average", 1)]
-    bodies["evaluate"] = [evaluation(plan, rank, cuts) for rank in range(plan.mesh.size)]
+        found, runs = agreements(sync, period(plan.sync, steps_per_epoch))
+        bodies["local"] = step("none")
+        bodies |= {name: step("none", after=steps) for name, steps in found.items()}
+    edges = {"begin": sync.rule.prologue, "settle": sync.rule.epilogue} if sync else {}
+    bodies |= {name: alike(steps, name == "settle" and layout.statistics) for name, steps in edges.items() if steps}
+    bodies["evaluate"] = [evaluation(plan, layout, rank, cuts) for rank in range(plan.mesh.size)]
     bodies["score"] = [scoring(plan, rank) for rank in range(plan.mesh.size)]
+    if plan.zero == 3:
+        bodies["state"] = [state(plan, rank, cuts) for rank in range(plan.mesh.size)]
     return Program(
         mesh=plan.mesh,
         stages=stages,
@@ -40,10 +54,24 @@ def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
         buffers=tuple(buffers(layout, plan, tied)),
         bodies=tuple((name, tuple(tuple(body) for body in ranks)) for name, ranks in bodies.items()),
         period=tuple(runs),
+        prologue=(("begin", 1),) if "begin" in bodies else (),
         epilogue=(("settle", 1),) if "settle" in bodies else (),
         ties=tied,
         words=borders,
     )
+
+
+def agreements(sync: Sync, every: int) -> tuple[dict[str, list[Do]], list[tuple[str, int]]]:
+    """(body -> what replicas do after its step, the period: such bodies and the local steps between them)."""
+    bodies: dict[str, list[Do]] = {}
+    runs: list[tuple[str, int]] = []
+    steps, before = sync.agreements(every), 0
+    for number, at in enumerate(sorted(steps)):
+        name = sync.rule.name + (str(number) if len(steps) > 1 else "")
+        bodies[name] = steps[at]
+        runs += [("local", at - 1 - before)] * (at - 1 > before) + [(name, 1)]
+        before = at
+    return bodies, runs
 
 
 def shared(plan: Plan) -> bool:
@@ -58,5 +86,9 @@ def buffers(layout: Layout, plan: Plan, tied: Sequence[Tie] = ()) -> list[Buffer
     names += list(MOMENTS.values()) * synchronised(plan, layout)
     names += ["tied"] * bool(tied)
     names += ["factors"] * (plan.gradients == "owner")
+    names += ["state"] * (plan.zero > 0)
+    sync = parse(plan.sync)
+    names += sync.rule.buffers if sync else ()
+    scopes = dict.fromkeys(names, "private") | dict.fromkeys(("state", "grads", "params")[: plan.zero], "sharded")
     common = ("params", "running", "factors") if shared(plan) or plan.sync == "hogwild" else ()
-    return [Buffer(name, "shared" if name in common else "private") for name in names]
+    return [Buffer(name, "shared" if name in common else scopes[name]) for name in names]

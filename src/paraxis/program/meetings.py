@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from paraxis.errors import ProgramError
-from paraxis.program.instructions import MOMENTS, REDUCES, Instruction
+from paraxis.program.instructions import BACKWARD, MOMENTS, REDUCES, Instruction
 
 STOPS = {
     "cut": "FBE",  # nothing is met: gradients of what lies behind are complete
@@ -40,7 +40,7 @@ def add_meetings(body: list[Instruction], words: Sequence[Words]) -> list[Instru
     out: list[Instruction] = []
     for i in body:
         out.append(i)
-        if i.op in MOMENTS:
+        if i.op in ("F", *BACKWARD):
             op = kind(i)
             border = i.segment - 1 if op == "B" else reach(op, words[i.stage], i.segment)
             if 0 <= border < len(words[i.stage]):

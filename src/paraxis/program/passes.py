@@ -3,29 +3,53 @@
 `training` and `evaluation` are the tables of contents; every pass takes a body and gives one back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from paraxis.plan.own import find, is_own
 from paraxis.plan.plan import Plan
-from paraxis.plan.schedules import SCHEDULES, Order
+from paraxis.plan.schedules import Order
 from paraxis.program.cut import Layout
 from paraxis.program.instructions import Instruction, Tie
 from paraxis.program.meetings import Words, add_meetings, begins
+from paraxis.program.zero import copying, gather_parameters, shard_gradients, shard_parameters, used_buckets
+from paraxis.sync.rule import Do
 
 Body = list[Instruction]
 Cuts = tuple[Sequence[Sequence[tuple[int, int]]], Sequence[Words]]  # of every stage, its segments and their borders
 I = Instruction  # noqa: E741  (the passes below are tables of instructions)
 
 
-def training(plan: Plan, layout: Layout, cuts: Cuts, ties: Sequence[Tie], rank: int, agree: str) -> Body:
-    """One optimiser step of one rank; `agree`: how replicas do (gradient, shared, owner, hogwild, average, none)."""
+def training(
+    plan: Plan,
+    layout: Layout,
+    cuts: Cuts,
+    ties: Sequence[Tie],
+    rank: int,
+    agree: str,
+    reduce: Iterable[Do] = (),
+    after: Iterable[Do] = (),
+) -> Body:
+    """One optimiser step of one rank; `agree`: how replicas do (gradient, shared, owner, hogwild, none).
+
+    `reduce` and `after`: what a synchronisation rule does with gradients, and with weights once they have been updated.
+    """
     dp, place, _ = plan.mesh.coordinates(rank)
-    order = SCHEDULES[plan.schedule or "layerwise"](plan.pp, plan.microbatches, place, plan.interleave)
+    order = find(plan.schedule or "layerwise")(plan.pp, plan.microbatches, place, plan.interleave)
     body = expand(order, plan, dp, cuts)
     meets = any(word != "cut" for own in cuts[1] for word in own)
-    if agree == "gradient" and plan.dp > 1:
+    if reduce:
+        totals = _both("dp", "totals", "sum") if layout.weight_in_data else []  # which no rounding may reach
+        body += [replace(i, stage=place) for i in [*totals, *follow(reduce)]]
+    elif agree == "gradient" and plan.dp > 1:
         whole = meets or (plan.interleave > 1 and not plan.bucket_bytes)
-        body = add_reductions(body, {(place, 0): -1} if whole else _each(cuts, body))
+        buckets = _whole(body) if whole else _each(cuts, body)
+        if plan.zero < 2:
+            body = add_reductions(body, buckets, "ReduceScatter" if plan.zero else "AllReduce")
+        else:
+            body = shard_gradients(body, used_buckets(cuts[0], layout))
+    if plan.zero == 3:
+        body = shard_parameters(body, used_buckets(cuts[0], layout))
     body = add_totals(body, plan, layout, place)
     body = add_transfers(body, plan, rank)  # last, so that a gradient is on its way before a reduction begins
     body = add_meetings(body, cuts[1])
@@ -33,7 +57,16 @@ def training(plan: Plan, layout: Layout, cuts: Cuts, ties: Sequence[Tie], rank: 
         body = part_weight_gradients(body)
     body = [I("Update", stage=place, rule="zero"), *body]
     body += finish(plan, layout, place, agree, add_ties(plan, ties, place))
+    if plan.zero in (1, 2):
+        body += gather_parameters((stage, bucket) for (stage, _), bucket in buckets.items())
+    body += follow(after, layout.statistics)
     return pair_tokens(body)
+
+
+def _whole(body: Body) -> dict[tuple[int, int], int]:
+    """One bucket for all, complete with the last gradient of the body."""
+    last = [i for i in body if i.op in ("B", "W")][-1]
+    return {(last.stage, last.segment): -1}
 
 
 def _each(cuts: Cuts, body: Body) -> dict[tuple[int, int], int]:
@@ -48,66 +81,82 @@ def expand(order: Order, plan: Plan, dp: int, cuts: Cuts, rule: str = "") -> Bod
         part = dp * plan.microbatches + microbatch
         if op == "F" and stage in (0, plan.stages - 1):
             body.append(I("Load", stage=stage, microbatch=microbatch, slice=part, rule=rule))
-        own = begins("E" if rule == "evaluate" else op, cuts[1][stage])
+        own = begins("E" if rule == "evaluate" else WAYS.get(op, "B"), cuts[1][stage])
         run = own if op == "F" else reversed(own)
         body += [I(op, stage=stage, segment=k, microbatch=microbatch, slice=part, rule=rule) for k in run]
     return body
 
 
-# Of F and B: what a stage receives before it from the stage so far away, and what it sends after it to which.
+# Of F and B (or I): what a stage receives before it from the stage so far away, and what it sends after it to which.
 EDGES = {"F": ("RecvAct", -1, "SendAct", +1), "B": ("RecvGrad", +1, "SendGrad", -1)}
+WAYS = {"F": "F", "B": "B", "I": "B"}
 
 
 def add_transfers(body: Body, plan: Plan, rank: int) -> Body:
-    """Sends never block and receives are posted one ahead; a send's buffer is kept until the next one of its kind."""
+    """Sends never block and receives are posted one ahead; a send's buffer is kept until the next one of its kind.
+
+    Where a rank has several stages, or a user orders them, a sender would wait for a receive that is posted only after
+    what the sender has yet to do. There an activation is kept until its gradient has come, as B needs it anyway, and
+    that gradient's receive is posted as soon as the activation is sent: then nothing but data is waited for.
+    """
     dp, _, tp = plan.mesh.coordinates(rank)
+    patient = plan.interleave > 1 or is_own(plan.schedule)
     out: Body = []
-    ends = {(i.op, i.stage): i.segment for i in body if i.op in EDGES}  # with which each stage's F and B end
-    fronts = {(i.op, i.stage): i.segment for i in reversed(body) if i.op in EDGES}  # ... and begin
+    ends = {(WAYS[i.op], i.stage): i.segment for i in body if i.op in WAYS}  # with which each stage's F and B end
+    fronts = {(WAYS[i.op], i.stage): i.segment for i in reversed(body) if i.op in WAYS}  # ... and begin
     todo: dict[tuple[str, int], list[int]] = {key: [] for key in ends}
     for i in body:
-        if i.op in EDGES and i.segment == fronts[i.op, i.stage]:
-            todo[i.op, i.stage].append(i.microbatch)
-    sending: dict[tuple[str, int], Instruction] = {}
+        if i.op in WAYS and i.segment == fronts[WAYS[i.op], i.stage]:
+            todo[WAYS[i.op], i.stage].append(i.microbatch)
+    sending: dict[tuple[str, int, int], Instruction] = {}
 
     def transfer(op: str, stage: int, away: int, microbatch: int) -> Instruction:
         peer = plan.mesh.rank(dp, (stage + away) % plan.pp, tp)
         return I(op, stage=stage, microbatch=microbatch, peer=peer)
 
-    def post(op: str, stage: int) -> None:
+    def post(op: str, stage: int, microbatch: int = -1) -> None:
         receive, source, _, _ = EDGES[op]
-        if 0 <= stage + source < plan.stages and todo[op, stage]:
-            out.append(transfer(receive + "Start", stage, source, todo[op, stage].pop(0)))
+        waiting = todo.get((op, stage), [])
+        if 0 <= stage + source < plan.stages and (microbatch in waiting if microbatch >= 0 else waiting):
+            taken = waiting.pop(waiting.index(microbatch) if microbatch >= 0 else 0)
+            out.append(transfer(receive + "Start", stage, source, taken))
 
     for op, stage in ends:
-        post(op, stage)
+        if not (patient and op == "B"):
+            post(op, stage)
     for i in body:
-        key = op, stage = i.op, i.stage
+        key = op, stage = WAYS.get(i.op, ""), i.stage
         receive, source, send, target = EDGES.get(op, ("", 0, "", 0))
         if source and i.segment == fronts[key] and 0 <= stage + source < plan.stages:
             out.append(transfer(receive + "Wait", stage, source, i.microbatch))
-            post(op, stage)
+            if not (patient and op == "B"):
+                post(op, stage)
+            elif ("F", stage, i.microbatch) in sending:
+                out.append(sending.pop(("F", stage, i.microbatch)))
         out.append(i)
         if target and i.segment == ends[key] and 0 <= stage + target < plan.stages:
-            if key in sending:
-                out.append(sending[key])
+            name = op, stage, i.microbatch if patient and op == "F" else -1
+            if name in sending:
+                out.append(sending[name])
             out.append(transfer(send + "Start", stage, target, i.microbatch))
-            sending[key] = transfer(send + "Wait", stage, target, i.microbatch)
+            sending[name] = transfer(send + "Wait", stage, target, i.microbatch)
+            if patient and op == "F":
+                post("B", stage, i.microbatch)
     return out + list(sending.values())
 
 
-def add_reductions(body: Body, buckets: dict[tuple[int, int], int]) -> Body:
+def add_reductions(body: Body, buckets: dict[tuple[int, int], int], op: str = "AllReduce") -> Body:
     """A bucket's reduction starts as soon as its last gradient is there; all are awaited before the update.
 
-    `buckets`: the bucket that is complete with the last backward of a (stage, segment); -1: all of the rank's.
+    `buckets`: the bucket that is complete with the last B (or W) of a (stage, segment); -1: all of the rank's.
     """
-    ends = {(i.stage, i.segment): index for index, i in enumerate(body) if i.op == "B"}
+    ends = {(i.stage, i.segment): index for index, i in enumerate(body) if i.op in ("B", "W")}
     out: Body = []
     for index, i in enumerate(body):
         out.append(i)
-        if i.op == "B" and ends[i.stage, i.segment] == index and (i.stage, i.segment) in buckets:
-            out.append(_reduce("Start", i.stage, "grads", buckets[i.stage, i.segment]))
-    return out + [_reduce("Wait", stage, "grads", buckets[stage, k]) for stage, k in reversed(buckets)]
+        if i.op in ("B", "W") and ends[i.stage, i.segment] == index and (i.stage, i.segment) in buckets:
+            out.append(_reduce("Start", i.stage, "grads", buckets[i.stage, i.segment], op))
+    return out + [_reduce("Wait", stage, "grads", buckets[stage, k], op) for stage, k in reversed(buckets)]
 
 
 def part_weight_gradients(body: Body) -> Body:
@@ -144,9 +193,12 @@ def finish(plan: Plan, layout: Layout, stage: int, agree: str, tied: Body) -> Bo
     common = agree in ("shared", "owner")
     if agree == "shared":
         body += _both("dp", "grads", "sum", "ReduceScatter")
+    apart = common or plan.zero > 0  # of reduced gradients, each replica has its own share
+    if apart and layout.weight_in_data:
+        body += _both("dp", "totals", "sum")
     if layout.clip:
         body.append(I("Update", stage=stage, rule="norm"))
-        if common:
+        if apart:
             body += _both("dp", "norm", "sum")
         if plan.pp > 1:
             body += _both("pp", "norm", "sum")
@@ -158,20 +210,28 @@ def finish(plan: Plan, layout: Layout, stage: int, agree: str, tied: Body) -> Bo
     body.append(I("Update", stage=stage, rule="hogwild" if agree == "hogwild" else "step"))
     if common:
         body += _both("dp", "params", "", "AllGather")
-    return body + (averaging(layout, None) if agree == "average" else [])
+    return body
 
 
-def averaging(layout: Layout, first_token: int | None) -> Body:
-    """Replicas take the mean of their weights (local SGD, Stich 2019); momentum stays each replica's own."""
-    body = _both("dp", "params", "mean") + (_both("dp", "running", "mean") if layout.statistics else [])
-    return body if first_token is None else pair_tokens(body)
+def follow(steps: Iterable[Do], statistics: bool = False) -> Body:
+    """What a synchronisation rule asks for, in instructions, and if there are running `statistics` their mean."""
+    body: Body = []
+    for do in steps:
+        if do.op == "Update":
+            body.append(I("Update", rule=do.rule, bucket=do.bucket))
+        else:
+            ends = _both("dp", do.buffer, do.reduction, do.op)
+            body += [replace(i, bucket=do.bucket, payload=do.payload) for i in ends]
+    return body + (_both("dp", "running", "mean") if body and statistics else [])
 
 
-def evaluation(plan: Plan, rank: int, cuts: Cuts) -> Body:
+def evaluation(plan: Plan, layout: Layout, rank: int, cuts: Cuts) -> Body:
     """Forward only over the same stages; scores add up on the last one."""
     dp, place, _ = plan.mesh.coordinates(rank)
     own = range(place, plan.stages, plan.pp)
     body = expand([("F", s, i) for s in own for i in range(plan.microbatches)], plan, dp, cuts, rule="evaluate")
+    if plan.zero == 3:
+        body = shard_parameters(body, used_buckets(cuts[0], layout))
     return pair_tokens(add_meetings(add_transfers(body, plan, rank), cuts[1]))
 
 
@@ -179,6 +239,12 @@ def scoring(plan: Plan, rank: int) -> Body:
     """Replicas of the last stage add up loss, weight and hits; the others have nothing to say."""
     last = plan.mesh.coordinates(rank)[1] == plan.pp - 1
     return pair_tokens(_both("dp", "score", "sum")) if last and plan.dp > 1 else []
+
+
+def state(plan: Plan, rank: int, cuts: Cuts) -> Body:
+    """How the weights that no rank has whole come to be read."""
+    own = range(plan.mesh.coordinates(rank)[1], plan.stages, plan.pp)
+    return pair_tokens(copying((s, k) for s in own for k in range(len(cuts[0][s]))))
 
 
 def pair_tokens(body: Body) -> Body:
@@ -201,5 +267,5 @@ def _both(axis: str, buffer: str, reduction: str, op: str = "AllReduce") -> Body
     return [I(f"{op}{end}", axis=axis, buffer=buffer, reduction=reduction) for end in ("Start", "Wait")]
 
 
-def _reduce(end: str, stage: int, buffer: str, bucket: int) -> Instruction:
-    return I(f"AllReduce{end}", stage=stage, axis="dp", buffer=buffer, bucket=bucket, reduction="sum")
+def _reduce(end: str, stage: int, buffer: str, bucket: int, op: str = "AllReduce") -> Instruction:
+    return I(f"{op}{end}", stage=stage, axis="dp", buffer=buffer, bucket=bucket, reduction="sum")

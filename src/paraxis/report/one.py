@@ -85,7 +85,7 @@ def typical(result: Result) -> float:
 
     A drawn step of a pipeline is longer than that: its ranks are not at the same step at the same time.
     """
-    alike = "sync=average" not in result.plan
+    alike = "@" not in result.plan  # of a sync with a period
     return result.step_seconds.median if result.step_seconds and alike else length(result.timeline)
 
 

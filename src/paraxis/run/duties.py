@@ -31,6 +31,7 @@ from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
 from paraxis.run.weights import compare, difference, untied
 from paraxis.run.window import record_cost, traceable, window_of
+from paraxis.sync.rule import settled
 from paraxis.task.batches import digest
 from paraxis.task.shared import Shard
 from paraxis.task.spec import TaskSpec
@@ -127,8 +128,8 @@ class Duties:
         if request["turns"] > 1:
             losses = serial.in_turn(copies[0], request["steps"], request["turns"])
         else:
-            losses = serial.emulate(copies, 0, request["steps"], request["groups"], request["every"])
-        if request["replicas"] > 1 and request["steps"] % request["every"]:
+            losses = serial.emulate(copies, 0, request["steps"], request["groups"], request["every"], request["sync"])
+        if request["replicas"] > 1 and not settled(request["sync"], request["steps"], request["every"]):
             serial.average([c.task.net for c in copies])
         after = {k: v.clone().contiguous() for k, v in copies[0].task.net.state_dict().items()}
         changes = [float((after[k] - before[k]).abs().max()) for k in after if after[k].is_floating_point()]
@@ -144,8 +145,9 @@ class Duties:
         """Train the first steps of a plan and compare this rank's weights with those of the file."""
         running = self._ready(request["key"])
         self._steps(running, request["steps"])
-        if running.rank is not None and request["steps"] % running.rank.program.steps_in_period():
-            running.rank.settle()
+        rank = running.rank
+        if rank and not settled(running.plan.sync, request["steps"], rank.program.steps_in_period()):
+            rank.settle()
         wanted, state = load_file(request["file"]), self._state(running)
         worst, where = compare(state, wanted, _shards(running), request["change"])
         return {"difference": worst, "where": where, "losses": self._losses(running), "compared": list(state)}
@@ -219,11 +221,7 @@ class Duties:
 
     def norm(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """Sum of squares of this rank's parameters, of which it counts what no rank before it has."""
-        rank = _some(self._ready(request["key"]).rank)
-        if isinstance(rank, Team):
-            return rank.square_sum()
-        params = rank.engine.flat.params
-        return sum(float(params[a:b].square().sum()) for a, b in getattr(rank.engine, "counted", [(0, len(params))]))
+        return float(_some(self._ready(request["key"]).rank).square_sum())
 
     def drop(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Forget a plan."""
@@ -248,18 +246,18 @@ class Duties:
     def evaluate(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Score on held-out samples; replicas that disagree are averaged for it and go on as they were."""
         running = self._ready(request["key"])
-        if running.rank is None:
-            return self._evaluate_plain(_some(running.plain), request["set"])
         rank = running.rank
-        task = rank.task if isinstance(rank, Team) else rank.engine.task
+        task = _some(running.plain).task if rank is None else rank.task if isinstance(rank, Team) else rank.engine.task
         source: Any = task.test if request["set"] == "test" else task.validation
+        if most := request.get("most"):
+            source = source.thinned(most)
+        if rank is None:
+            return self._evaluate_plain(task, source)
         with _agreed(rank):
             loss, weight, hits = rank.evaluate(source)
         return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
 
-    def _evaluate_plain(self, replica: serial.Replica, which: str) -> dict[str, Any]:
-        task = replica.task
-        source: Any = task.test if which == "test" else task.validation
+    def _evaluate_plain(self, task: Task, source: Any) -> dict[str, Any]:
         loss = weight = hits = 0.0
         with evaluating(task.net):
             for number in range(source.steps_per_epoch):
@@ -333,10 +331,8 @@ class Duties:
         return out
 
     def _state(self, running: Running) -> dict[str, Tensor]:
-        if isinstance(running.rank, Team):
-            return running.rank.state()
         if running.rank is not None:
-            return dict(running.rank.engine.state())
+            return running.rank.state()
         return {k: v.detach().clone() for k, v in _some(running.plain).task.net.state_dict().items()}
 
 

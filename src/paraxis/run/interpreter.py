@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from paraxis.comm.base import Comm, Request
-from paraxis.program.instructions import Instruction, Program
+from paraxis.comm.payload import PackedSum
+from paraxis.program.instructions import COLLECTIVES, REDUCES, Instruction, Program
+from paraxis.sync.rule import updates
 
 Action = Callable[[], None]
 KINDS = ("SendAct", "RecvAct", "SendGrad", "RecvGrad")
@@ -51,8 +53,30 @@ def _backward(i: Instruction, c: Context) -> Action:
     return partial(c.engine.at(i.stage).backward, i.segment, i.microbatch)
 
 
+def _input_gradient(i: Instruction, c: Context) -> Action:
+    return partial(c.engine.at(i.stage).input_gradient, i.segment, i.microbatch)
+
+
+def _weight_gradient(i: Instruction, c: Context) -> Action:
+    """An owner's block is what `_gather` leaves of the factors' products: nothing is left to compute."""
+    if i.rule == "owner":
+        return lambda: None
+    return partial(c.engine.at(i.stage).weight_gradient, i.segment, i.microbatch)
+
+
 def _update(i: Instruction, c: Context) -> Action:
+    if i.rule in updates():
+        function, names = updates()[i.rule]
+        views = c.engine.views(names, i.bucket)
+
+        def follow() -> None:
+            for own in views:
+                function(*own)
+
+        return follow
     rules = {"zero": "zero", "step": "update", "norm": "gradient_norm", "statistics": "update_statistics"}
+    if i.rule == "keep":
+        return partial(c.engine.copy, i.bucket, i.stage)
     action: Action = getattr(c.engine, rules[i.rule])
     return action
 
@@ -98,108 +122,114 @@ def _wait(i: Instruction, c: Context) -> Action:
     return wait
 
 
-def _reduce_start(i: Instruction, c: Context) -> Action:
+def _collective(i: Instruction) -> str:
+    """What a communicator calls it."""
+    return {"ReduceScatter": "reduce_scatter", "AllGather": "all_gather"}.get(i.base, "all_reduce")
+
+
+def _tensor(i: Instruction, c: Context) -> Tensor:
+    """What a collective is about: a buffer, or what a stage that stands still in its middle has just made."""
+    if i.base in REDUCES:
+        return cast(Tensor, c.engine.buffer(i.base, i.segment, i.stage))
+    whole = i.payload and i.buffer == "grads"  # what is rounded on its way goes without the totals in front
+    return cast(Tensor, c.engine.buffer("gradients" if whole else i.buffer, i.bucket, i.stage))
+
+
+def _collect_start(i: Instruction, c: Context) -> Action:
     comm = c.axes[i.axis]
+    begin = getattr(comm, _collective(i) + "_start")
+
+    def pack() -> None:
+        c.open[i.token] = [PackedSum(comm, _tensor(i, c), i.payload)]
+
+    if i.payload:
+        return pack
 
     def start() -> None:
-        tensor = c.engine.buffer(i.buffer, i.bucket, i.stage)
-        c.open[i.token] = [comm.all_reduce_start(tensor)]
-        c.sent[0] += _reduced_bytes(tensor, comm.size)
+        tensor = _tensor(i, c)
+        c.open[i.token] = [begin(tensor)]
+        c.sent[0] += _collected_bytes(i, tensor, comm.size)
 
     return start
 
 
-def _reduce_wait(i: Instruction, c: Context) -> Action:
-    comm, mean = c.axes[i.axis], i.reduction == "mean"
+def _collect_wait(i: Instruction, c: Context) -> Action:
+    finish = _finish(i, c)
 
     def wait() -> None:
         for request in c.open.pop(i.token):
             request.wait()
-        if mean:
-            c.engine.buffer(i.buffer, i.bucket, i.stage).div_(comm.size)
+            c.sent[0] += getattr(request, "sent", 0)
+        finish()
 
     return wait
 
 
-def _reduce_at_once(i: Instruction, c: Context) -> Action:
+def _collect_at_once(i: Instruction, c: Context) -> Action:
     """Start and wait next to each other: the blocking call, which is faster."""
-    comm, mean = c.axes[i.axis], i.reduction == "mean"
-    tensor = c.engine.buffer(i.buffer, i.bucket, i.stage)
-    count = _reduced_bytes(tensor, comm.size)
-
-    def reduce() -> None:
-        comm.all_reduce(tensor)
-        if mean:
-            tensor.div_(comm.size)
-        c.sent[0] += count
-
-    return reduce
-
-
-def _reduced_bytes(tensor: Tensor, ranks: int) -> int:
-    """What each rank sends in a bandwidth-optimal all-reduce: 2(p-1)/p of the bytes."""
-    return 2 * (ranks - 1) * tensor.nbytes // ranks
-
-
-def _meet_start(i: Instruction, c: Context) -> Action:
-    """What a stage that stands still in its middle has just made becomes the sum over its group."""
-    comm = c.axes[i.axis]
-
-    def start() -> None:
-        tensor = c.engine.buffer(i.base, i.segment, i.stage)
-        c.open[i.token] = [comm.all_reduce_start(tensor)]
-        c.sent[0] += _reduced_bytes(tensor, comm.size)
-
-    return start
-
-
-def _meet_at_once(i: Instruction, c: Context) -> Action:
-    comm = c.axes[i.axis]
+    comm, finish = c.axes[i.axis], _finish(i, c)
+    collect = getattr(comm, _collective(i))
 
     def meet() -> None:
-        tensor = c.engine.buffer(i.base, i.segment, i.stage)
-        comm.all_reduce(tensor)
-        c.sent[0] += _reduced_bytes(tensor, comm.size)
+        tensor = _tensor(i, c)
+        collect(tensor)
+        c.sent[0] += _collected_bytes(i, tensor, comm.size)
 
-    return meet
+    if i.base in REDUCES:
+        return meet
+    tensor = _tensor(i, c)
+    count = _collected_bytes(i, tensor, comm.size)
+
+    def at_once() -> None:
+        collect(tensor)
+        finish()
+        c.sent[0] += count
+
+    return at_once
 
 
-AT_ONCE = {"AllReduce": _reduce_at_once, "ReduceAct": _meet_at_once, "ReduceGrad": _meet_at_once}
+def _finish(i: Instruction, c: Context) -> Action:
+    """What remains to be done with what a collective has brought."""
+    if i.reduction == "mean":
+        return partial(_divide, i, c)
+    if i.base == "ReduceScatter":
+        return partial(c.engine.take_share, i.bucket, i.stage)
+    return lambda: None
 
 
-def _scatter(i: Instruction, c: Context) -> Action:
-    """Here every rank receives the whole sum and uses its own part; the engine's update keeps to that part."""
-    begin = _reduce_start(i, c)
+def _divide(i: Instruction, c: Context) -> None:
+    _tensor(i, c).div_(c.axes[i.axis].size)
 
-    def start() -> None:
-        c.engine.keep_to(c.axes[i.axis].rank, c.axes[i.axis].size)
-        begin()
 
-    return start
+def _collected_bytes(i: Instruction, tensor: Tensor, ranks: int) -> int:
+    """What each rank sends in a bandwidth-optimal collective: (p-1)/p of the bytes, in an all-reduce twice."""
+    return (1 if i.base in ("ReduceScatter", "AllGather") else 2) * (ranks - 1) * tensor.nbytes // ranks
 
 
 def _gather(i: Instruction, c: Context) -> Action:
-    """Parts that are zero everywhere else add up to the whole.
+    """Of weight gradients' factors an engine without I and W apart has but their products: it adds those up."""
+    return _collect_start(_as_sum(i), c)
 
-    Of weight gradients' factors an engine without I and W apart has but their products: it adds those up.
-    """
-    if i.buffer == "factors":
-        return _scatter(replace(i, buffer="grads"), c)
-    begin = _reduce_start(i, c)
 
-    def start() -> None:
-        c.engine.only_own_part(c.axes[i.axis].rank, c.axes[i.axis].size)
-        begin()
+def _gathered(i: Instruction, c: Context) -> Action:
+    return _collect_wait(_as_sum(i), c)
 
-    return start
+
+def _as_sum(i: Instruction) -> Instruction:
+    return replace(i, op=i.op.replace("AllGather", "ReduceScatter"), buffer="grads") if i.buffer == "factors" else i
+
+
+def _memory(i: Instruction, c: Context) -> Action:
+    act = c.engine.reserve if i.op == "Reserve" else c.engine.release
+    return partial(act, i.buffer, i.bucket, i.stage)
 
 
 BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
     "Load": _load,
     "F": _forward,
     "B": _backward,
-    "I": _backward,  # autograd makes both gradients in one go
-    "W": lambda i, c: lambda: None,
+    "I": _input_gradient,
+    "W": _weight_gradient,
     "Update": _update,
     "SendActStart": _send,
     "SendGradStart": _send,
@@ -209,16 +239,18 @@ BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
     "RecvGradStart": _receive,
     "RecvActWait": _received,
     "RecvGradWait": _received,
-    "AllReduceStart": _reduce_start,
-    "AllReduceWait": _reduce_wait,
-    "ReduceActStart": _meet_start,
+    "AllReduceStart": _collect_start,
+    "AllReduceWait": _collect_wait,
+    "ReduceActStart": _collect_start,
     "ReduceActWait": _wait,
-    "ReduceGradStart": _meet_start,
+    "ReduceGradStart": _collect_start,
     "ReduceGradWait": _wait,
-    "ReduceScatterStart": _scatter,
-    "ReduceScatterWait": _reduce_wait,
+    "ReduceScatterStart": _collect_start,
+    "ReduceScatterWait": _collect_wait,
     "AllGatherStart": _gather,
-    "AllGatherWait": _reduce_wait,
+    "AllGatherWait": _gathered,
+    "Reserve": _memory,
+    "Release": _memory,
 }
 
 
@@ -253,10 +285,11 @@ class Rank:
         actions: list[Action] = []
         for n, i in enumerate(instructions):
             before, behind = instructions[n - 1 : n], instructions[n + 1 : n + 2]
-            if self.blocking and i.base in AT_ONCE and i.starts and behind and behind[0].token == i.token:
+            joins = self.blocking and i.base in COLLECTIVES and i.buffer != "factors" and not i.payload
+            if joins and i.starts and behind and behind[0].token == i.token:
                 actions.append(lambda: None)
-            elif self.blocking and i.base in AT_ONCE and i.waits and before and before[0].token == i.token:
-                actions.append(AT_ONCE[i.base](i, self.context))
+            elif joins and i.waits and before and before[0].token == i.token:
+                actions.append(_collect_at_once(i, self.context))
             else:
                 actions.append(bind(i, self.context))
         return actions
@@ -268,8 +301,15 @@ class Rank:
             action()
         self.sent[name] = self.context.sent[0] - before
 
+    def begin(self) -> None:
+        """The prologue, before the first step."""
+        for name, times in self.program.prologue if not self.done else ():
+            for _ in range(times):
+                self.run(name)
+
     def run_traced(self, steps: int) -> None:
         """Optimiser steps with the clock read between instructions; `clocks` has what was read."""
+        self.begin()
         self.stamps = []
         for _ in range(steps):
             name = self.program.step_body(self.done)
@@ -291,6 +331,7 @@ class Rank:
 
     def steps(self, count: int) -> None:
         """`count` optimiser steps."""
+        self.begin()
         for _ in range(count):
             self.run(self.program.step_body(self.done))
             self.done += 1
@@ -300,6 +341,7 @@ class Rank:
 
         A body whose turn has not come yet, such as the one that ends a long epoch, is run once out of turn for it.
         """
+        self.begin()
         for name, _ in self.program.period:
             if name not in self.sent:
                 self.run(name)
@@ -312,6 +354,18 @@ class Rank:
         for name, times in self.program.epilogue:
             for _ in range(times):
                 self.run(name)
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's part of the network's state_dict; where no rank has it whole, all must ask."""
+        if "state" in self.bodies:
+            self.run("state")
+        return dict(self.engine.state())
+
+    def square_sum(self) -> float:
+        """Of the parameters of this rank, shares of others included; all must ask."""
+        if "state" in self.bodies:
+            self.run("state")
+        return float(self.engine.square_sum())
 
     def evaluate(self, source: Any) -> list[float]:
         """[loss sum, weight, hits] over all of a source's samples, on ranks of the last stage."""

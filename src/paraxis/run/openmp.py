@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paraxis.engine.native_engine import extension, stages_of
-from paraxis.engine.native_task import feed_of, get_weights, hyper_of, put_weights
+from paraxis.engine.native_engine import extension, stages_of, tokens_of
+from paraxis.engine.native_task import check_native, feed_of, get_weights, hyper_of, put_weights
 from paraxis.engine.rules import Hyper
 from paraxis.errors import PlanError
 from paraxis.measure.machine import usable_cores
 from paraxis.program.instructions import Instruction, Program
+from paraxis.sync.rule import buffers as kept_by_rules
 from paraxis.task.batches import Source
 from paraxis.task.task import Task
 
@@ -48,6 +49,9 @@ class Team:
     def steps(self, count: int) -> None:
         """`count` optimiser steps."""
         self._between = self._between[-4 * AT_ONCE :]
+        for name, times in self.program.prologue if not self.done else ():
+            for _ in range(times):
+                self.ensemble.settle(self.names.index(name))
         while count:
             begun = perf_counter_ns()
             feed = feed_of(self.task, self.task.train, self.done, min(count, AT_ONCE), self._cache)
@@ -98,8 +102,8 @@ class Team:
 
     def bytes_held(self) -> int:
         """Bytes of weights, gradients and the optimiser's state."""
-        one = sum(t.nbytes for t in self.buffers("params")) * 3
-        return one + sum(t.nbytes for t in self.buffers("grads"))
+        copies = 3 + sum(b.name in kept_by_rules() for b in self.program.buffers)
+        return copies * sum(t.nbytes for t in self.buffers("params")) + sum(t.nbytes for t in self.buffers("grads"))
 
     def square_sum(self) -> float:
         """Sum of squares of all parameters, counted once."""
@@ -129,14 +133,17 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
         plain = hyper.rule == "sgd" and not (hyper.groups[0]["momentum"] or hyper.groups[0]["weight_decay"])
         if not plain or task.spec.clip:
             raise PlanError("sync=hogwild is plain SGD: give --momentum 0, no decay and no clipping")
-    if len(program.stages) > mesh.pp:
-        raise PlanError("engine=native has one stage on each rank: leave out interleave")
+    check_native(program)
     if task.altering:
         raise PlanError(
             "engine=native: a layer works in place and alters its neighbour's output; make it inplace=False"
         )
     if any(len(cuts) > 1 for cuts in program.segments) and not program.synchronised():
         raise PlanError("engine=native reduces all gradients at once: leave out bucket_bytes")
+    every = [i for _, ranks in program.bodies for rank in ranks for i in rank]
+    unknown = {i.rule for i in every} - set(native.RULES) | {i.buffer for i in every} - set(native.BUFFERS)
+    if unknown:
+        raise PlanError(f"engine=native has no {', '.join(sorted(unknown))} for threads; comm=mpi or engine=torch has")
     words = [(name, [[_words(i) for i in rank] for rank in ranks]) for name, ranks in program.bodies]
     samples = task.batch // (mesh.dp * program.microbatches)
     make = native.Float if task.dtype == torch.float32 else native.Double
@@ -144,7 +151,7 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
     ensemble = make(
         dp=mesh.dp,
         pp=mesh.pp,
-        stages=stages_of(task, program.stages, samples),
+        stages=stages_of(task, program, samples),
         slice=samples,
         microbatches=program.microbatches,
         bodies=words,
@@ -154,6 +161,7 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
         seed=task.spec.seed,
         naive=False,
         whole=(0, mesh.pp),
+        tokens=tokens_of(task),
     )
     team = Team(task, program, ensemble, hyper, [name for name, _ in program.bodies])
     put_weights(ensemble, task, range(mesh.size))
@@ -161,7 +169,8 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
 
 
 def _words(i: Instruction) -> tuple[Any, ...]:
-    return i.op, i.microbatch, i.slice, i.peer, i.axis, i.buffer, i.rule, i.reduction == "mean", i.segment, i.bucket
+    axis = i.axis.partition(":")[0]  # which places of a pipeline C++ knows from the tie
+    return i.op, i.microbatch, i.slice, i.peer, axis, i.buffer, i.rule, i.reduction == "mean", i.segment, i.bucket
 
 
 @lru_cache(maxsize=1)

@@ -37,6 +37,9 @@ def run_body(ranks: list[Rank], name: str) -> None:
 
 def run_steps(ranks: list[Rank], count: int) -> None:
     """`count` optimiser steps on all ranks."""
+    for name, times in ranks[0].program.prologue if not ranks[0].done else ():
+        for _ in range(times):
+            run_body(ranks, name)
     for _ in range(count):
         run_body(ranks, ranks[0].program.step_body(ranks[0].done))
         for rank in ranks:

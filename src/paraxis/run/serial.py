@@ -1,7 +1,8 @@
 """The plain serial loop: what every plan is proved against, and what the user has today.
 
 It knows nothing of programs, flat buffers or ranks: modules, autograd and torch.optim as one writes them by hand. For
-inexact plans it emulates their algorithm with copies of the network trained one after the other.
+inexact plans it emulates their algorithm with copies of the network trained one after the other, as the rule's own page
+says it in plain code.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from paraxis.sync.rule import parse
 from paraxis.task.batches import cut
 from paraxis.task.task import Task
 from paraxis.task.trial import apply, running
@@ -32,6 +34,13 @@ def replica(task: Task) -> Replica:
 
 def step(r: Replica, number: int, first: int, count: int, groups: int) -> tuple[float, float]:
     """One optimiser step on samples [first, first + count) of the global batch, in equal groups: (loss sum, weight)."""
+    total, weight = gradients(r, number, first, count, groups)
+    descend(r, weight)
+    return total, weight
+
+
+def gradients(r: Replica, number: int, first: int, count: int, groups: int) -> tuple[float, float]:
+    """As `step`, up to the gradients of the loss's sum."""
     task, size = r.task, count // groups
     r.optimizer.zero_grad()
     stats = [b for m in task.net.modules() for b in running(m)]
@@ -51,6 +60,12 @@ def step(r: Replica, number: int, first: int, count: int, groups: int) -> tuple[
             collected += buffer
     for buffer, old, collected in zip(stats, before, after, strict=True):
         buffer.copy_(collected / groups if buffer.is_floating_point() else old + 1)
+    return total, weight
+
+
+def descend(r: Replica, weight: float) -> None:
+    """The rest of a step: gradients become those of the mean, and the optimiser follows them."""
+    task = r.task
     for p in task.net.parameters():
         if p.grad is not None:
             p.grad /= weight
@@ -59,18 +74,40 @@ def step(r: Replica, number: int, first: int, count: int, groups: int) -> tuple[
     r.optimizer.step()
     if r.scheduler is not None:
         r.scheduler.step()  # type: ignore[attr-defined]
-    return total, weight
 
 
-def emulate(replicas: Sequence[Replica], first_step: int, steps: int, groups: int, every: int) -> list[float]:
-    """Train replicas on their shares of each batch; every `every` steps they take the mean. Mean loss of each step."""
+@torch.no_grad()
+def emulate(
+    replicas: Sequence[Replica], first_step: int, steps: int, groups: int, every: int, text: str = "gradient"
+) -> list[float]:
+    """Train replicas on their shares of each batch, and let them agree by the rule `text` of period `every`.
+
+    Returns the mean loss of each step. Whenever they agree on something they take the mean of running statistics.
+    """
     share = replicas[0].task.batch // len(replicas)
+    sync = parse(text) if len(replicas) > 1 else None
+    named = [dict(r.task.net.named_parameters()) for r in replicas]
+    agreeing = sync.rule.emulate(named, every, **sync.options) if sync and sync.rule.emulate else iter(range(steps + 1))
+    meets = {at % every for at in sync.agreements(every)} | {0} if sync else set()
+    next(agreeing)  # what it does before training
     losses = []
     for number in range(first_step, first_step + steps):
-        pairs = [step(r, number, i * share, share, groups) for i, r in enumerate(replicas)]
-        losses.append(sum(loss for loss, _ in pairs) / sum(weight for _, weight in pairs))
-        if len(replicas) > 1 and (number + 1) % every == 0:
-            average([r.task.net for r in replicas])
+        with torch.enable_grad():
+            pairs = [gradients(r, number, i * share, share, groups) for i, r in enumerate(replicas)]
+        weights = [weight for _, weight in pairs]
+        losses.append(sum(loss for loss, _ in pairs) / sum(weights))
+        if sync and sync.rule.emulate_sum:
+            weights = [sum(weights)] * len(replicas)
+            for same in zip(*(own.values() for own in named), strict=True):
+                if same[0].grad is not None:
+                    total = sync.rule.emulate_sum([p.grad for p in same])
+                    for p in same:
+                        p.grad.copy_(total)
+        for r, weight in zip(replicas, weights, strict=True):
+            descend(r, weight)
+        next(agreeing)
+        if (number + 1) % every in meets:
+            _average([list(r.task.net.buffers()) for r in replicas])
     return losses
 
 
@@ -86,12 +123,15 @@ def in_turn(r: Replica, steps: int, parts: int) -> list[float]:
 
 def average(nets: Sequence[nn.Module]) -> None:
     """Give all networks the mean of their floating state."""
-    with torch.no_grad():
-        for same in zip(*(net.state_dict().values() for net in nets), strict=True):
-            if same[0].is_floating_point():
-                mean = torch.stack(tuple(same)).mean(0)
-                for tensor in same:
-                    tensor.copy_(mean)
+    _average([list(net.state_dict().values()) for net in nets])
+
+
+def _average(replicas: Sequence[Sequence[Tensor]]) -> None:
+    for same in zip(*replicas, strict=True):
+        if same[0].is_floating_point():
+            mean = torch.stack([t.detach() for t in same]).mean(0)
+            for tensor in same:
+                tensor.detach().copy_(mean)
 
 
 def plain_step(net: nn.Module, task: Task, optimizer: torch.optim.Optimizer, number: int) -> Tensor:

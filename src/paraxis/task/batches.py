@@ -46,6 +46,7 @@ class ArraySource:
         self.steps_per_epoch: int = size // batch if shuffled else -(-size // batch)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self._blocks: dict[tuple[int, int, bool, bool], tuple[tuple[int, int], list[Nest]]] = {}
+        self._thinned: dict[int, ArraySource] = {}
 
     def share(self, step: int, first: int, count: int, inputs: bool = True, targets: bool = True) -> Nest:
         """(inputs, targets) as tensors, None for what is not asked for.
@@ -67,6 +68,17 @@ class ArraySource:
             pieces = zip(none if x is None else x.split(count), none if y is None else y.split(count), strict=True)
             self._blocks[key] = name, list(pieces)
         return self._blocks[key][1][within % steps]
+
+    def thinned(self, most: int) -> "ArraySource":
+        """Every k-th of the samples, in order, so that at most `most` are left; itself where all may stay."""
+        stride = -(-self.size // most)
+        if stride == 1:
+            return self
+        if stride not in self._thinned:  # kept, for engines know samples that they have laid out by their identity
+            inputs, targets = (np.ascontiguousarray(t.numpy()[::stride]) for t in (self.inputs, self.targets))
+            arrays = Arrays(inputs, targets, classes=0)
+            self._thinned[stride] = ArraySource(arrays, self.batch, self.seed, self.dtype, self.shuffled)
+        return self._thinned[stride]
 
     def numbers(self, step: int, steps: int) -> np.ndarray:
         """Sample numbers of up to `steps` steps from `step` on, none beyond its epoch: int64 (steps, batch)."""
