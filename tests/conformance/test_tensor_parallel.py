@@ -73,10 +73,13 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PLANS = ("tp=2", "dp=2,tp=2", "pp=2,tp=2,microbatches=4", "dp=2,pp=2,tp=2,microbatches=2")
 MORE = {
-    "mlp": ("tp=4", "dp=2,tp=2,sync=average@2", "pp=2,tp=2,schedule=gpipe,microbatches=2"),
+    "mlp": ("tp=4", "dp=2,tp=2,sync=average@2", "pp=2,tp=2,schedule=gpipe,microbatches=2", "dp=2,tp=2,sync=diloco@2"),
     "blocks": ("tp=3", "tp=4", "dp=2,tp=4,microbatches=2"),
     "classes": ("tp=4",),
-    "gpt": ("pp=2,interleave=2,tp=2,schedule=gpipe,microbatches=2", "dp=2,tp=2,sync=average@2"),
+    "gpt": (
+        *("pp=2,interleave=2,tp=2,schedule=interleaved,microbatches=2", "pp=2,tp=2,schedule=zb-h1,microbatches=4"),
+        *("dp=2,tp=2,zero=1", "dp=2,tp=2,sync=average@2"),
+    ),
 }
 CASES = [(name, plan) for name in NETS for plan in (*PLANS, *MORE.get(name, ()))]
 
