@@ -1,6 +1,6 @@
 """Is a plan as fast here as the loop one would write by hand? Paired, interleaved, against benchmarks/peers.
 
-    python benchmarks/versus_peers.py [data|pipeline|zero|all] [--rounds 20]
+    python benchmarks/versus_peers.py [data|pipeline|zero|tensor|all] [--rounds 20]
 
 Ends in one JSON line: for every case the median ratio of rates (above 1: Paraxis is faster) with its 95% interval.
 """
@@ -49,10 +49,21 @@ def sharded(net: str) -> list[str]:
     ]
 
 
+def tensor(batch: int) -> list[str]:
+    """tp=2 over MPI and over Gloo on the wide MLP, against DTensor's column and row split of the same two layers."""
+    case = f"--net wide --batch {batch}"
+    return [
+        f"python paraxis_peer.py {case} --plan tp=2,comm=mpi",
+        f"{TORCHRUN} tensor.py {case}",
+        f"python paraxis_peer.py {case} --plan tp=2,comm=gloo",
+    ]
+
+
 CASES = {
     "data": {f"cnn {batch}": data(batch) for batch in (32, 128, 512)},
     "pipeline": {f"{net} 128": pipeline(net) for net in ("wide", "cnn")},
     "zero": {f"{net} 128": sharded(net) for net in ("cnn", "resnet18")},
+    "tensor": {"wide 128": tensor(128)},
 }
 
 

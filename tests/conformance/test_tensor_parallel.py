@@ -25,7 +25,7 @@ from test_reference import (
 )
 from torch import Tensor
 
-from paraxis.errors import ParaxisError, ProgramError
+from paraxis.errors import ParaxisError, PlanError, ProgramError
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.faults import FAULTS
 from paraxis.run import reference
@@ -73,10 +73,13 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PLANS = ("tp=2", "dp=2,tp=2", "pp=2,tp=2,microbatches=4", "dp=2,pp=2,tp=2,microbatches=2")
 MORE = {
-    "mlp": ("tp=4", "dp=2,tp=2,sync=average@2", "pp=2,tp=2,schedule=gpipe,microbatches=2"),
+    "mlp": ("tp=4", "dp=2,tp=2,sync=average@2", "pp=2,tp=2,schedule=gpipe,microbatches=2", "dp=2,tp=2,sync=diloco@2"),
     "blocks": ("tp=3", "tp=4", "dp=2,tp=4,microbatches=2"),
     "classes": ("tp=4",),
-    "gpt": ("pp=2,interleave=2,tp=2,schedule=gpipe,microbatches=2", "dp=2,tp=2,sync=average@2"),
+    "gpt": (
+        *("pp=2,interleave=2,tp=2,schedule=interleaved,microbatches=2", "pp=2,tp=2,schedule=zb-h1,microbatches=4"),
+        *("dp=2,tp=2,zero=1", "dp=2,tp=2,sync=average@2"),
+    ),
 }
 CASES = [(name, plan) for name in NETS for plan in (*PLANS, *MORE.get(name, ()))]
 
@@ -242,6 +245,28 @@ def test_a_network_that_meets_others_elsewhere_is_told(said: str, folder: Path) 
     spec = spec_of(folder, f"elsewhere {len(OTHERWISE[said])}", source, settings)
     with pytest.raises(ProgramError, match=said):
         reference.run_steps(started(spec, parse("tp=2")), 2)
+
+
+def test_an_optimiser_that_may_look_at_whole_tensors_is_refused(folder: Path) -> None:
+    source = (
+        HEAD
+        + """
+class Own(torch.optim.SGD):
+    pass
+def net():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+def optimizer(parameters):
+    return {}(parameters, lr=0.1)
+"""
+    )
+    settings = {"data": STREAM.format("6,3"), "batch": 16, "validation": 0.37}
+    for kind in ("torch.optim.NAdam", "Own"):
+        spec = spec_of(folder, f"optimiser {kind}", source.replace("{}", kind), settings)
+        if kind == "Own":
+            with pytest.raises(PlanError, match="tp=2: Own may look at whole tensors"):
+                started(spec, parse("tp=2"))
+        else:
+            assert parts_differ(spec, parse("tp=2"), ran(spec, parse("tp=2"))) < EXACT
 
 
 def test_the_task_that_is_shared_is_not_the_one_that_is_proved_against(folder: Path) -> None:

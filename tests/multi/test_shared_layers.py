@@ -50,7 +50,7 @@ def test_hybrids_of_four_processes_are_serial(desk: Any, plan: str) -> None:
 
 @pytest.mark.slow
 def test_exploring_lists_what_is_shared_and_what_cannot_be(desk: Any) -> None:
-    done = desk.run("explore", "cnn", "--workers", 4, "--budget", 60, "--comm", "mpi", "--json", limit=200)
+    done = desk.run("explore", "cnn", "--workers", 4, "--budget", 120, "--engine", "torch", "--json", limit=240)
     assert done.rc == 0, done.err
     study = json.loads(done.out)
     rows = {row["label"]: row for row in study["results"]}

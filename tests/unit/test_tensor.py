@@ -313,6 +313,7 @@ def test_ranks_that_sum_in_another_order_are_refused() -> None:
         ("tp=2", replace(LAYOUT, splits=()), "none of its layers can be split"),
         ("tp=3", LAYOUT, r"divides none of a\+b by 8 columns, c\+d by 8 columns; tp=2, tp=4, tp=8 would fit"),
         ("dp=2,tp=2,bucket_bytes=1K", LAYOUT, "leave bucket_bytes out"),
+        ("dp=2,tp=2,zero=3", LAYOUT, "take zero=1"),
         ("dp=2,tp=2", replace(LAYOUT, norms=(1, 0, 0, 0)), "set bn_group lower"),
     ],
 )

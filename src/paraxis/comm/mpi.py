@@ -73,7 +73,7 @@ class MpiComm:
         return MpiRequest(self.comm.Iallreduce(MPI.IN_PLACE, _numbers(tensor)), tensor)
 
     def reduce_scatter(self, tensor: Tensor) -> None:
-        """Sum, each rank its part; Open MPI's own takes 10 times as long between 100 KB and 10 MB."""
+        """Sum, each rank its part; Open MPI's own took several times as long for megabytes."""
         exchange.reduce_scatter_start(self, tensor).wait()
 
     def reduce_scatter_start(self, tensor: Tensor) -> exchange.Exchange:

@@ -21,6 +21,11 @@ from paraxis.task.batches import Source
 from paraxis.task.shared import Shard, loss_of_parts, split
 from paraxis.task.task import Task
 
+O = torch.optim  # noqa: E741
+BY_ELEMENT = (  # optimisers whose step of an element depends on that element alone
+    *(O.SGD, O.Adam, O.AdamW, O.NAdam, O.RAdam, O.Adamax, O.Adagrad, O.Adadelta, O.RMSprop, O.Rprop),
+)
+
 
 class TorchEngine:
     """One rank's share of the computing; `step` is the optimiser step in progress. Not safe to share by threads."""
@@ -37,6 +42,9 @@ class TorchEngine:
         places = [(stage, k) for stage in own for k in range(len(program.segments[stage]))]
         self.places = {place: n for n, place in enumerate(places)}  # of each (stage, segment) among `segments`
         self.hyper = task.hyper()
+        if self.shards and self.hyper.optimizer is not None and type(self.hyper.optimizer) not in BY_ELEMENT:
+            kind, tp = type(self.hyper.optimizer).__name__, program.mesh.tp
+            raise PlanError(f"tp={tp}: {kind} may look at whole tensors, of which a rank has parts; dp takes it")
         unreached = task.keyed.unreached  # an optimiser leaves parameters alone that never get a gradient
         groups = [[p for p in g["params"] if id(p) not in unreached] for g in self.hyper.groups]
         self.shares: Shards | None = None
@@ -68,6 +76,7 @@ class TorchEngine:
         elsewhere = {self.tied[n] for n, tie in program.ties_of(rank).items() if tie.stages[0] not in own}
         if program.mesh.coordinates(rank)[2]:  # what is whole on every rank of its group is counted on the first
             elsewhere |= {range_ for name, range_ in named.items() if name not in self.shards}
+        self.elsewhere = elsewhere  # ranges of parameters that a rank before this one has, too
         counted = _without(list(elsewhere), max(at + len(own) for at, own in owned))  # in the norm: one copy of each
         self.counted = [
             own[max(a - at, 0) : b - at] for at, own in owned for a, b in counted if a < at + len(own) and b > at
@@ -234,7 +243,8 @@ class TorchEngine:
     def square_sum(self) -> float:
         """Of the parameters; as `state`."""
         copies, self.copies = self.copies, {}
-        return sum(float(t.square().sum()) for t in copies.values() or [self.flat.params])
+        again = 0.0 if copies else sum(float(self.flat.params[a:b].square().sum()) for a, b in self.elsewhere)
+        return sum(float(t.square().sum()) for t in copies.values() or [self.flat.params]) - again
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes of parameters and gradients, whole or in shares as they are now, and of the optimiser's state."""

@@ -175,6 +175,8 @@ def _communication(e: Evidence, share: float) -> Verdict:
     change = "a larger batch, for the bytes stay the same" if plan.dp > 1 else "a split where activations are smaller"
     if plan.zero == 3:
         change += f", or zero=2, which gathers parameters once a step instead of {1 + plan.microbatches} times or more"
+    elif plan.tp > 1:
+        change = "dp in the place of tp, whose bytes grow with the batch"
     elif plan.comm == "gloo":
         change += ", or comm=mpi"
     elif plan.dp > 1:

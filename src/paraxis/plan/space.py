@@ -32,21 +32,18 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
         if comms != ("openmp",):
             yield Plan()
         return
+    processes = [comm for comm in comms if comm != "openmp"]
     for kind in _kinds(workers, layers, inexact):
-        for comm in comms:
+        for comm in comms if "tp" not in kind else processes[:1]:
             if comm != "openmp" or kind.get("schedule") not in ELABORATE:
                 engine = "native" if comm == "openmp" else "torch"
                 yield Plan(**kind, comm=comm, engine=engine)  # type: ignore[arg-type]
         if kind == {"dp": workers} and "openmp" in comms:
             yield Plan(dp=workers, comm="openmp", engine="native", gradients="owner")
-    processes = [comm for comm in comms if comm != "openmp"]
-    for zero in (1, 3) if processes else ():
-        yield Plan(dp=workers, comm=processes[0], zero=zero)
     if not processes:
         return
-    yield Plan(tp=workers, comm=processes[0])
-    if workers >= 4 and workers % 2 == 0:
-        yield Plan(dp=workers // 2, tp=2, comm=processes[0])
+    for zero in (1, 3):
+        yield Plan(dp=workers, comm=processes[0], zero=zero)
     if inexact:
         yield from (Plan(dp=workers, sync="compressed", comm=comm) for comm in processes)
     yield Plan(threads=workers)
@@ -57,6 +54,9 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
 
 def _kinds(workers: int, layers: int, inexact: bool) -> Iterator[dict[str, object]]:
     yield {"dp": workers}
+    for tp in dict.fromkeys((workers, 2)):
+        if workers % tp == 0:
+            yield {"dp": workers // tp, "tp": tp}
     for pp in [p for p in rungs(workers)[1:] if p <= layers and workers % p == 0]:
         grid = {"dp": workers // pp, "pp": pp}
         for m in (2 * pp, 4 * pp):

@@ -109,6 +109,10 @@ def words(plan: Plan, layout: Layout) -> tuple[tuple[str, ...], ...]:
         return tuple(("norm",) * count for count in layout.norms) if meets else ()
     if meets:
         raise PlanError(f"tp={plan.tp}: batch norm over all ranks cannot be had with it; set bn_group lower")
+    if plan.zero > 1:
+        raise PlanError(
+            f"tp={plan.tp}: zero={plan.zero} shares gradients segment by segment, which tp cuts; take zero=1"
+        )
     if plan.bucket_bytes:
         raise PlanError("bucket_bytes: tensor parallelism cuts stages where its layers are; leave bucket_bytes out")
     return words_of(chosen(plan.tp, layout.splits), len(layout.parameters))

@@ -152,7 +152,7 @@ def _summed_whole(engine: Any) -> None:
 
 
 def _counted_whole(engine: Any) -> None:
-    engine.counted = [(0, len(engine.gradients_flat))]
+    engine.counted = [engine.gradients_flat]
 
 
 def _of(op: str, **wanted: object) -> Callable[[Instruction], bool]:

@@ -220,7 +220,7 @@ class Duties:
         return _peak_bytes() - max(0, self.plans[request["key"]].before - self.base)
 
     def norm(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
-        """Sum of squares of this rank's parameters."""
+        """Sum of squares of this rank's parameters, of which it counts what no rank before it has."""
         return float(_some(self._ready(request["key"]).rank).square_sum())
 
     def drop(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
