@@ -147,6 +147,6 @@ def rows(boxes: Iterable[Box], ranks: int, width: int, seconds: float) -> list[s
     for rank, start, end, text in boxes:
         first, last = round(start * scale), min(round(end * scale), width)
         lines[rank][first:last] = [text[0]] * (last - first)
-        if 1 < len(text) <= last - first:
+        if 1 < len(text) <= last - first + 1:
             lines[rank][first : first + len(text) - 1] = text[1:]
     return [f"rank {rank} |{''.join(lines[rank])}|" for rank in range(ranks)]
