@@ -16,6 +16,7 @@ from rich.console import Console
 
 from paraxis import __version__
 from paraxis.errors import ParaxisError
+from paraxis.plan.own import Asked
 from paraxis.progress import err, progress
 from paraxis.run.joined import JoinedPool, joined_ranks, let_the_first_speak
 from paraxis.session import Tell
@@ -75,7 +76,7 @@ class TaskOptions:
     seed: int = 0
 
 
-DEFAULT = TaskOptions()
+DEFAULT, AS_IT_IS = TaskOptions(), Asked()
 COMMS = {"all": ("openmp", "mpi", "gloo"), "native": ("openmp",), "torch": ("mpi", "gloo")}  # of every engine
 Exports = Annotated[list[Literal["csv", "tensorboard"]] | None, Parameter(negative="")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON document on standard output.")]
@@ -281,9 +282,7 @@ def show(
     trace: Path | None = None,
     out: Path | None = None,
     export: Exports = None,
-    ranks: int | None = None,
-    microbatches: int | None = None,
-    interleave: int | None = None,
+    shape: Annotated[Asked, Parameter(name="*")] = AS_IT_IS,
     json_: Json = False,
     task: TaskOptions = DEFAULT,
 ) -> int:
@@ -304,23 +303,12 @@ def show(
         Write the comparison of studies as this HTML file.
     export
         Only write a study's figures beside it for other tools: csv, tensorboard (may be given twice).
-    ranks
-        Of a schedule in FILE.py (default 3; a text has its own).
-    microbatches
-        Of a schedule in FILE.py (default: two for each rank).
-    interleave
-        Stages of each rank of a schedule in FILE.py (default 1).
     """
     from paraxis import showing
     from paraxis.plan.own import is_own
 
     if is_own(what):
-        from paraxis.scheduling import Asked, tried
-
-        given = lambda words: replace(task, **{k: v for k, v in words.items() if getattr(task, k) is None})  # noqa: E731
-        return tried(
-            what, detail, Asked(ranks, microbatches, interleave), json_, lambda net, words: _spec(net, given(words))
-        )
+        return _tried(what, detail, shape, json_, task)
     if showing.compared(what, detail, more, out, json_) or showing.exported(what, export):
         return 0
     if showing.is_study(what):
@@ -336,6 +324,15 @@ def show(
     else:
         print("\n".join(showing.show_lines(shown, Console().width)))
     return 0
+
+
+def _tried(name: str, network: str | None, shape: Asked, json_: bool, task: TaskOptions) -> int:
+    from paraxis.scheduling import tried
+
+    def spec_of(network: str, words: dict[str, Any]) -> Any:
+        return _spec(network, replace(task, **{k: v for k, v in words.items() if getattr(task, k) is None}))
+
+    return tried(name, network, shape, json_, spec_of)
 
 
 @app.command

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from paraxis.errors import PlanError
 from paraxis.measure.machine import usable_cores
 from paraxis.measure.statistics import paired
-from paraxis.plan.own import Shape, shape_of
+from paraxis.plan.own import Asked, Shape, shape_of
 from paraxis.plan.plan import Plan
 from paraxis.program.check import check
 from paraxis.program.cut import Layout
@@ -28,23 +28,13 @@ ROUNDS, SECONDS = 7, 0.15  # of the comparison: chunks of each schedule, and how
 COMM, WIDTH, SAMPLES = "gloo", 64, 8  # where nothing says otherwise: of the network, and samples of a microbatch
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What the command line says of a schedule's shape; None: what a text file itself says, or a small one."""
-
-    ranks: int | None = None
-    microbatches: int | None = None
-    interleave: int | None = None
-
-
 def plan_of(name: str, asked: Asked) -> Plan:
     """The plan that runs a schedule file; raises PlanError for a malformed one, before anything is started."""
-    text = name.endswith(".txt")
-    ranks = asked.ranks or 3
-    known = shape_of(name) if text else Shape(ranks, asked.microbatches or 2 * ranks, asked.interleave or 1)
-    shape = Shape(
-        asked.ranks or known.ranks, asked.microbatches or known.microbatches, asked.interleave or known.stages
-    )
+    ranks = 3 if asked.ranks is None else asked.ranks
+    known = shape_of(name) if name.endswith(".txt") else Shape(ranks, 2 * ranks, 1)
+    given = asked.ranks, asked.microbatches, asked.interleave
+    own = known.ranks, known.microbatches, known.stages
+    shape = Shape(*(mine if said is None else said for said, mine in zip(given, own, strict=True)))
     if shape.ranks < 2:
         raise PlanError(f"schedule {name}: a pipeline has 2 ranks or more")
     plan = Plan(pp=shape.ranks, microbatches=shape.microbatches, interleave=shape.stages, schedule=name, comm=COMM)

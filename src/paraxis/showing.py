@@ -27,6 +27,7 @@ from paraxis.task.spec import TaskSpec
 
 Exports = Sequence[Literal["csv", "tensorboard"]] | None  # formats of --export
 LABELS = "digits: forward of that microbatch; letters a, b, ...: backward of 0, 1, ...; = transfer, · waiting, u update"
+APART = "small letters: its I, the input's gradient; capitals: its W, the weights'"
 
 
 def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
@@ -117,6 +118,7 @@ def show_lines(document: dict[str, Any], width: int) -> list[str]:
         f"at most {max(document['peak_live_microbatches'])} live microbatches",
         *drawn,
         LABELS,
+        *[APART] * (" W0" in "".join(document["grid"])),
     ]
 
 

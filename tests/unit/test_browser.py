@@ -10,6 +10,7 @@ from sample_trials import PIPELINE, document
 
 from paraxis.plan.plan import Plan
 from paraxis.program.cut import Layout
+from paraxis.program.grid import cell
 from paraxis.program.instructions import Instruction
 from paraxis.program.lower import lower
 from paraxis.program.simulate import Costs, simulate
@@ -137,7 +138,7 @@ FIELDS = ("p", "m", "schedule", "backward", "factor", "heavy", "link")
 Setting = tuple[int, int, str, float, float, int, float]
 SETTINGS: list[Setting] = [
     (p, m, schedule, backward, factor, min(heavy, p - 1), link)
-    for schedule in ("layerwise", "gpipe", "1f1b")
+    for schedule in theatre.NAMES
     for p, m in ((1, 1), (1, 4), (2, 1), (2, 2), (3, 2), (4, 8), (5, 3), (8, 12), (16, 5))
     for backward, factor, heavy, link in ((2, 1, 0, 0), (0.75, 1, 0, 0.375), (1, 2.5, 1, 0), (2.25, 1.75, 15, 1.125))
 ] + [(16, 64, "1f1b", 2.0, 1.25, 7, 0.125)]
@@ -169,21 +170,25 @@ Cell = tuple[int, str, str, int, float, float]
 def by_python(setting: Setting) -> tuple[list[Cell], list[int], float, float]:
     """Spans that take time, each rank's most live microbatches, makespan and bubble, from the lowered program."""
     p, m, schedule, backward, factor, heavy, link = setting
-    program = lower(Plan(pp=p, microbatches=m, schedule=schedule), Layout((1,) * p))
+    plan = Plan(pp=p, microbatches=m, schedule=schedule)
+    program = lower(plan, Layout((1,) * plan.stages))
 
     def compute(i: Instruction) -> float:
-        return {"F": 1.0, "B": backward}.get(i.op, 0.0) * (factor if i.stage == heavy else 1)
+        costs = {"F": 1.0, "B": backward, "I": backward / 2, "W": backward / 2}
+        return costs.get(i.op, 0.0) / plan.interleave * (factor if i.stage % p == heavy else 1)
 
     line = simulate(program, Costs(compute, lambda i: link))
     cells = [
-        (s.rank, s.instruction.label(), s.kind, s.instruction.microbatch, s.start, s.end)
+        (s.rank, cell(s.instruction, plan.interleave > 1), s.kind, s.instruction.microbatch, s.start, s.end)
         for s in line.spans
         if s.end > s.start
     ]
     peaks = []
     for body in program.body("step"):
         live = [0]
-        live += [live[-1] + sum({"F": 1, "B": -1}.get(i.op, 0) for i in body[: n + 1]) for n in range(len(body))]
+        live += [
+            live[-1] + sum({"F": 1, "B": -1, "W": -1}.get(i.op, 0) for i in body[: n + 1]) for n in range(len(body))
+        ]
         peaks.append(max(live))
     return cells, peaks, line.makespan, line.bubble_fraction()
 
@@ -199,8 +204,10 @@ def test_every_cell_of_the_theatre_is_the_simulators(tmp_path: Path) -> None:
         assert float(shown["makespan"].split()[0].replace(",", "")) == pytest.approx(makespan, rel=6e-3), setting
         assert float(shown["bubble"].rstrip("%")) == pytest.approx(100 * bubble, abs=0.051), setting
         scale = shown["plot"] / makespan
-        colours = {"F": "forward", "B": "backward"}
-        wanted = [(r, colours.get(t[0], k), s * scale, max(0.4, (e - s) * scale)) for r, t, k, _, s, e in cells]
+        colours = {"F": "forward"} | dict.fromkeys("BIW", "backward")
+        roles = [colours.get(t.lstrip("0123456789")[0], k) for _, t, k, *_ in cells]
+        placed = [(r, s * scale, max(0.4, (e - s) * scale)) for r, *_, s, e in cells]
+        wanted = [(r, role, x, width) for (r, x, width), role in zip(placed, roles, strict=True)]
         ends = {rank: max(e for r, *_, e in cells if r == rank) for rank in range(setting[0])}
         tails = [
             (r, "pipeline_wait", e * scale, max(0.4, (makespan - e) * scale)) for r, e in ends.items() if e < makespan

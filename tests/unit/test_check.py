@@ -11,7 +11,7 @@ from paraxis.plan.space import space
 from paraxis.program.check import check
 from paraxis.program.cut import Layout
 from paraxis.program.faults import FAULTS, _nothing
-from paraxis.program.grid import draw, explain, simplify
+from paraxis.program.grid import cell, draw, explain, several, simplify
 from paraxis.program.instructions import MOMENTS, Instruction, Program, parse_program
 from paraxis.program.lower import lower
 from paraxis.program.shares import Split
@@ -102,7 +102,7 @@ def refused(program: Program, rank: int | None = None) -> str:
     assert sum("^" in line for line in picture) == 1
     assert picture[arrow - 1].startswith(f"rank {place}")
     if slot < len(program.body(body)[place]):
-        label = program.body(body)[place][slot].label()
+        label = cell(program.body(body)[place][slot], several(program.body(body)))
         assert picture[arrow - 1][picture[arrow].index("^") :].split()[0] == label, str(caught.value)
     return reason
 
@@ -141,7 +141,12 @@ SEEDED = {
     "backward twice": ("serial", 0, lambda row: [*row[:4], *row[3:]], "B0 runs twice"),
     "segments out of order": (DATA, 0, swapped(2, 3), "F0.1 before the segment in front of it"),
     "segments back out of order": (DATA, 0, swapped(4, 5), "B0 before the segment behind it"),
-    "missing backward": ("microbatches=3", 0, without("B", microbatch=1), "while microbatch 1 is between F and B"),
+    "missing backward": (
+        "microbatches=3",
+        0,
+        without("B", microbatch=1),
+        "the activation of microbatch 1 is never used",
+    ),
     "sent before it is made": (GPIPE, 0, moved("SendActStart", "Load", microbatch=2), "before F2 has made it"),
     "gradient sent before it is made": (PIPE, 1, moved("SendGradStart", "B", microbatch=2), "before B2 has made it"),
     "reduced too early": (DATA, 0, moved("AllReduceStart", "B", bucket=0), "bucket 0 is reduced after 1 of 2"),

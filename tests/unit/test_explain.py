@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from test_breakdown import MS, ticking
 
-from paraxis.measure.explain import BINDS, Evidence, explain_today, fill, judge
+from paraxis.measure.explain import BINDS, Evidence, _loads, explain_today, fill, judge
 from paraxis.measure.facts import Facts
 from paraxis.measure.machine import describe
 from paraxis.measure.records import MeshRecord, Result, Seconds, Split
@@ -174,3 +174,9 @@ def test_every_field_that_follows_from_the_clocks_is_filled(plan: str) -> None:
     }
     assert result.simulated and result.program_text and result.explanation
     assert result.bubble_fraction == result.split.pipeline_wait / times[1]
+
+
+def test_several_stages_a_rank_are_weighed_together() -> None:
+    costs, split = [1.0, 1.0, 4.0, 1.0, 1.0], (1, 1, 2, 1)
+    assert _loads(costs, split, 2) == [6.0, 2.0], "stages 0 and 2 on rank 0, 1 and 3 on rank 1"
+    assert _loads(costs, (2, 3), 2) == [2.0, 6.0]

@@ -1,17 +1,21 @@
 """A user's own schedules: read, held to their shape, and refused in one line that says what is wrong where."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from paraxis.engine.native_task import check_native
 from paraxis.errors import PlanError
-from paraxis.plan.own import Shape, find, shape_of
+from paraxis.plan.own import Asked, Shape, find, shape_of
 from paraxis.plan.plan import Plan, parse
 from paraxis.plan.schedules import SCHEDULES, one_f_one_b
 from paraxis.program.check import check
 from paraxis.program.cut import Layout
 from paraxis.program.grid import draw
 from paraxis.program.lower import lower
+from paraxis.scheduling import plan_of
 
 PYTHON = "from paraxis.plan.schedules import gpipe as schedule, one_f_one_b as other\n"
 TEXT = "# 1F1B of two ranks\nrank 0 | F0 F1 B0 F2 B1 B2\n\nF0 B0 F1 B1 F2 B2  # the last\n"
@@ -97,3 +101,37 @@ def test_only_the_names_of_files_are_taken_for_files() -> None:
     assert find("1f1b") is one_f_one_b
     with pytest.raises(PlanError, match="did you mean gpipe"):
         parse("pp=2,microbatches=2,schedule=gpip")
+
+
+def test_a_shape_is_asked_for_or_read_off(tmp_path: Path) -> None:
+    python, text = written(tmp_path, "own.py", PYTHON), written(tmp_path, "own.txt", TEXT)
+    plan = plan_of(python, Asked())
+    assert (plan.pp, plan.microbatches, plan.interleave, plan.schedule) == (3, 6, 1, python)
+    plan = plan_of(python, Asked(ranks=2, microbatches=5, interleave=2))
+    assert (plan.pp, plan.microbatches, plan.interleave) == (2, 5, 2)
+    plan = plan_of(text, Asked(ranks=2))
+    assert (plan.pp, plan.microbatches, plan.interleave) == (2, 3, 1)
+    with pytest.raises(PlanError, match="is one of pp=2,microbatches=3"):
+        plan_of(text, Asked(microbatches=4))
+    for asked in (Asked(ranks=1), Asked(ranks=0), Asked(ranks=2, microbatches=0)):
+        with pytest.raises(PlanError):
+            plan_of(python, asked)
+
+
+def test_the_command_refuses_a_malformed_file_without_loading_a_framework(tmp_path: Path) -> None:
+    path = written(tmp_path, "own.txt", "F0 B0\nF0 Q0")
+    code = f"import sys; sys.argv = ['paraxis', 'show', {path!r}]\nfrom paraxis.cli import main\n"
+    code += "try:\n    main()\nfinally:\n    print('torch' in sys.modules)\n"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 2 and run.stdout == "False\n", run.stderr
+    assert run.stderr.count("\n") == 1 and "line 2: 'Q0' is no cell" in run.stderr.replace("\n", " ")
+
+
+def test_native_ranks_refuse_what_they_have_no_instructions_for(tmp_path: Path) -> None:
+    for words in ("schedule=zb-h1", "schedule=interleaved"):
+        with pytest.raises(PlanError, match="engine=native takes layerwise, gpipe, 1f1b"):
+            parse(f"pp=2,microbatches=2,engine=native,{words}")
+    path = written(tmp_path, "own.txt", "F0 I0 W0\nF0 B0")
+    with pytest.raises(PlanError, match="its schedules have no I and W"):
+        check_native(lower(parse(f"pp=2,schedule={path},engine=native"), Layout((1, 1))))
+    check_native(lower(parse("dp=2,engine=native,gradients=owner"), Layout((1, 1))))

@@ -1,7 +1,7 @@
 """Timelines as Trace Event Format: required fields, times that agree, arrows that lead from slice to slice."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,8 @@ from paraxis.measure.records import Event
 from paraxis.plan.plan import parse
 from paraxis.program.cut import Layout
 from paraxis.program.lower import lower
-from paraxis.program.simulate import Costs, simulate
+from paraxis.program.simulate import Costs, simulate, uniform
+from paraxis.program.timeline import cells
 from paraxis.report.trace import trace, write
 
 COSTS = Costs(lambda i: {"F": 1e-3, "B": 2e-3, "Update": 1e-4, "Load": 5e-5}.get(i.op, 0.0), lambda i: 3e-4)
@@ -86,3 +87,17 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["traceEvents"]
     with pytest.raises(TaskError, match="cannot be written"):
         write(tmp_path / "no" / "t.json", {})
+
+
+def test_several_stages_a_rank_are_told_apart() -> None:
+    made = simulate(lower(parse("pp=2,schedule=interleaved,microbatches=2"), Layout((1,) * 4)), uniform())
+    shown = events(made)
+    wanted = {f"{s}{op}{m}" for s in range(4) for op in "FB" for m in (0, 1)}
+    assert {e.label for e in shown if e.kind == "compute"} == wanted
+    flows = [e for e in trace({"simulated": shown})["traceEvents"] if e["ph"] == "s"]
+    assert Counter(e["name"] for e in flows) == {"activation": 6, "gradient": 6}, "over three borders, the ring's too"
+    assert sum(e["tid"] == 1 for e in flows if e["name"] == "activation") == 2, "from stage 1 back to rank 0"
+    lines = cells(made, 72)
+    assert "2F0" in lines[0] and "1B1" in lines[1]
+    parted = cells(simulate(lower(parse("pp=2,schedule=zb-h1,microbatches=3"), Layout((1, 1))), uniform()), 60)
+    assert "A" in parted[0] and "a" in parted[0] and "0F0" not in parted[0]

@@ -13,8 +13,12 @@ from statistics import fmean, median
 from typing import Any
 
 from paraxis.measure.records import Event, Split, Work
+from paraxis.plan.plan import Plan
+from paraxis.program.cut import Layout
+from paraxis.program.grid import cell, several
 from paraxis.program.instructions import COLLECTIVES, MEMORY, Instruction, Program
-from paraxis.program.simulate import Costs, simulate
+from paraxis.program.lower import lower
+from paraxis.program.simulate import Costs, simulate, uniform
 from paraxis.program.timeline import Resolved, Span, Timeline, classify, resolve
 
 Trace = tuple[str, list[list[int]]]  # a body's name, and nanoseconds of every rank's instruction boundaries
@@ -178,10 +182,14 @@ def work(program: Program, lines: Sequence[Timeline]) -> list[Work]:
 
 def events(line: Timeline) -> list[Event]:
     """A timeline as records."""
+    ranks: list[list[Instruction]] = [[] for _ in range(line.ranks)]
+    for s in line.spans:
+        ranks[s.rank].append(s.instruction)
+    staged = several(ranks)
     return [
         Event(
             rank=s.rank,
-            label=s.instruction.label(),
+            label=cell(s.instruction, staged),
             kind=s.kind,
             microbatch=s.instruction.microbatch,
             stage=s.instruction.stage,
@@ -201,7 +209,7 @@ def replay(program: Program, lines: Sequence[Timeline], name: str) -> Timeline:
         for n, s in enumerate(line.spans):
             length = s.end - s.start
             if s.kind in ("compute", "optimizer", "data") or s.instruction.op in MEMORY:
-                seen[_key(s.instruction, program.mesh.coordinates(s.rank)[1])].append(length)
+                seen[_key(s.instruction)].append(length)
             elif s.kind == "communication" and s.instruction.waits:
                 # Who comes late for a message finds it there; only who waited for its sender saw it travel.
                 waited = n > 0 and line.spans[n - 1].instruction is s.instruction
@@ -211,10 +219,16 @@ def replay(program: Program, lines: Sequence[Timeline], name: str) -> Timeline:
     transfer = {base: median(values) for base, values in carried.items()}
 
     def compute(i: Instruction) -> float:
-        return cost.get(_key(i, i.stage), 0.0)
+        return cost.get(_key(i), 0.0)
 
     return simulate(program, Costs(compute, lambda i: transfer.get(i.base, 0.0)), name)
 
 
-def _key(i: Instruction, stage: int) -> tuple[str, int, int, str]:
-    return i.op, stage, i.segment, i.rule
+def _key(i: Instruction) -> tuple[str, int, int, str]:
+    return i.op, i.stage, i.segment, i.rule
+
+
+def uniform_bubble(plan: Plan) -> float:
+    """The bubble that a plan's schedule has where stages are alike, links free and a backward takes two forwards."""
+    alone = Plan(pp=plan.pp, interleave=plan.interleave, microbatches=plan.microbatches, schedule=plan.schedule)
+    return simulate(lower(alone, Layout((1,) * plan.stages)), uniform()).bubble_fraction()

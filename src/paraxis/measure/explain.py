@@ -104,9 +104,10 @@ def _pipeline(e: Evidence, share: float) -> Verdict:
     busy = [fmean(_busy(e.ranks[plan.mesh.rank(d, p)]) for d in range(plan.dp)) for p in range(plan.pp)]
     lost = max(busy) - fmean(busy)
     if lost >= UNEVEN * e.parts.pipeline_wait:
-        seen = f"the slowest stage computes {_ms(max(busy))} of a step, the mean stage {_ms(fmean(busy))}"
+        one = "stage" if plan.interleave == 1 else "rank"
+        seen = f"the slowest {one} computes {_ms(max(busy))} of a step, the mean {one} {_ms(fmean(busy))}"
         return Verdict("imbalance", share, seen, _even_out(e, busy))
-    m, p = plan.microbatches, plan.pp
+    m, p = plan.interleave * plan.microbatches, plan.pp  # of several stages a rank each is so much shorter
     seen = f"ranks wait {share:.0%} of the step for the pipeline to fill and drain"
     return Verdict("bubble", share, seen, _more_microbatches(e, (p - 1) / (m + p - 1), (p - 1) / (2 * m + p - 1)))
 
@@ -116,16 +117,24 @@ def _even_out(e: Evidence, busy: Sequence[float]) -> str:
     plan, largest = e.plan, max(busy) / (sum(busy) or 1.0)
     costs = list(e.layers)
     if sum(plan.split) == len(costs):
-        for seconds, (first, last) in zip(busy, _ranges(plan.split), strict=True):
-            scale = seconds / (sum(costs[first:last]) or 1.0)
-            costs[first:last] = [cost * scale for cost in costs[first:last]]
-    even = balanced(costs, plan.pp) if len(costs) >= plan.pp else ()
-    best = max((sum(costs[a:b]) for a, b in _ranges(even)), default=1.0) / (sum(costs) or 1.0)
+        scales = [
+            seconds / (load or 1.0) for seconds, load in zip(busy, _loads(costs, plan.split, plan.pp), strict=True)
+        ]
+        for stage, (first, last) in enumerate(_ranges(plan.split)):
+            costs[first:last] = [cost * scales[stage % plan.pp] for cost in costs[first:last]]
+    even = balanced(costs, plan.stages) if len(costs) >= plan.stages else ()
+    best = max(_loads(costs, even, plan.pp), default=1.0) / (sum(costs) or 1.0) if even else 1.0
     if not even or even == plan.split or best >= EVENER * largest:
         limit = f"no cut of its {len(costs)} layers is more even, so {1 / largest:.2f}x is its limit"
         return f"{limit}; dp={plan.pp * plan.dp} divides the samples instead"
     text = "+".join(map(str, even))
     return f"split={text} would balance it: {best:.0%} of the computing on its largest stage, not {largest:.0%}"
+
+
+def _loads(costs: Sequence[float], split: Sequence[int], ranks: int) -> list[float]:
+    """What each rank computes of a step, stage s lying on rank s % ranks."""
+    each = [sum(costs[a:b]) for a, b in _ranges(split)]
+    return [sum(each[rank::ranks]) for rank in range(ranks)]
 
 
 def _ranges(split: Sequence[int]) -> list[tuple[int, int]]:

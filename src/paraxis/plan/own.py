@@ -30,6 +30,25 @@ class Shape:
     stages: int  # of each rank
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What somebody who tries a schedule says of its shape; a text has its own.
+
+    Parameters
+    ----------
+    ranks
+        Of a schedule in FILE.py (default 3).
+    microbatches
+        Of a schedule in FILE.py (default: two for each rank).
+    interleave
+        Stages of each rank of a schedule in FILE.py (default 1).
+    """
+
+    ranks: int | None = None
+    microbatches: int | None = None
+    interleave: int | None = None
+
+
 def is_own(name: str) -> bool:
     """Whether a schedule's name is that of a user's file."""
     return name.partition(":")[0].endswith((".py", ".txt"))

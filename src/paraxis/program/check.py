@@ -60,6 +60,7 @@ class _Rank:
     midway: dict[int, Instruction] = field(default_factory=dict)  # of each stage, what stands still in the middle of it
     tied: set[int] = field(default_factory=set)  # ties whose copies have been added up
     parted: set[tuple[int, int, int]] = field(default_factory=set)  # I whose W is still to come
+    leaks: set[tuple[int, int, int]] = field(default_factory=set)  # forwards whose backward never comes
     factors: bool = False  # of weight gradients: those of all ranks are there
     gathered: bool = False
     peak: int = 0
@@ -107,7 +108,9 @@ def _check_slices(program: Program, part: str) -> None:
 
 def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[Instruction]) -> int:
     """What one rank can violate alone, in one body. Returns the peak of live microbatches."""
-    state, body, shards = _Rank(), program.body(part), Shards(program.zero)
+    body, shards = program.body(part), Shards(program.zero)
+    keys = {ops: {(i.stage, i.segment, i.microbatch) for i in instructions if i.op in ops} for ops in ("F", "BI")}
+    state = _Rank(leaks=keys["F"] - keys["BI"])
 
     def fail(slot: int, why: str) -> NoReturn:
         raise ProgramError(f"rank {rank}, slot {slot} of {part}: {why}\n{point_at(body, rank, slot)}")
@@ -281,6 +284,8 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
     """Reductions and updates: complete gradients only, and no write between F and B of a microbatch."""
     live = state.forward - state.backward
     writes = i.rule in ("step", "hogwild", *updates()) or (i.buffer == "params" and program.zero < 3)
+    if writes and live & state.leaks:
+        fail(slot, _leaked(min(live & state.leaks)[2]))
     if writes and live:
         fail(slot, f"{i.label()} writes parameters while microbatch {min(live)[2]} is between F and B")
     if i.starts and i.buffer == "grads":
@@ -327,9 +332,13 @@ def _check_complete(program: Program, state: _Rank, rank: int, fail: Fail, slot:
     if missing:
         fail(slot, f"microbatch {missing[0][2]} is never computed")
     if leaked:
-        fail(slot, f"the activation of microbatch {leaked[0][2]} is never used: its backward is missing")
+        fail(slot, _leaked(leaked[0][2]))
     if state.parted:
         fail(slot, f"the gradient of weights of microbatch {min(state.parted)[2]} is never made: its W is missing")
+
+
+def _leaked(microbatch: int) -> str:
+    return f"the activation of microbatch {microbatch} is never used: its backward is missing"
 
 
 def _check_shared(program: Program, state: _Rank, instructions: Sequence[Instruction], fail: Fail) -> None:

@@ -7,10 +7,13 @@ from paraxis.program.instructions import COMPUTE, Instruction, Program
 Ranks = Sequence[Sequence[Instruction]]
 
 
-def draw(body: Ranks, computing_only: bool = False) -> list[str]:
-    """A line a rank, cells in columns; `computing_only` leaves transfers out, as textbooks draw a pipeline."""
+def draw(body: Ranks, computing_only: bool = False, staged: bool | None = None) -> list[str]:
+    """A line a rank, cells in columns; `computing_only` leaves transfers out, as textbooks draw a pipeline.
+
+    `staged`: whether cells name their stage (default: if a rank has several).
+    """
     rows = [[i for i in rank if not computing_only or i.op in (*COMPUTE, "Update")] for rank in body]
-    labels = [[i.label() for i in row] for row in rows]
+    labels = _labels(rows, several(body) if staged is None else staged)
     width = max((len(label) for row in labels for label in row), default=1)
     name = len(f"rank {len(labels) - 1}")
     return [
@@ -18,9 +21,23 @@ def draw(body: Ranks, computing_only: bool = False) -> list[str]:
     ]
 
 
+def several(body: Ranks) -> bool:
+    """Whether ranks have several stages, so that a cell has to say of which it is: `2F0`."""
+    return any(len({i.stage for i in row if i.op in COMPUTE}) > 1 for row in body)
+
+
+def cell(i: Instruction, staged: bool) -> str:
+    """What stands in a cell; `staged`: with the stage in front of what is of a microbatch."""
+    return f"{i.stage}{i.label()}" if staged and i.microbatch >= 0 else i.label()
+
+
+def _labels(rows: Ranks, staged: bool) -> list[list[str]]:
+    return [[cell(i, staged) for i in row] for row in rows]
+
+
 def slot_width(body: Ranks) -> int:
     """Characters of a column, its space included."""
-    return max((len(i.label()) for row in body for i in row), default=1) + 1
+    return max((len(label) for row in _labels(body, several(body)) for label in row), default=1) + 1
 
 
 def blocks(lines: Sequence[str], column: int, width: int) -> list[str]:
@@ -36,8 +53,9 @@ def point_at(body: Ranks, rank: int, slot: int, around: int = 6) -> str:
     """The grid near one slot of one rank, with an arrow under it."""
     first = max(0, slot - around)
     window = [row[first : slot + around + 1] for row in body]
-    lines = draw(window)
-    width = max((len(i.label()) for row in window for i in row), default=1)
+    staged = several(body)
+    lines = draw(window, staged=staged)
+    width = max((len(label) for row in _labels(window, staged) for label in row), default=1)
     name = len(f"rank {len(body) - 1}")
     arrow = " " * (name + 3 + (slot - first) * (width + 1)) + "^"
     shown = range(max(0, rank - 3), min(len(lines), rank + 4))

@@ -45,6 +45,7 @@ class Timeline:
         return 1 - busy / (self.ranks * self.makespan) if self.makespan else 0.0
 
 
+DIGITS = "0123456789"
 Clock = tuple[float, float]
 
 
@@ -110,7 +111,7 @@ def _awaited(program: Program, i: Instruction, rank: int) -> list[tuple[object, 
     return [(i.base.replace("Recv", "Send"), i.edge, i.microbatch, i.peer)]
 
 
-Box = tuple[int, float, float, str]  # rank, start, end, and the character that fills it
+Box = tuple[int, float, float, str]  # rank, start, end, the character that fills it and a word to stand in it
 
 
 def cells(timeline: Timeline, width: int, seconds: float = 0.0) -> list[str]:
@@ -120,17 +121,23 @@ def cells(timeline: Timeline, width: int, seconds: float = 0.0) -> list[str]:
     """
     zero = min((s.start for s in timeline.spans), default=0.0)
     ordered = sorted(timeline.spans, key=lambda s: s.kind == "compute")
-    boxes = [
-        (s.rank, s.start - zero, s.end - zero, mark(s.kind, s.instruction.op, s.instruction.microbatch))
-        for s in ordered
-    ]
+    stages = {(s.rank, s.instruction.stage) for s in timeline.spans if s.kind == "compute"}
+    staged = len(stages) > len({rank for rank, _ in stages})
+    boxes = []
+    for s in ordered:
+        i = s.instruction
+        word = f"{i.stage}{i.label()}" if staged and s.kind == "compute" else i.op
+        boxes.append((s.rank, s.start - zero, s.end - zero, mark(s.kind, word, i.microbatch)))
     return rows(boxes, timeline.ranks, width, seconds or timeline.makespan)
 
 
 def mark(kind: str, op: str, microbatch: int) -> str:
-    """The character that stands for a span."""
+    """The character that stands for a span; behind it a label that begins with a stage, for where there is room."""
     if kind == "compute":
-        return str(microbatch % 10) if op.startswith("F") else "abcdefghij"[microbatch % 10]
+        word, op = op, op.lstrip(DIGITS)
+        letters = "ABCDEFGHIJ" if op.startswith("W") else "abcdefghij"
+        filling = str(microbatch % 10) if op.startswith("F") else letters[microbatch % 10]
+        return filling + (f" {word}" if word != op else "")
     marks = {"pipeline_wait": "·", "straggler_wait": "·", "communication": "=", "optimizer": "u", "data": "l"}
     return marks.get(kind, "?")
 
@@ -139,7 +146,9 @@ def rows(boxes: Iterable[Box], ranks: int, width: int, seconds: float) -> list[s
     """A line a rank, `width` characters for `seconds`; later boxes cover earlier ones."""
     scale = width / seconds if seconds else 0.0
     lines: dict[int, list[str]] = defaultdict(lambda: [" "] * width)
-    for rank, start, end, character in boxes:
-        for column in range(round(start * scale), min(round(end * scale), width)):
-            lines[rank][column] = character
+    for rank, start, end, text in boxes:
+        first, last = round(start * scale), min(round(end * scale), width)
+        lines[rank][first:last] = [text[0]] * (last - first)
+        if 1 < len(text) <= last - first + 1:
+            lines[rank][first : first + len(text) - 1] = text[1:]
     return [f"rank {rank} |{''.join(lines[rank])}|" for rank in range(ranks)]

@@ -18,7 +18,7 @@ function make(tag, attributes = {}, ...children) {
 }
 
 function phase(event) {
-  if (event.kind === "compute") return { F: "forward", B: "backward", I: "backward", W: "backward" }[event.label[0]] || "compute";
+  if (event.kind === "compute") return { F: "forward", B: "backward", I: "backward", W: "backward" }[event.label.match(/[A-Z]/)?.[0]] || "compute";
   return event.kind in PHASES ? event.kind : "overhead";
 }
 

@@ -47,7 +47,8 @@ def timeline(result: Result, width: int = 980) -> str:
 def phase(event: Event) -> str:
     """The colour of an event: its kind; computation is told apart by direction."""
     if event.kind == "compute":
-        return "forward" if event.label.startswith("F") else "backward" if event.label[:1] in "BIW" else "compute"
+        op = event.label.lstrip("0123456789")[:1]  # behind the stage, where ranks have several
+        return "forward" if op == "F" else "backward" if op in ("B", "I", "W") else "compute"
     return event.kind if event.kind in PHASES else "overhead"
 
 

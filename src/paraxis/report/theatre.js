@@ -1,40 +1,73 @@
 // The bubble theatre: a pipeline's program, its simulation and its picture, as the sliders say.
-// order() is program/schedules.py and simulate() is program/simulate.py, in so far as a plan with dp=1 needs them.
+// order() is plan/schedules.py and simulate() is program/simulate.py, in so far as a plan with dp=1 needs them.
 "use strict";
 
-// In which order a stage computes its microbatches.
-function order(schedule, p, m, stage) {
-  const all = op => Array.from({ length: m }, (_, i) => [op, i]);
-  if (p === 1 || m === 1 || schedule === "layerwise") return all("F").flatMap(([, i]) => [["F", i], ["B", i]]);
+// How many stages each rank has.
+const stagesOf = ({ p, m, schedule }) => schedule === "interleaved" && p > 1 && m > 1 ? 2 : 1;
+const opOf = label => label.match(/[A-Z]/)?.[0];
+
+// In which order a rank computes its stages' microbatches: [operation, stage, microbatch].
+function order(schedule, p, m, rank) {
+  const all = (op, stage = rank) => Array.from({ length: m }, (_, i) => [op, stage, i]);
+  if (p === 1 || m === 1 || schedule === "layerwise") return all("F").flatMap(([, s, i]) => [["F", s, i], ["B", s, i]]);
   if (schedule === "gpipe") return [...all("F"), ...all("B")];
-  const warmup = Math.min(p - 1 - stage, m);
-  const steady = all("F").slice(warmup).flatMap(([, i]) => [["F", i], ["B", i - warmup]]);
-  return [...all("F").slice(0, warmup), ...steady, ...all("B").slice(m - warmup)];
+  if (schedule === "zb-h1") return zeroBubble(m, rank, p - rank, p);
+  if (schedule === "zb-h2") return zeroBubble(m, rank, 2 * (p - rank) - 1, 2 * p - 1);
+  let forward = all("F"), backward = all("B"), warmup = p - 1 - rank;
+  if (schedule === "interleaved") {
+    const groups = Math.max(1, Math.floor(m / p)), each = Math.floor(m / groups), larger = m % groups;
+    const ends = Array.from({ length: groups + 1 }, (_, n) => n * each + Math.min(n, larger));
+    const cut = (op, own) => ends.slice(1).flatMap((end, n) => own.flatMap(s => all(op, s).slice(ends[n], end)));
+    forward = cut("F", [rank, rank + p]);
+    backward = cut("B", [rank + p, rank]);
+    warmup = ends[1] + 2 * warmup;
+  }
+  warmup = Math.min(warmup, forward.length);
+  const steady = forward.slice(warmup).flatMap((cell, n) => [cell, backward[n]]);
+  return [...forward.slice(0, warmup), ...steady, ...backward.slice(forward.length - warmup)];
+}
+
+// So many forwards first, then I and F in turn, with a W where `most` are live or no F is left.
+function zeroBubble(m, rank, warmup, most) {
+  const cells = [];
+  let forwards = Math.min(warmup, m), weights = 0;
+  for (let i = 0; i < forwards; i++) cells.push(["F", rank, i]);
+  for (let i = 0; i < m; i++) {
+    cells.push(["I", rank, i]);
+    if (forwards === m || forwards === weights + most) cells.push(["W", rank, weights++]);
+    if (forwards < m) cells.push(["F", rank, forwards++]);
+  }
+  while (weights < m) cells.push(["W", rank, weights++]);
+  return cells;
 }
 
 // Spans {rank, label, kind, microbatch, start, end} of one step, in the time of one forward. Ranks take turns to go on as
 // far as they can: a transfer begins when its sender has computed and its receiver waits for nothing else, and takes `link`.
-function simulate({ p, m, schedule, backward, factor, heavy, link }) {
-  const todo = Array.from({ length: p }, (_, stage) => order(schedule, p, m, stage));
+// With several stages a rank each takes so much less.
+function simulate(setting) {
+  const { p, m, schedule, backward, factor, heavy, link } = setting, each = stagesOf(setting), stages = p * each;
+  const todo = Array.from({ length: p }, (_, rank) => order(schedule, p, m, rank));
   const place = todo.map(() => 0), now = todo.map(() => 0), sent = new Map(), spans = [];
+  const costs = { F: 1, B: backward, I: backward / 2, W: backward / 2 };
   for (let moved = true; moved;) {
     moved = false;
     for (let rank = 0; rank < p; rank++) {
       for (; place[rank] < todo[rank].length; place[rank]++) {
-        const [op, microbatch] = todo[rank][place[rank]], source = op === "F" ? rank - 1 : rank + 1;
-        if (source >= 0 && source < p) {
-          const ready = sent.get(`${op}${microbatch} ${source}`);
+        const [op, stage, microbatch] = todo[rank][place[rank]], way = op === "I" ? "B" : op, name = each > 1 ? `${stage}` : "";
+        const source = op === "F" ? stage - 1 : op === "W" ? -1 : stage + 1;
+        if (source >= 0 && source < stages) {
+          const ready = sent.get(`${way}${microbatch} ${source}`);
           if (ready === undefined) break;
-          const label = `${op === "F" ? "rA" : "rG"}${microbatch}>`, end = Math.max(now[rank], ready + link);
+          const label = `${name}${op === "F" ? "rA" : "rG"}${microbatch}>`, end = Math.max(now[rank], ready + link);
           const middle = Math.min(Math.max(now[rank], ready), end);
           if (middle > now[rank]) spans.push({ rank, label, kind: "pipeline_wait", microbatch, start: now[rank], end: middle });
           if (end > middle) spans.push({ rank, label, kind: "communication", microbatch, start: middle, end });
           now[rank] = end;
         }
-        const end = now[rank] + (op === "F" ? 1 : backward) * (rank === heavy ? factor : 1);
-        spans.push({ rank, label: `${op}${microbatch}`, kind: "compute", microbatch, start: now[rank], end });
+        const end = now[rank] + costs[op] / each * (rank === heavy ? factor : 1);
+        spans.push({ rank, label: `${name}${op}${microbatch}`, kind: "compute", microbatch, start: now[rank], end });
         now[rank] = end;
-        sent.set(`${op}${microbatch} ${rank}`, end);
+        if (op !== "W") sent.set(`${way}${microbatch} ${stage}`, end);
         moved = true;
       }
     }
@@ -42,15 +75,17 @@ function simulate({ p, m, schedule, backward, factor, heavy, link }) {
   return spans;
 }
 
-// What a stage keeps for its backwards: [time, microbatches] at every change, and the most.
+// What a rank keeps for its backwards: [time, activations] at every change, and the most.
 function live(spans, rank) {
   const steps = [[0, 0]];
   let count = 0, most = 0;
   for (const span of spans) {
     if (span.rank !== rank || span.kind !== "compute") continue;
-    count += span.label[0] === "F" ? 1 : -1;
+    const op = opOf(span.label);
+    if (op === "I") continue;  // kept until its W
+    count += op === "F" ? 1 : -1;
     most = Math.max(most, count);
-    steps.push([span.label[0] === "F" ? span.start : span.end, count]);
+    steps.push([op === "F" ? span.start : span.end, count]);
   }
   return { steps, most };
 }
@@ -70,7 +105,8 @@ function tails(spans, p, makespan) {
     ? [{ rank, label: "done", kind: "pipeline_wait", microbatch: -1, start, end: makespan }] : []);
 }
 
-function memory(spans, { p, m }, makespan, box) {
+function memory(spans, setting, makespan, box) {
+  const { p } = setting, m = setting.m * stagesOf(setting);
   const row = 34, left = MARGIN, wide = Math.max(220, (box.clientWidth || 900) - left - 8), x = t => left + t / makespan * wide;
   const svg = make("svg", { role: "img", "aria-label": "Live activations of each stage over time", width: left + wide + 8, height: p * row + 6 });
   for (let rank = 0; rank < p; rank++) {
@@ -111,7 +147,7 @@ function theatre(root) {
     const percent = share => `${(100 * share).toFixed(1)}%`;
     const shown = {
       makespan: `${figure(f.makespan)} forwards`, bubble: percent(f.bubble), theory: percent(f.theory),
-      peak: `${Math.max(...f.peaks)} of ${setting.m}`,
+      peak: `${Math.max(...f.peaks)} of ${setting.m * stagesOf(setting)}`,
     };
     for (const [name, text] of Object.entries(shown)) root.querySelector(`[data-figure=${name}]`).textContent = text;
   }

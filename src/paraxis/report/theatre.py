@@ -24,6 +24,14 @@ SLIDERS = (
     ("heavy", "namely stage", "0", "3", "1", "0", ""),
     ("link", "a transfer takes", "0", "2", "0.125", "0", " forwards"),
 )
+NAMES = {
+    "layerwise": "layer by layer",
+    "gpipe": "GPipe",
+    "1f1b": "1F1B",
+    "interleaved": "interleaved",
+    "zb-h1": "ZB-H1",
+    "zb-h2": "ZB-H2",
+}
 FIGURES = (
     ("makespan", "A step takes"),
     ("bubble", "Bubble, simulated"),
@@ -33,8 +41,10 @@ FIGURES = (
 WORDS = (
     "<p>A pipeline of <var>p</var> stages fed with <var>m</var> microbatches, simulated. Hatched is the bubble: a rank "
     "that waits for another stage. Below it stands what each stage must keep for its backwards. 1F1B has GPipe's "
-    "bubble, but keeps at most <var>p</var> microbatches instead of <var>m</var>; a heavier stage sets the pace of "
-    "all; a slow link lengthens every hop of the fill and the drain.</p>"
+    "bubble, but keeps at most <var>p</var> microbatches instead of <var>m</var>; with two stages of half the size a "
+    "rank it fills in half the time; the zero-bubble schedules put the gradient of the weights (W), which nobody waits "
+    "for, where 1F1B idles. A heavier stage sets the pace of all; a slow link lengthens every hop of the fill and the "
+    "drain.</p>"
 )
 
 
@@ -84,7 +94,7 @@ def fragment(address: bool = False) -> str:
     """The theatre as a part of a page that has its script and its style; `address`: the page's address sets it."""
     schedules = "".join(
         f'<option value="{name}"{" selected" if name == "1f1b" else ""}>{words}</option>'
-        for name, words in (("layerwise", "layer by layer"), ("gpipe", "GPipe"), ("1f1b", "1F1B"))
+        for name, words in NAMES.items()
     )
     sliders = [slider(*fields) for fields in SLIDERS]
     choice = f'<label><span>schedule</span> <select name="schedule">{schedules}</select></label>'

@@ -53,14 +53,16 @@ def _complete(e: Event, pid: int) -> dict[str, Any]:
 
 
 def _flows(events: Sequence[Event], pid: int, replicas: int) -> Iterable[dict[str, Any]]:
-    """Arrows from a microbatch's F to its F on the next stage, and from its B to its B on the stage before."""
-    computed: dict[tuple[str, int, int], list[Event]] = {}
+    """Arrows from a microbatch's F to its F on the next stage, and from its B (or I) to its B on the stage before."""
+    computed: dict[tuple[str, int, int, int], list[Event]] = {}
     for e in events:
-        if e.kind == "compute":
-            computed.setdefault((e.label[0], e.microbatch, e.rank), []).append(e)
+        op = e.label.lstrip("0123456789")[:1].replace("I", "B")
+        if e.kind == "compute" and op in ("F", "B"):
+            stage = e.stage if e.stage >= 0 else e.rank // replicas
+            computed.setdefault((op, e.microbatch, stage, e.rank % replicas), []).append(e)
     number = 0
-    for (op, microbatch, rank), made in computed.items():
-        taken = computed.get((op, microbatch, rank + (replicas if op == "F" else -replicas)))
+    for (op, microbatch, stage, replica), made in computed.items():
+        taken = computed.get((op, microbatch, stage + (1 if op == "F" else -1), replica))
         if not taken:
             continue
         number += 1

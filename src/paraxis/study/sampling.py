@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from paraxis.errors import TaskError
-from paraxis.measure.breakdown import replay, timelines, window
+from paraxis.measure.breakdown import replay, timelines, uniform_bubble, window
 from paraxis.plan.plan import Plan
 from paraxis.session import Session
 from paraxis.study.definition import TRAINED
@@ -145,10 +145,8 @@ def _bubble(session: Session, plan: Plan) -> dict[str, float | None]:
     if seen is None:
         raise TaskError(f"bubble: {plan.label()} reads no clocks")
     lines = timelines(program, seen.steps)
-    layerwise = plan.schedule == "layerwise" or plan.microbatches == 1
-    stages, m = plan.pp, 1 if layerwise else plan.microbatches
     return {
         "bubble": median(line.bubble_fraction() for line in lines),
-        "bubble_uniform": (stages - 1) / (m + stages - 1),
+        "bubble_uniform": uniform_bubble(plan),
         "bubble_replayed": replay(program, lines, seen.steps[-1][0]).bubble_fraction(),
     }
