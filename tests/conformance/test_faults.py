@@ -13,7 +13,7 @@ from paraxis.task.spec import TaskSpec
 MUTABLE = [
     *WITH_AVERAGE,
     *map(parse, ("microbatches=2", "pp=2,schedule=gpipe,microbatches=4", "dp=2,bucket_bytes=64,microbatches=2")),
-    parse("dp=2,pp=2,microbatches=2,sync=average@2"),
+    *map(parse, ("dp=2,pp=2,microbatches=2,sync=average@2", "recompute=all", "pp=2,microbatches=4,recompute=all")),
 ]
 
 
@@ -44,7 +44,7 @@ def test_every_fault_fails_the_comparison(fault: str, plan: Plan, folder: Path) 
     assert fails(spec_of(folder, "tiny", *TASKS["tiny"]), plan, fault)
 
 
-OWN_LOSS = (parse("dp=2,pp=2,microbatches=2"), parse("dp=2,sync=average@4"))
+OWN_LOSS = [*map(parse, ("dp=2,pp=2,microbatches=2", "dp=2,sync=average@4", "pp=2,microbatches=2,recompute=all"))]
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("mean-of-sums", *NORMS)])

@@ -380,6 +380,7 @@ def test_sums_in_the_wrong_place_are_refused(name: str) -> None:
 # -- faults ----------------------------------------------------------------------------------------------------
 
 CARRIERS = [*map(parse, ("dp=2", "dp=2,microbatches=2", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@2", "serial"))]
+CARRIERS += [parse("pp=2,microbatches=2,recompute=all")]
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -399,7 +400,7 @@ def test_every_fault_changes_the_program_or_spoils_an_engine(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if not FAULTS[name].needs(Plan())])
 def test_a_plan_that_cannot_have_a_fault_is_told_what_it_needs(name: str) -> None:
-    with pytest.raises(PlanError, match=r"needs (dp > 1|pp > 1|sync=average)"):
+    with pytest.raises(PlanError, match=r"needs (dp > 1|pp > 1|sync=average|recompute=all)"):
         FAULTS[name].mutated(Plan(), lower(Plan(), PLAIN))
 
 

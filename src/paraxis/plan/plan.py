@@ -55,6 +55,8 @@ class Plan:
     measured cost); `threads` are an engine's own in one rank; `bucket_bytes` 0 reduces all gradients at once; `sync` is
     "gradient", "average@H" (H steps), "average@epoch" or "hogwild". Under comm=openmp ranks are threads, whose weight
     `gradients` are "private" (each rank those of its samples, then summed) or "owner" (each its own block, over all).
+    Stages that `recompute` names ("all", or numbers such as "0+2") keep only what their segments are called with, and
+    compute forwards again before the backwards.
     Raises PlanError for values that no network could meet.
     """
 
@@ -71,6 +73,7 @@ class Plan:
     threads: int = 1
     bucket_bytes: int = 0
     gradients: str = "private"
+    recompute: str = ""
 
     def __post_init__(self) -> None:
         for key in ("dp", "pp", "tp", "microbatches", "interleave", "threads"):
@@ -98,6 +101,7 @@ class Plan:
         self._check_engine()
         self._check_threads()
         self._check_interleave()
+        self.recomputed()
 
     def _check_engine(self) -> None:
         if self.engine == "plain" and (self.mesh.size > 1 or self.microbatches > 1):
@@ -137,6 +141,10 @@ class Plan:
             quiet["bucket_bytes"] = 0
         if self.dp == 1:
             quiet["gradients"] = "private"
+        if self.recompute and self.recomputed() == set(range(self.stages)):
+            quiet["recompute"] = "all"
+        elif self.recompute:
+            quiet["recompute"] = _plus(sorted(self.recomputed()))
         if self.pp == 1:
             quiet |= {"schedule": "", "split": (), "interleave": 1}
         elif self.microbatches == 1 or not self.schedule:
@@ -153,6 +161,18 @@ class Plan:
     def stages(self) -> int:
         """Stages of the pipeline, over all of its ranks."""
         return self.pp * self.interleave
+
+    def recomputed(self) -> set[int]:
+        """The stages that compute their forwards again; raises PlanError for what names none."""
+        words = self.recompute.split("+") if self.recompute not in ("", "all") else []
+        if not all(word.isdecimal() and int(word) < self.stages for word in words):
+            known = f"stages 0 to {self.stages - 1} joined by +" if self.stages > 1 else "0"
+            raise PlanError(f"recompute={self.recompute}: it takes all, or {known}")
+        if self.recompute and self.engine != "torch":
+            raise PlanError(
+                f"recompute={self.recompute}: engine={self.engine} keeps what it computes; engine=torch can"
+            )
+        return set(range(self.stages)) if self.recompute == "all" else set(map(int, words))
 
     @property
     def workers(self) -> int:
@@ -190,6 +210,7 @@ class Plan:
         words += [f"{self.interleave} stages a rank"] * (self.interleave > 1)
         words += [self.sync] * (self.sync != "gradient")
         words += [f"{self.gradients} gradients"] * (self.gradients != "private")
+        words += [f"recompute={self.recompute}"] * bool(self.recompute)
         words += [f"threads={self.threads}"] * (self.threads > 1)
         words += [f"bucket={_bytes(self.bucket_bytes)}"] * (self.bucket_bytes > 0)
         words += ["serial"] * (not words)

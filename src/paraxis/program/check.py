@@ -45,6 +45,7 @@ class _Rank:
     reduced: set[tuple[int, int]] = field(default_factory=set)  # (stage, bucket)
     met: set[tuple[str, int, int]] = field(default_factory=set)  # (buffer, stage, batch norm) of known sums
     parted: set[tuple[int, int, int]] = field(default_factory=set)  # backwards that left the weights' gradient to a W
+    light: dict[tuple[int, int, int], int] = field(default_factory=dict)  # slices of forwards that kept nothing more
     factors: bool = False  # of weight gradients: those of all ranks are there
     gathered: bool = False
     peak: int = 0
@@ -77,10 +78,15 @@ def _check_slices(program: Program, part: str) -> None:
     """Every stage computes every slice of the global batch, each once."""
     wanted = list(range(program.mesh.dp * program.microbatches))
     for stage in range(len(program.stages)):
-        cells = [i for row in program.body(part) for i in row if i.op == "F" and i.stage == stage and i.segment == 0]
+        cells = [i for row in program.body(part) for i in row if _computes(i, stage)]
         if cells and sorted(i.slice for i in cells) != wanted:
             found = sorted(i.slice for i in cells)
             raise ProgramError(f"stage {stage} of {part} computes slices {found} of the batch instead of {wanted}")
+
+
+def _computes(i: Instruction, stage: int) -> bool:
+    """Whether it begins to compute a slice on a stage, for the first time."""
+    return i.op == "F" and i.stage == stage and i.segment == 0 and i.rule != "again"
 
 
 def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[Instruction]) -> int:
@@ -96,7 +102,9 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             own, stages = ", ".join(map(str, program.stages_of(rank))), len(program.stages)
             known = f"there are {program.microbatches} microbatches and {stages} stages, of which {own} here"
             fail(slot, f"{i.label()} of stage {i.stage}: {known}")
-        if i.op == "F":
+        if i.op == "F" and i.rule == "again":
+            _check_again(state, i, slot, fail)
+        elif i.op == "F":
             _check_forward(program, state, i, slot, fail)
         elif i.op == "W":
             _check_weight_gradient(state, i, slot, fail)
@@ -151,6 +159,18 @@ def _check_forward(program: Program, state: _Rank, i: Instruction, slot: int, fa
     if i.stage in (0, len(program.stages) - 1) and (i.stage, i.microbatch) not in state.loaded:
         fail(slot, f"{i.label()} before its samples are loaded")
     state.forward.add(key)
+    if i.rule == "light":
+        state.light[key] = i.slice
+
+
+def _check_again(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    key = (i.stage, i.segment, i.microbatch)
+    if key not in state.light:
+        why = "that has kept everything" if key in state.forward else "before it runs for the first time"
+        fail(slot, f"{i.label()} computes again a forward {why}")
+    first = state.light.pop(key)
+    if i.slice != first:
+        fail(slot, f"{i.label()} is of slice {i.slice}, but its first forward was of slice {first}")
 
 
 def _check_backward(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
@@ -160,6 +180,8 @@ def _check_backward(program: Program, state: _Rank, i: Instruction, slot: int, f
         fail(slot, f"{i.label()} runs twice")
     if key not in state.forward:
         fail(slot, f"{i.label()} before its forward")
+    if key in state.light:
+        fail(slot, f"{i.label()} before its forward, which has kept nothing, is computed again")
     if i.segment < last_segment and (i.stage, i.segment + 1, i.microbatch) not in state.backward:
         fail(slot, f"{i.label()} before the segment behind it")
     if i.segment < last_segment and program.synchronised() and ("moment_grads", i.stage, i.segment) not in state.met:

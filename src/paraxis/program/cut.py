@@ -14,6 +14,7 @@ class Layout:
     `weight_in_data`: the loss's weight is known only after the forwards. `statistics`: it has running statistics.
     `clip`: gradients are clipped by their global norm. `cuttable`: empty, or why its layers cannot be split. `norms`:
     how many batch norms each layer has whose statistics cover the whole global batch (none: they cover slices).
+    `unkeyed`: modules whose random numbers nobody can draw again.
     """
 
     parameters: tuple[int, ...]
@@ -23,6 +24,7 @@ class Layout:
     cuttable: str = ""
     tied: tuple[tuple[int, int, str], ...] = ()  # (first layer, last layer, parameter) that share one parameter
     norms: tuple[int, ...] = ()
+    unkeyed: tuple[str, ...] = ()
 
 
 def cut(plan: Plan, layout: Layout) -> tuple[tuple[int, int], ...]:

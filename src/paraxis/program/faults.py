@@ -143,6 +143,10 @@ def _pipelined(p: Plan) -> bool:
     return p.pp > 1 and p.microbatches > 1
 
 
+def _recomputing(p: Plan) -> bool:
+    return bool(p.recompute)
+
+
 def _any(p: Plan) -> bool:
     return True
 
@@ -167,6 +171,12 @@ FAULTS: dict[str, Fault] = {
         _replicated,
         "dp > 1 and a network with dropout",
         _with(lambda i: i.op == "F", _local_slice),
+    ),
+    "fresh-masks": Fault(
+        "forwards that are computed again draw other dropout masks",
+        _recomputing,
+        "recompute=all and a network with dropout",
+        _with(lambda i: i.rule == "again", lambda p, i: replace(i, slice=i.slice + 1)),
     ),
     "random-start": Fault("one worker starts from other weights", _any, "", spoil=_other_start),
     "late-batch": Fault("one worker is a batch ahead", _any, "", spoil=_late),

@@ -29,7 +29,9 @@ class Instruction:
 
     `slice` says which of the dp x microbatches equal slices of the global batch is meant, `peer` is a rank, `axis` a
     direction of the mesh, `buffer` a declared buffer, `bucket` a segment's part of it (-1: all), `rule` an update rule.
-    A `W` with rule "owner" computes the rank's own block of the weights' gradient, over the samples of all replicas.
+    An `F` with rule "light" keeps only what the segment is called with; one with rule "again" computes it once more
+    from that, right before the backward. A `W` with rule "owner" computes the rank's own block of the weights' gradient,
+    over the samples of all replicas.
     Of buffers `moments` (in a forward) and `moment_grads` (in a backward), `bucket` is the batch norm between segments
     `bucket` and `bucket` + 1.
     """
@@ -82,7 +84,8 @@ class Instruction:
     def label(self) -> str:
         """The few letters that stand in a cell of a grid."""
         if self.op in COMPUTE:
-            return f"{self.op}{self.microbatch}" + (f".{self.segment}" if self.segment > 0 else "")
+            mark = "'" * (self.rule == "again")
+            return f"{self.op}{self.microbatch}" + (f".{self.segment}" if self.segment > 0 else "") + mark
         if self.op == "Update":
             return {"zero": "zero", "step": "step"}.get(self.rule, self.rule)
         short = {"SendAct": "sA", "SendGrad": "sG", "RecvAct": "rA", "RecvGrad": "rG", "AllReduce": "AR", "Load": "L"}

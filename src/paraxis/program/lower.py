@@ -7,13 +7,16 @@ from paraxis.plan.plan import Plan, period
 from paraxis.program.cut import Layout, bucketed, cut, norm_by_norm, synchronised
 from paraxis.program.instructions import MOMENTS, Buffer, Program
 from paraxis.program.passes import averaging, evaluation, scoring, training
+from paraxis.program.recompute import check_recompute, sublinear
 
 
 def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
     """The complete program of every rank; raises PlanError if the network cannot be cut as the plan asks."""
     stages = cut(plan, layout)
+    check_recompute(plan, layout)
     split = norm_by_norm if synchronised(plan, layout) else bucketed
     segments = tuple(split(stage, layout, plan.bucket_bytes) for stage in stages)
+    segments = tuple(sublinear(own) if s in plan.recomputed() else own for s, own in enumerate(segments))
     every = period(plan.sync, steps_per_epoch)
     bodies, runs = {}, []
     if plan.sync in ("gradient", "hogwild"):

@@ -10,6 +10,7 @@ from paraxis.plan.plan import Plan
 from paraxis.plan.schedules import SCHEDULES, Order
 from paraxis.program.cut import Layout, synchronised
 from paraxis.program.instructions import MOMENTS, Instruction
+from paraxis.program.recompute import compute_again, keep_inputs
 
 Body = list[Instruction]
 Cuts = Sequence[Sequence[tuple[int, int]]]  # of every stage, its segments
@@ -20,13 +21,14 @@ def training(plan: Plan, layout: Layout, segments: Cuts, rank: int, agree: str) 
     """One optimiser step of one rank; `agree`: how replicas do (gradient, shared, owner, hogwild, average, none)."""
     dp, place, _ = plan.mesh.coordinates(rank)
     order = SCHEDULES[plan.schedule or "layerwise"](plan.pp, plan.microbatches, place, plan.interleave)
-    body = expand(order, plan, dp, segments)
+    body = keep_inputs(expand(order, plan, dp, segments), plan.recomputed())
     meets = synchronised(plan, layout)
     if agree == "gradient" and plan.dp > 1:
-        whole = meets or (plan.interleave > 1 and not plan.bucket_bytes)
+        whole = meets or ((plan.interleave > 1 or plan.recompute) and not plan.bucket_bytes)
         body = add_reductions(body, {(place, 0): -1} if whole else _each(segments, body))
     body = add_totals(body, plan, layout, place)
     body = add_transfers(body, plan, rank)  # last, so that a gradient is on its way before a reduction begins
+    body = compute_again(body)
     if meets:
         body = add_moments(body, segments)
     if agree == "owner":

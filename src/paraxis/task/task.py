@@ -145,6 +145,7 @@ class Task:
             cuttable=self.cuttable,
             tied=tuple((at[0], at[-1], self.names[key]) for key, at in owners.items() if at[0] != at[-1]),
             norms=tuple(map(len, self.norms)),
+            unkeyed=self.keyed.unkeyed,
         )
 
 
