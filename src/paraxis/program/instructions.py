@@ -30,8 +30,8 @@ class Instruction:
     `slice` says which of the dp x microbatches equal slices of the global batch is meant, `peer` is a rank, `axis` a
     direction of the mesh, `buffer` a declared buffer, `bucket` a segment's part of it (-1: all), `rule` an update rule.
     An `F` with rule "light" keeps only what the segment is called with; one with rule "again" computes it once more
-    from that, right before the backward. A `W` with rule "owner" computes the rank's own block of the weights' gradient,
-    over the samples of all replicas.
+    from that, right before the backward. A `W` with rule "owner" computes the rank's own block of the weights'
+    gradient, over the samples of all replicas.
     Of buffers `moments` (in a forward) and `moment_grads` (in a backward), `bucket` is the batch norm between segments
     `bucket` and `bucket` + 1.
     """
