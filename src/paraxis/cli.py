@@ -37,11 +37,16 @@ class TaskOptions:
     Parameters
     ----------
     data
-        mnist, idx:DIR, npz:FILE or synthetic:N,SHAPE,CLASSES (default: mnist, or batches() of your file).
+        mnist, idx:DIR, npz:FILE, text[:FILES] or synthetic:N,SHAPE,CLASSES (default: mnist, for gpt Python's own
+        sources, or batches() of your file).
     batch
-        Samples per optimiser step over all replicas (default 128, or what batches() yields).
+        Samples per optimiser step over all replicas (default 128, for gpt 32, or what batches() yields).
     bn_group
         Samples that batch-norm statistics cover (default: those that a plan computes at once).
+    optimizer
+        Default: sgd, for gpt adamw.
+    lr
+        Learning rate (default 0.05, for gpt 0.001).
     momentum
         Of sgd (default 0.9).
     clip
@@ -57,8 +62,8 @@ class TaskOptions:
     data: str | None = None
     batch: int | None = None
     bn_group: int | None = None
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: float = 0.05
+    optimizer: Literal["sgd", "adam", "adamw"] | None = None
+    lr: float | None = None
     momentum: float | None = None
     nesterov: bool = False
     weight_decay: float = 0.0
@@ -103,7 +108,7 @@ def explore(
     Parameters
     ----------
     network
-        mlp, mlp:784-1024-1024-10, cnn, resnet18, or your own FILE.py[:FUNCTION].
+        mlp, mlp:784-1024-1024-10, cnn, resnet18, gpt, gpt:small, or your own FILE.py[:FUNCTION].
     workers
         Explore plans for 1, 2, 4 ... so many workers (default: usable cores).
     budget
@@ -168,7 +173,7 @@ def verify(
     Parameters
     ----------
     network
-        mlp, mlp:784-1024-1024-10, cnn, resnet18, or your own FILE.py[:FUNCTION].
+        mlp, mlp:784-1024-1024-10, cnn, resnet18, gpt, gpt:small, or your own FILE.py[:FUNCTION].
     plan
         A plan such as dp=2 or pp=2,microbatches=4, or all.
     workers
@@ -210,7 +215,7 @@ def train(
     Parameters
     ----------
     network
-        mlp, mlp:784-1024-1024-10, cnn, resnet18, or your own FILE.py[:FUNCTION].
+        mlp, mlp:784-1024-1024-10, cnn, resnet18, gpt, gpt:small, or your own FILE.py[:FUNCTION].
     plan
         serial, today, dp=2 ..., or best: what an exploration in paraxis-study recommends, else a short one now.
     epochs
@@ -254,7 +259,7 @@ def _choose(plan: str, spec: Any, tell: Tell, joined: JoinedPool | None) -> Any:
     if known is None:
         from paraxis.experiment import explore_task
 
-        study = explore_task(spec, {}, None, 30.0, COMMS["all"], tell, lambda _: None, joined)
+        study = explore_task(spec, {}, None, 30.0, COMMS["all"], tell, lambda _: None, joined, accuracy=False)
         known = study.recommendation.plan if study.recommendation else "serial"
     tell(f"best plan: {parse(known).short()}", -2)
     return parse(known)

@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from paraxis import __version__
+from paraxis.accuracy import learn, reserve
 from paraxis.errors import MissingError, ParaxisError, TaskError
 from paraxis.measure import records
 from paraxis.measure.explain import explain_today, fill
@@ -40,11 +41,13 @@ def explore_task(
     save: Save,
     joined: JoinedPool | None = None,
     book: Book | None = None,
+    accuracy: bool = True,
 ) -> Study:
     """Find out what each plan buys. `save` is called with every better version of the study, the last one whole.
 
-    Samples go into `book` as they come; what it holds already is gone on with. Raises TaskError for a task that cannot
-    be trained at all, or is not that of the book; a plan that fails is a row, not an error.
+    Samples go into `book` as they come; what it holds already is gone on with. `accuracy` says whether a share of the
+    budget goes into what plans learn. Raises TaskError for a task that cannot be trained at all, or is not that of the
+    book; a plan that fails is a row, not an error.
     """
     book = book or Book()
     if not budget > 0 or (workers is not None and workers < 1):
@@ -64,10 +67,15 @@ def explore_task(
         rows = _rows(session, count, comms, missing, book)
         today = _today(session)
         book.agrees(study.task, study.machine, [row.plan.text() for row in (today, *rows)])
+        kept = reserve(session, budget) if accuracy else 0.0
+        every, shorter = [today, *rows], Clock(clock.budget - kept, clock.start)
         try:
-            _set_up(session, [today, *rows], clock, lambda: _publish(study, session, today, rows, save))
-            measure(session, [today, *rows], clock, study, book)
+            _set_up(session, every, shorter, lambda: _publish(study, session, today, rows, save))
+            measure(session, every, shorter, study, book)
             _traffic(session, [r for r in rows if r.live])
+            _publish(study, session, today, rows, save)
+            if accuracy:
+                learn(session, every, study, clock, budget)
             study.finished = True
         finally:
             study.elapsed_seconds = clock.spent()

@@ -1,5 +1,6 @@
 """Which plan to use, said in one sentence, and why it is not faster still."""
 
+import math
 import shlex
 from statistics import median
 from typing import Any
@@ -57,6 +58,26 @@ def _sentence(study: Study, best: Result, same: list[str]) -> str:
     return words + "."
 
 
+def _accuracy(study: Study, quick: Result, best: Result) -> str:
+    """What an inexact plan learns beside the exact one from the same samples, or what to do where nobody knows."""
+    if not (quick.learned and best.learned and study.held_out):
+        why = f" ({study.accuracy_skipped})" if study.accuracy_skipped else ""
+        return f"compare its accuracy first{why}"
+    ours, theirs = quick.learned.accuracy[-1], best.learned.accuracy[-1]
+    chance = chance_of(ours, study.held_out.samples)
+    return (
+        f"after {quick.learned.samples[-1]:,} samples and {quick.learned.seconds[-1]:.2g} s its {study.held_out.name} "
+        f"accuracy is {ours:.1%}, that of {best.label} {theirs:.1%} after {best.learned.seconds[-1]:.2g} s "
+        f"(of {study.held_out.samples:,} samples: ±{chance:.1%})"
+    )
+
+
+def chance_of(accuracy: float, samples: int) -> float:
+    """Half the 95% interval of an accuracy from so many samples (Agresti and Coull 1998: 2 are added to each side)."""
+    share = (accuracy * samples + 2) / (samples + 4)
+    return 1.96 * math.sqrt(share * (1 - share) / (samples + 4))
+
+
 def _why(study: Study, best: Result) -> str:
     """What keeps the best plan from being faster."""
     inexact = [r for r in study.results if not r.exact and r.step_seconds and r.status == "ok" and best.step_seconds]
@@ -65,7 +86,7 @@ def _why(study: Study, best: Result) -> str:
     if faster:
         quick = min(faster, key=lambda r: r.step_seconds.median)  # type: ignore[union-attr]
         factor = best.step_seconds.median / quick.step_seconds.median  # type: ignore[union-attr]
-        hint = f" {quick.label} is {factor:.2f}x faster a step, but another algorithm: compare its accuracy first."
+        hint = f" {quick.label} is {factor:.2f}x faster a step, but another algorithm: {_accuracy(study, quick, best)}."
     if best.split is None or best.step_seconds is None:
         return hint.strip()
     total = best.step_seconds.median

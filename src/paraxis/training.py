@@ -117,20 +117,21 @@ def _epochs(
     return epochs, losses
 
 
-def train_steps(session: Session, plan: Plan, count: int, done: int, total: int) -> list[float]:
+def train_steps(session: Session, plan: Plan, count: int, done: int, total: int, key: str = KEY) -> list[float]:
+    """Train `count` steps more of what is set up under a key; the mean loss of each."""
     pool = session.home(plan)
 
     def news(message: dict[str, Any]) -> None:
         session.tell("training", (done + count - message["left"]) / total)
 
-    request = {"do": "train", "key": KEY, "steps": count}
+    request = {"do": "train", "key": key, "steps": count}
     answers = pool.ask(request, range(plan.processes), news=news)
     return mean_losses([a["losses"] for a in answers])
 
 
-def evaluate(session: Session, plan: Plan, which: str) -> dict[str, float]:
-    """Loss, accuracy and samples of a held-out set."""
-    answers = session.ask(KEY, plan, {"do": "evaluate", "set": which})
+def evaluate(session: Session, plan: Plan, which: str, key: str = KEY, most: int = 0) -> dict[str, float]:
+    """Loss, accuracy and samples of a held-out set, or of at most so many spread over it."""
+    answers = session.ask(key, plan, {"do": "evaluate", "set": which, "most": most})
     best = max(answers, key=lambda a: a["weight"])  # only the last stage's ranks have seen outputs
     weight = max(best["weight"], 1e-30)
     return {"loss": best["loss"] / weight, "accuracy": best["hits"] / best["samples"], "samples": best["samples"]}

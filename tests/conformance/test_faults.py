@@ -31,7 +31,8 @@ MUTANTS = [(name, plan) for name in FAULTS for plan in MUTABLE if FAULTS[name].n
 
 STATISTICS = "local-statistics"  # a fault that only a network with batch norm can have
 NORMS = (STATISTICS, "local-moments")  # which test_synchronised has
-MUTANTS = [(fault, plan) for fault, plan in MUTANTS if fault not in NORMS]
+ELSEWHERE = (*NORMS, "untied")  # which test_tied has
+MUTANTS = [(fault, plan) for fault, plan in MUTANTS if fault not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("plan", [plan for plan in MUTABLE if FAULTS[STATISTICS].needs(plan)], ids=Plan.short)
@@ -47,7 +48,7 @@ def test_every_fault_fails_the_comparison(fault: str, plan: Plan, folder: Path) 
 OWN_LOSS = [*map(parse, ("dp=2,pp=2,microbatches=2", "dp=2,sync=average@4", "pp=2,microbatches=2,recompute=all"))]
 
 
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("mean-of-sums", *NORMS)])
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("mean-of-sums", *ELSEWHERE)])
 def test_every_fault_fails_on_a_loss_of_ones_own(fault: str, folder: Path) -> None:
     spec = spec_of(folder, "transformer", *TASKS["transformer"])
     assert fails(spec, next(plan for plan in OWN_LOSS if FAULTS[fault].needs(plan)), fault)

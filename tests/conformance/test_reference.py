@@ -136,6 +136,11 @@ MORE = (
     "pp=2,interleave=2",
     "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=2",
     "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=2,bucket_bytes=64",
+    "pp=2,schedule=interleaved,microbatches=4",
+    "dp=2,pp=2,schedule=interleaved,microbatches=4,bucket_bytes=64",
+    "pp=3,schedule=zb-h1,microbatches=4",
+    "dp=2,pp=2,schedule=zb-h1,microbatches=2,bucket_bytes=64",
+    "dp=2,pp=2,schedule=zb-h1,microbatches=2,sync=average@2",
     "dp=2,microbatches=2,sync=average@2",
     "dp=2,pp=2,microbatches=2,sync=average@4",
 )
@@ -362,7 +367,8 @@ def test_the_null_interpreter_is_told_everything_and_does_nothing(plan: Plan, fo
         rows = [program.body(program.step_body(n))[rank] for n in range(steps)]
         ops = [i.op for row in rows for i in row]
         calls = ran.engine.calls
-        assert calls["forward"] == ops.count("F") and calls["backward"] == ops.count("B")
+        halves = {"forward": "F", "backward": "B", "input_gradient": "I", "weight_gradient": "W"}
+        assert {name: calls.get(name, 0) for name in halves} == {name: ops.count(op) for name, op in halves.items()}
         assert calls["evaluate"] == plan.microbatches * sum(len(program.segments[s]) for s in program.stages_of(rank))
         assert calls["update"] == steps and ran.done == steps
         assert not ran.context.open, "no token stays open"

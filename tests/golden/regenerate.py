@@ -9,6 +9,7 @@ from paraxis.program.lower import lower
 
 HERE = Path(__file__).parent
 PLAIN = Layout(parameters=(6, 0, 6, 0, 6))
+TIED = Layout(parameters=(6, 0, 6, 0, 6), clip=True, tied=(("first.weight", (0, 4)),))
 RICH = Layout(parameters=(6, 0, 6, 0, 6), weight_in_data=True, statistics=True, clip=True)
 CASES = {
     "serial": ("serial", PLAIN),
@@ -18,6 +19,7 @@ CASES = {
     "pipeline-1f1b": ("pp=2,microbatches=3", PLAIN),
     "pipeline-gpipe-rich": ("pp=3,schedule=gpipe,microbatches=2", RICH),
     "grid-buckets-rich": ("dp=2,pp=2,microbatches=2,split=2+3,bucket_bytes=24", RICH),
+    "pipeline-tied": ("dp=2,pp=3,microbatches=2", TIED),
     "average": ("dp=2,sync=average@3", RICH),
 }
 

@@ -23,6 +23,7 @@ PLAN_OF = {  # a plan that can have the fault
     "never-averaged": ("mlp", "dp=2,sync=average@2"),
     "early-update": ("mlp", "dp=2,microbatches=2"),
     "stale-bucket": ("mlp", "dp=2,microbatches=2"),
+    "untied": ("gpt:2-32-2-16", "pp=2,microbatches=2"),
 }
 WHOLE = {"local-moments": ("--batch", 8, "--bn-group", 8)}
 PLACE = re.compile(
@@ -102,6 +103,16 @@ def test_resnet18_with_batch_norm_over_all_ranks(desk: Any, plan: str) -> None:
     proves(desk, "resnet18", plan, "--batch", 8, "--bn-group", 8, steps=2)
 
 
+def test_gpt_with_its_first_and_last_stage_on_two_ranks_is_serial(desk: Any) -> None:
+    proves(desk, "gpt:2-32-2-16", "pp=2,microbatches=4", steps=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["dp=2", "pp=2,microbatches=4", "pp=2,interleave=2,comm=gloo"])
+def test_gpt_nano_is_serial(desk: Any, plan: str) -> None:
+    proves(desk, "gpt:nano,dropout=0.1", plan, "--clip", 1, steps=3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["dp=2,comm=mpi", "pp=2,microbatches=2,comm=mpi", "pp=2,microbatches=2,comm=gloo"])
 @pytest.mark.parametrize("group", [(), ("--bn-group", 4)])
@@ -146,7 +157,8 @@ LATER = {"unzeroed": 2, "never-averaged": 2, "summed-weights": 2}  # the step th
 @pytest.mark.slow
 @pytest.mark.parametrize("comm", ["mpi", "gloo"])
 def test_every_seeded_fault_on_the_same_resident_ranks(desk: Any, comm: str) -> None:
-    names = [name for name in FAULTS if name not in ("local-statistics", "local-moments")]  # the cnn has no batch norm
+    others = ("local-statistics", "local-moments", "untied")  # the cnn has no batch norm and no tied weights
+    names = [name for name in FAULTS if name not in others]
     wanted = {name: f"{PLAN_OF.get(name, ('', 'dp=2'))[1]},comm={comm}" for name in names}
     done = desk.launch("python", desk.write("every.py", EVERY_FAULT), comm, 3, json.dumps(wanted), limit=230)
     assert done.rc == 0, done.err

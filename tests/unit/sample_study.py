@@ -6,6 +6,8 @@ from typing import Any
 from paraxis.measure.records import (
     Baseline,
     Event,
+    HeldOut,
+    Learned,
     Machine,
     MeshRecord,
     Rate,
@@ -44,6 +46,14 @@ def split(total: float, **shares: float) -> Split:
 def losses(start: float, bias: float = 0.0) -> list[float]:
     """A falling loss."""
     return [start * math.exp(-i / 25) + 0.2 + bias + 0.03 * math.sin(i * 1.7) for i in range(60)]
+
+
+def learned(step: float, *accuracy: float) -> Learned:
+    """Three looks at a plan whose step takes so many ms."""
+    steps = [10, 40, 100]
+    loss = [1 - score for score in accuracy]
+    times = [n * step / 1e3 for n in steps]
+    return Learned(steps=steps, samples=[n * 256 for n in steps], seconds=times, loss=loss, accuracy=list(accuracy))
 
 
 def replicas(scale: float = 1.0) -> list[Event]:
@@ -147,6 +157,7 @@ def today() -> Result:
         peak_memory_bytes=92_000_000,
         split=split(16.8, optimizer=0.09, overhead=0.24),
         losses=losses(2.1),
+        learned=learned(16.8, 0.42, 0.8, 0.93),
     )
 
 
@@ -163,6 +174,7 @@ def winning() -> Result:
         explanation="It is bound by computing: <b>78%</b> of the step. More cores would help.",
         split=split(12.8, communication=0.15, optimizer=0.03),
         exposed_comm_fraction=0.15,
+        learned=learned(12.8, 0.42, 0.81, 0.93),
         timeline=replicas(),
         simulated=replicas(0.95),
         program_text=["rank 0  Load0 F0 B0 AllReduce(grad) Update", "rank 1  Load0 F0 B0 AllReduce(grad) Update"],
@@ -200,7 +212,7 @@ def others() -> list[Result]:
             (2, 1, 1),
             11.9,
             2e-8,
-            {"exact": False, "losses": losses(2.1, 0.1)},
+            {"exact": False, "losses": losses(2.1, 0.1), "learned": learned(11.9, 0.4, 0.7, 0.88)},
         ),
         ("dp=2,comm=gloo", "dp=2 gloo", (2, 1, 1), 19.4, 3e-7, {"split": split(19.4, communication=0.41)}),
         (long, long, (1, 2, 1), 31.0, 5e-7, {"bound_by": "bubble 11%", "split": split(31.0, pipeline_wait=0.11)}),
@@ -256,6 +268,7 @@ def build() -> Study:
         roofline=roofline(
             [LayerWork(0, f"layer {HOSTILE}", 128, Work(2e9, 1e7), Work(4e9, 3e7))], [0.05], [0.1], 1e11, 2e10
         ),
+        held_out=HeldOut(name="test", samples=2500),
         notes=["dropout was switched off for the proofs </script><img src=x onerror=alert(3)>"],
         finished=True,
         elapsed_seconds=58.2,

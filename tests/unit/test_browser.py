@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from browser import Told, use
 from sample_study import build
+from sample_trials import PIPELINE, document
 
 from paraxis.plan.plan import Plan
 from paraxis.program.cut import Layout
@@ -13,6 +14,7 @@ from paraxis.program.instructions import Instruction
 from paraxis.program.lower import lower
 from paraxis.program.simulate import Costs, simulate
 from paraxis.report import page, theatre
+from paraxis.study import page as study_page
 
 pytestmark = pytest.mark.browser
 
@@ -23,7 +25,7 @@ const boxes = visible(document.querySelectorAll("main svg, header svg"));
 told.empty = boxes.filter(s => !s.querySelector("rect, path") || s.getBoundingClientRect().width < 100).length;
 told.pictures = boxes.length;
 const tall = svg => svg.getBoundingClientRect().height > 50;
-told.drawn = Object.fromEntries(["split", "timeline", "scaling", "loss", "memory", "traffic", "theatre"]
+told.drawn = Object.fromEntries(["split", "timeline", "scaling", "loss", "accuracy", "memory", "traffic", "theatre"]
   .map(id => [id, visible(document.querySelectorAll(`#${id} svg`)).filter(tall).length]));
 
 const table = document.querySelector("table.sortable");
@@ -235,3 +237,45 @@ def test_shipped_theatre_is_the_generated_one() -> None:
     start = shipped.index("<script>")
     assert shipped[start:] == theatre.html()[theatre.html().index("<script>") :]
     assert shipped[: shipped.index("</style>")] == theatre.html()[: theatre.html().index("</style>")]
+
+
+# -- a study's page --------------------------------------------------------------------------------------------
+
+USE_STUDY = """
+const told = {};
+const visible = root => [...root].filter(node => node.checkVisibility());
+const boxes = visible(document.querySelectorAll("main figure svg"));
+told.pictures = boxes.length;
+told.empty = boxes.filter(s => !s.querySelector("path") || s.getBoundingClientRect().height < 80).length;
+told.beyond = boxes.filter(s => s.getBoundingClientRect().right > innerWidth + 1).length;
+const table = document.querySelector("table.sortable");
+const head = text => [...table.tHead.rows[0].cells].find(c => c.textContent.trim() === text);
+const column = text => [...table.tBodies[0].rows].map(row => row.cells[head(text).cellIndex].textContent);
+told.before = column("bubble");
+head("bubble").querySelector("button").click(); told.rising = column("bubble");
+head("microbatches").querySelector("button").click();
+head("microbatches").querySelector("button").click(); told.falling = column("microbatches");
+const filter = document.querySelector(".filter input");
+filter.value = "torch 1f1b"; filter.dispatchEvent(new Event("input"));
+told.count = document.querySelector(".filter output").textContent;
+const links = ["download", "samples"].map(id => document.getElementById(id));
+for (const link of links) { link.addEventListener("click", e => e.preventDefault()); link.click(); }
+told.saved = links.map(link => [link.checkVisibility(), link.href.startsWith("blob:")]);
+told.csv = samples().split("\\r\\n").slice(0, 2);
+told.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+return told;
+"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_studys_page_is_drawn_sorted_and_saved(width: int, tmp_path: Path) -> None:
+    told = use(study_page.html(document(PIPELINE, tmp_path)), USE_STUDY, tmp_path, width)
+    quiet(told)
+    found = told.result
+    assert found["pictures"] == 2 and found["empty"] == 0 and found["beyond"] == 0
+    rising = [float(text.split("%")[0]) for text in found["rising"]]
+    assert rising == sorted(rising) and found["before"] != found["rising"] and len(rising) == 12
+    assert found["falling"] == ["8"] * 4 + ["4"] * 4 + ["2"] * 4 and found["count"] == "3 of 12 rows"
+    assert found["saved"] == [[True, True]] * 2
+    assert found["csv"][0].endswith("microbatches,repeat,status,measure,sample,value")
+    assert found["overflow"] <= 0, "the page scrolls sideways"

@@ -18,7 +18,8 @@ from paraxis.program.lower import lower
 I = Instruction  # noqa: E741
 Row = list[Instruction]
 PLAIN = Layout(parameters=(2, 0, 3, 4))
-RICH = Layout(parameters=(2, 0, 3, 4), weight_in_data=True, statistics=True, clip=True)
+TIED = Layout(parameters=(2, 0, 3, 4), clip=True, tied=(("w", (0, 2, 3)),))
+RICH = Layout(parameters=(2, 0, 3, 4), weight_in_data=True, statistics=True, clip=True, tied=TIED.tied)
 ODD = (
     "microbatches=3",
     "dp=2,bucket_bytes=8",
@@ -29,6 +30,10 @@ ODD = (
     "pp=2,interleave=2",
     "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=5",
     "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=2,bucket_bytes=8",
+    "dp=2,pp=2,schedule=interleaved,microbatches=5,bucket_bytes=8",
+    "pp=2,schedule=interleaved,microbatches=2",
+    "dp=2,pp=2,schedule=zb-h1,microbatches=5,bucket_bytes=8",
+    "dp=2,pp=4,schedule=zb-h1,microbatches=6,sync=average@3",
     "dp=2,pp=4,microbatches=5,sync=average@3",
     "dp=2,sync=average@1",
 )
@@ -102,6 +107,10 @@ def test_every_plan_of_the_space_passes(plan: Plan, layout: Layout) -> None:
     m = plan.microbatches
     v = plan.interleave
     live = {"": lambda s: 1, "layerwise": lambda s: v, "gpipe": lambda s: m * v, "1f1b": lambda s: min(plan.pp - s, m)}
+    group = -(-m // max(1, m // plan.pp))
+    live["interleaved"] = lambda s: min((v - 1) * group + 2 * (plan.pp - 1 - s) + 1, m * v)
+    live["zb-h1"] = lambda s: min(plan.pp, m)
+    live["zb-h2"] = lambda s: min(2 * plan.pp - 1, m)
     assert peaks == tuple(live[plan.schedule](stage) for stage in stages)
 
 
@@ -162,6 +171,52 @@ def test_a_lost_send_stalls_its_receiver() -> None:
     plan, rank, change, _ = SEEDED["lost send"]
     with pytest.raises(Deadlock, match="rank 1: RecvActWait stage=1 microbatch=2 peer=0"):
         check(edited(made(plan), rank, change))
+
+
+COPIES = "dp=2,pp=2,microbatches=2"
+
+
+@pytest.mark.parametrize("plan", [COPIES, "pp=4,microbatches=2", "dp=2,pp=2,comm=openmp,engine=native"])
+def test_copies_of_a_weight_that_are_never_added_up_are_refused(plan: str) -> None:
+    assert "norm before the copies of w have been added up" in refused(
+        edited(made(plan, TIED), 0, without("AllReduce", buffer="tied")), 0
+    )
+
+
+@pytest.mark.parametrize("plan", [COPIES, "dp=2,pp=2,comm=openmp,engine=native"])
+def test_copies_of_a_weight_are_added_up_when_their_gradients_are_complete(plan: str) -> None:
+    early = edited(made(plan, TIED), 3, moved("AllReduce", "B", buffer="tied"))
+    assert "the copies of w are added up before their last backward" in refused(early, 3)
+
+
+def test_copies_of_a_weight_and_its_replicas_are_added_up_in_one_order_on_all_ranks() -> None:
+    """Else one rank would add what its replicas have reduced to what the other's have not."""
+
+    def beside(grads: str) -> Callable[[Row], Row]:
+        def change(row: Row) -> Row:
+            tied, rest = [i for i in row if i.buffer == "tied"], [i for i in row if i.buffer != "tied"]
+            at = next(n for n, i in enumerate(rest) if (i.op, i.buffer) == (grads, "grads")) + grads.endswith("Wait")
+            return [*rest[:at], *tied, *rest[at:]]
+
+        return change
+
+    private, shared = made(COPIES, TIED), made("dp=2,pp=2,comm=openmp,engine=native", TIED)
+    check(edited(private, 2, beside("AllReduceWait")))
+    assert "must be added up after the replicas' red" in refused(edited(private, 2, beside("AllReduceStart")), 2)
+    check(edited(shared, 1, beside("ReduceScatterStart")))
+    assert "must be added up before the replicas' red" in refused(edited(shared, 1, beside("ReduceScatterWait")), 1)
+
+
+def test_a_weight_that_a_rank_has_no_copy_of_and_one_added_up_twice_are_refused() -> None:
+    def twice(row: Row) -> Row:
+        tied = [i for i in row if i.buffer == "tied"]
+        at = next(n for n, i in enumerate(row) if i.rule == "norm")
+        return [*row[:at], *(replace(i, token=99) for i in tied), *row[at:]]
+
+    assert "adds up w twice" in refused(edited(made(COPIES, TIED), 0, twice), 0)
+    copies = made("pp=4,microbatches=2", TIED)
+    own = [i for i in copies.body("step")[0] if i.buffer == "tied"]
+    assert "this rank has no copy of tie 0" in refused(edited(copies, 1, lambda row: [*row[:-1], *own, row[-1]]), 1)
 
 
 @pytest.mark.parametrize("stage", [0, 1])

@@ -140,7 +140,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_csv_holds_every_plan_and_every_sample(tmp_path: Path) -> None:
     study = build()
-    results, samples, losses = (rows(path) for path in export.export(study, tmp_path, ["csv"]))
+    results, samples, losses, looks = (rows(path) for path in export.export(study, tmp_path, ["csv"]))
     plans = tables.everything(study)
     assert [row["plan"] for row in results] == [r.plan for r in plans] and len(export.line(plans[0])) == len(
         export.HEADS
@@ -152,6 +152,8 @@ def test_csv_holds_every_plan_and_every_sample(tmp_path: Path) -> None:
     assert [row["seconds"] for row in samples if row["kind"] == "warmup"] == ["0.031", "0.019"]
     assert kept == next(r for r in plans if r.plan == "dp=2,comm=mpi").step_seconds.samples  # type: ignore[union-attr]
     assert len(losses) == sum(len(r.losses) for r in plans)
+    assert [row["accuracy"] for row in looks if row["plan"] == "dp=2,comm=mpi"] == ["0.42", "0.81", "0.93"]
+    assert len(looks) == 9 and looks[0]["label"] == "today" and float(looks[2]["samples"]) == 25600
     assert next(r["reason"] for r in results if r["status"] == "failed") == left_out()[2].reason
 
 

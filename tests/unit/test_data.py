@@ -141,7 +141,7 @@ def test_check_fits_mnist(mnist: Data) -> None:
 
 @pytest.mark.parametrize("text", ["", "cifar10", "mnist:x", "MNIST", "idx:", "npz:", "idx", "no\nsuch\u2028name"])
 def test_unknown_name(text: str) -> None:
-    assert_refused(text, repr(text), "mnist, idx:DIR, npz:FILE or synthetic:N,SHAPE,CLASSES")
+    assert_refused(text, repr(text), "mnist, idx:DIR, npz:FILE, text[:FILES] or synthetic:N,SHAPE,CLASSES")
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 from paraxis.errors import PlanError, ProgramError
 from paraxis.plan.plan import COMMS, SCHEDULES, Mesh, Plan, parse, period, with_split
+from paraxis.plan.schedules import STAGES, parted
 from paraxis.plan.space import AVERAGE_EVERY, rungs, space
 from paraxis.program.cut import Layout, cut
 from paraxis.program.lower import lower
 
+WHOLE = [name for name in SCHEDULES if name not in STAGES and not parted(name)]  # what engine=native takes
 SYNCS = st.one_of(
     st.just("gradient"), st.just("average@epoch"), st.integers(1, 999).map(lambda steps: f"average@{steps}")
 )
@@ -23,8 +25,11 @@ def plans(draw: st.DrawFn) -> Plan:
     if draw(st.integers(0, 9)) == 0:
         return Plan(engine="plain", threads=draw(st.integers(1, 64)))
     pp = draw(st.integers(1, 5))
-    split = draw(st.just(()) | st.lists(st.integers(1, 20), min_size=pp, max_size=pp).map(tuple))
     native = draw(st.booleans())
+    schedule = draw(st.sampled_from(["", *(WHOLE if native else SCHEDULES)]))
+    microbatches = draw(st.integers(1, 64))
+    stages = pp * (STAGES.get(schedule, 1) if pp > 1 and microbatches > 1 else 1)
+    split = draw(st.just(()) | st.lists(st.integers(1, 20), min_size=stages, max_size=stages).map(tuple))
     comms = COMMS if native else [comm for comm in COMMS if comm != "openmp"]
     comm = draw(st.sampled_from(["", *comms]))
     dp = draw(st.integers(1, 128))
@@ -33,8 +38,8 @@ def plans(draw: st.DrawFn) -> Plan:
         engine="native" if native else "torch",
         dp=dp,
         pp=pp,
-        schedule=draw(st.sampled_from(["", *SCHEDULES])),
-        microbatches=draw(st.integers(1, 64)),
+        schedule=schedule,
+        microbatches=microbatches,
         split=split,
         sync=draw(SYNCS),
         comm=comm,
@@ -122,7 +127,7 @@ def test_keys_with_effect_stay(key: str) -> None:
 
 
 def test_equal_programs_have_equal_text_and_different_programs_have_not() -> None:
-    layout = Layout(parameters=(100,) * 5)
+    layout = Layout(parameters=(100,) * 6)
     axes = product((1, 2), (1, 2, 3), ("", *SCHEDULES), (1, 2, 4), ("gradient", "average@1", "average@3"), (0, 400))
     texts: dict[str, set[str]] = {}
     for dp, pp, schedule, m, sync, bucket in axes:
@@ -227,6 +232,10 @@ def test_groups_of_an_axis_part_the_ranks(dp: int, pp: int, tp: int) -> None:
 def test_an_unknown_axis_is_refused() -> None:
     with pytest.raises(ProgramError, match="axis 'dq' is not one of dp, pp, tp"):
         Mesh(dp=2).group(0, "dq")
+    for beyond in ("pp:0+3", "pp:", "pp:1+x"):
+        with pytest.raises(ProgramError, match="some of the 3 places of pp"):
+            Mesh(dp=2, pp=3).group(0, beyond)
+    assert Mesh(dp=2, pp=3).group(5, "pp:0+2") == Mesh(dp=2, pp=3).group(1, "pp:0+2") == (1, 5)
 
 
 def test_tensor_neighbours_are_next_to_each_other_and_stages_furthest_apart() -> None:
@@ -249,7 +258,7 @@ def test_space_holds_distinct_plans_of_every_rung_that_the_network_can_meet(work
     layout = Layout(parameters=(4,) * layers)
     for plan in found:
         assert parse(plan.text()) == parse(plan.short()) == plan
-        assert len(cut(plan, layout)) == plan.pp <= layers, "that all can be lowered is what test_check shows"
+        assert len(cut(plan, layout)) == plan.stages <= layers, "that all can be lowered is what test_check shows"
 
 
 def test_space_offers_every_kind() -> None:

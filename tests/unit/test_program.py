@@ -6,8 +6,9 @@ import subprocess
 import sys
 from collections import Counter
 from hashlib import sha256
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,14 +16,14 @@ from hypothesis import strategies as st
 
 from paraxis.errors import PlanError, ProgramError
 from paraxis.plan.plan import Plan, parse
-from paraxis.plan.schedules import ONE_STAGE, SCHEDULES
+from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, parted
 from paraxis.plan.space import space
 from paraxis.program.cut import Layout, balanced, bucketed, cut
-from paraxis.program.instructions import OPS, Instruction, Program, parse_instruction, parse_program
+from paraxis.program.instructions import OPS, Instruction, Program, Tie, parse_instruction, parse_program
 from paraxis.program.lower import lower
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "regenerate.py"
-RICH = {"weight_in_data": True, "statistics": True, "clip": True}
+RICH: dict[str, Any] = {"weight_in_data": True, "statistics": True, "clip": True, "tied": (("w", (0, 2, 3)),)}
 NUMBERS = ("stage", "segment", "microbatch", "slice", "peer", "bucket", "token")
 WORDS = ("axis", "buffer", "reduction", "rule")
 PLANS = [
@@ -36,7 +37,7 @@ EVERY_PLAN = pytest.mark.parametrize("plan", PLANS, ids=Plan.short)
 EVERY_NETWORK = pytest.mark.parametrize("needs", [{}, RICH], ids=["plain", "rich"])
 
 
-def lowered(plan: Plan, needs: dict[str, bool]) -> Program:
+def lowered(plan: Plan, needs: dict[str, Any]) -> Program:
     return lower(plan, Layout(parameters=(2, 0, 3, 4), **needs), steps_per_epoch=5)
 
 
@@ -62,9 +63,11 @@ def test_every_schedule_computes_each_microbatch_once_forward_then_backward(
     stages = 1 if name in ONE_STAGE else data.draw(st.integers(1, 3))
     order = SCHEDULES[name](ranks, microbatches, rank, stages)
     own = range(rank, ranks * stages, ranks)
-    assert Counter(order) == Counter((op, s, i) for op in "FB" for s in own for i in range(microbatches))
-    assert all(order.index(("F", s, i)) < order.index(("B", s, i)) for s in own for i in range(microbatches))
-    for op in "FB":
+    ops = "FIW" if parted(name) else "FB"
+    assert Counter(order) == Counter((op, s, i) for op in ops for s in own for i in range(microbatches))
+    for before, behind in pairwise(ops):
+        assert all(order.index((before, s, i)) < order.index((behind, s, i)) for s in own for i in range(microbatches))
+    for op in ops:
         for stage in own:
             assert [i for o, s, i in order if (o, s) == (op, stage)] == list(range(microbatches)), "one order for all"
 
@@ -91,7 +94,7 @@ def test_live_microbatches_of_each_schedule(stages: int, microbatches: int, data
 
 @EVERY_PLAN
 @EVERY_NETWORK
-def test_every_sample_is_seen_once_by_every_layer(plan: Plan, needs: dict[str, bool]) -> None:
+def test_every_sample_is_seen_once_by_every_layer(plan: Plan, needs: dict[str, Any]) -> None:
     program = lowered(plan, needs)
     slices = Counter(range(plan.dp * plan.microbatches))
     for name, ranks in program.bodies:
@@ -101,7 +104,7 @@ def test_every_sample_is_seen_once_by_every_layer(plan: Plan, needs: dict[str, b
             rows = [
                 [i for i in row if i.stage == stage] for r, row in enumerate(ranks) if stage in program.stages_of(r)
             ]
-            for op in "F" if name == "evaluate" else "FB":
+            for op in "F" if name == "evaluate" else "FIW" if parted(plan.schedule or "gpipe") else "FB":
                 for segment in range(len(cuts)):
                     seen = Counter(i.slice for row in rows for i in row if i.op == op and i.segment == segment)
                     assert seen == slices, (name, stage, op, segment)
@@ -111,7 +114,7 @@ def test_every_sample_is_seen_once_by_every_layer(plan: Plan, needs: dict[str, b
 
 @EVERY_PLAN
 @EVERY_NETWORK
-def test_every_send_has_its_receive_and_every_start_its_wait(plan: Plan, needs: dict[str, bool]) -> None:
+def test_every_send_has_its_receive_and_every_start_its_wait(plan: Plan, needs: dict[str, Any]) -> None:
     program = lowered(plan, needs)
     for _, ranks in program.bodies:
         messages: Counter[tuple[str, int, int, int, int]] = Counter()
@@ -131,7 +134,7 @@ def test_every_send_has_its_receive_and_every_start_its_wait(plan: Plan, needs: 
 
 @EVERY_PLAN
 @EVERY_NETWORK
-def test_collectives_are_joined_by_all_members_in_one_order(plan: Plan, needs: dict[str, bool]) -> None:
+def test_collectives_are_joined_by_all_members_in_one_order(plan: Plan, needs: dict[str, Any]) -> None:
     program = lowered(plan, needs)
     sizes = {"dp": plan.dp, "pp": plan.pp}
     declared = {buffer.name for buffer in program.buffers}
@@ -148,7 +151,7 @@ def test_collectives_are_joined_by_all_members_in_one_order(plan: Plan, needs: d
 
 @EVERY_PLAN
 @EVERY_NETWORK
-def test_a_step_ends_with_its_update_and_replicas_agree_once_a_period(plan: Plan, needs: dict[str, bool]) -> None:
+def test_a_step_ends_with_its_update_and_replicas_agree_once_a_period(plan: Plan, needs: dict[str, Any]) -> None:
     program = lowered(plan, needs)
     steps = [program.step_body(n) for n in range(program.steps_in_period() + 1)]
     assert steps[0] == steps[-1]
@@ -159,7 +162,9 @@ def test_a_step_ends_with_its_update_and_replicas_agree_once_a_period(plan: Plan
             agree = [i for i in row if i.starts and i.axis == "dp" and i.buffer in ("grads", "params")]
             assert bool(agree) == (plan.dp > 1 and name != "local")
             reduced = {i.bucket for i in agree if i.buffer == "grads"}
-            assert reduced == (set(range(len(program.segments[row[0].stage]))) if agree and plan.exact else set())
+            flat = plan.interleave > 1 and not plan.bucket_bytes
+            buckets = {-1} if flat else set(range(len(program.segments[row[0].stage])))
+            assert reduced == (buckets if agree and plan.exact else set())
     assert program.epilogue == (() if plan.exact else (("settle", 1),))
     assert steps.count("average") == (0 if plan.exact else 1 + (program.steps_in_period() == 1))
 
@@ -225,8 +230,6 @@ def test_balanced_is_as_good_as_the_best_of_all_cuts(costs: list[int], data: st.
         ("pp=4", Layout((1, 1, 1)), "the network has 3 layers, so at most 3 stages"),
         ("pp=2,split=3+5", Layout((1, 1, 1)), "split=3+5 sums to 8, but the network has 3 layers"),
         ("pp=2", Layout((5,), cuttable="Net has no stages(net)"), "Net has no stages(net); dp takes any network"),
-        ("pp=2", Layout((1, 1, 1), tied=((0, 2, "emb.weight"),)), "layers 0 and 2 share emb.weight and must stay"),
-        ("dp=2,pp=2", Layout((1, 1), tied=((0, 1, "w"),)), "layers 0 and 1 share w and must stay in one stage"),
     ],
 )
 def test_cuts_that_the_network_cannot_meet_are_refused(plan: str, layout: Layout, words: str) -> None:
@@ -235,10 +238,41 @@ def test_cuts_that_the_network_cannot_meet_are_refused(plan: str, layout: Layout
     assert words in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_tied_layers_may_share_a_stage_and_one_stage_takes_any_network() -> None:
-    layout = Layout((1, 1, 1), tied=((0, 1, "w"),))
-    assert cut(parse("pp=2,split=2+1"), layout) == ((0, 2), (2, 3))
-    assert cut(parse("dp=4"), Layout((5, 5), cuttable="no", tied=((0, 1, "w"),))) == ((0, 2),)
+def test_one_stage_takes_any_network() -> None:
+    assert cut(parse("dp=4"), Layout((5, 5), cuttable="no", tied=(("w", (0, 1)),))) == ((0, 2),)
+
+
+@pytest.mark.parametrize(
+    "plan, stages, axis",
+    [
+        ("dp=2,pp=4", (0, 2, 3), "pp:0+2+3"),
+        ("dp=2,pp=2,split=2+2", (0, 1), "pp"),
+        ("dp=2,pp=2,split=3+1", (0, 1), "pp"),
+        ("pp=2,interleave=2", (0, 2, 3), "pp"),
+        ("pp=4,sync=average@3,dp=2", (0, 2, 3), "pp:0+2+3"),
+        ("pp=2,split=1+3,dp=2,comm=openmp,engine=native", (0, 1), "pp"),
+    ],
+)
+def test_copies_of_a_tied_weight_are_added_up_once_a_step_before_the_update(
+    plan: str, stages: tuple[int, ...], axis: str
+) -> None:
+    layout = Layout((1, 1, 1, 1), clip=True, tied=(("w", (0, 2, 3)),))
+    program = lower(parse(plan), layout, steps_per_epoch=5)
+    assert program.ties == (Tie("w", stages),)
+    for name, _ in program.period:
+        for rank, row in enumerate(program.body(name)):
+            tied = [n for n, i in enumerate(row) if i.buffer == "tied"]
+            assert len(tied) == 2 * bool(program.ties_of(rank)) and {row[n].axis for n in tied} <= {axis}
+            assert all(row[n].bucket == 0 and row[n].reduction == "sum" for n in tied)
+            norm = next(n for n, i in enumerate(row) if i.rule == "norm")
+            assert all(max(n for n, i in enumerate(row) if i.op == "B") < n < norm for n in tied)
+
+
+@pytest.mark.parametrize("plan", ["serial", "dp=4", "pp=2,split=2+2", "pp=2,interleave=2,split=1+1+1+1"])
+def test_layers_of_one_rank_share_a_weight_without_a_word(plan: str) -> None:
+    tied = (("w", (0, 2)),) if "interleave" in plan else (("w", (0, 1)),)
+    program = lower(parse(plan), Layout((1, 1, 1, 1), tied=tied))
+    assert not program.ties and "tied" not in program.text()
 
 
 # -- text ------------------------------------------------------------------------------------------------------
@@ -246,7 +280,7 @@ def test_tied_layers_may_share_a_stage_and_one_stage_takes_any_network() -> None
 
 @EVERY_PLAN
 @EVERY_NETWORK
-def test_a_program_is_text_that_reads_back(plan: Plan, needs: dict[str, bool]) -> None:
+def test_a_program_is_text_that_reads_back(plan: Plan, needs: dict[str, Any]) -> None:
     program = lowered(plan, needs)
     again = parse_program(program.text())
     assert again == program and again.digest() == program.digest()

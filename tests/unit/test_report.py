@@ -14,7 +14,7 @@ from rich.console import Console
 from sample_study import HOSTILE, SENTENCE, bare, build, left_out, pipelined, result, seconds, winning
 
 from paraxis.measure.records import Event, Study, Verified
-from paraxis.report import charts, curves, gantt, page, tables
+from paraxis.report import charts, curves, gantt, page, speedup, tables
 
 NOTED = ("bound by computing: <b>78%</b>", "12.4–13.4", "L1d 32 KiB", "21.5 with all: a triad of 64 MiB", "3.45 GHz")
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
@@ -139,7 +139,7 @@ def test_numbers_keep_three_digits() -> None:
 def test_page_is_whole_and_small(report: str) -> None:
     parsed = parse(report)
     names = [tag for tag, _ in parsed.tags]
-    assert names.count("h1") == 1 and names.count("main") == 1 and names.count("svg") == 6 * 2 + 2 + 2 + 1
+    assert names.count("h1") == 1 and names.count("main") == 1 and names.count("svg") == 7 * 2 + 2 + 2 + 1
     assert len(report) < 3_000_000
     ids = [attributes["id"] for _, attributes in parsed.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
@@ -280,3 +280,31 @@ def test_the_roofline_is_a_table_and_a_sentence() -> None:
     assert section.count("<tr>") == 3 and section.count(">40.0<") == 2 and section.count(">100.0<") == 2
     assert "s backward takes 67% of the time" in section and "<img" not in section
     assert 'id="roofline"' not in page.html(bare())
+
+
+def test_accuracy_is_drawn_and_said_or_why_it_is_not(report: str) -> None:
+    text = " ".join("".join(parse(report).words).split())
+    assert "scored on 2,500 test samples" in text and "93.0% ±1.0%" in text and "88.0% ±1.3%" in text
+    drawn = ElementTree.fromstring(curves.accuracy(build()))
+    words = [node.text for node in drawn.iter() if node.tag.endswith("text")]
+    assert "samples seen" in words and "seconds of training" in words and "dp=2 average@8 mpi (inexact)" in words
+    study = bare(accuracy_skipped="there are no held-out samples", results=build().results[:1])
+    assert curves.accuracy(study) == ""
+    assert "Accuracy was not compared: there are no held-out samples." in "".join(parse(page.html(study)).words)
+
+
+def test_laws_are_fitted_over_enough_counts_and_else_refused_once() -> None:
+    study = build()
+    text = "".join(parse(speedup.laws(study)).words) if speedup.laws(study) else ""
+    assert text == "", "no plan of one worker, no speed-up"
+    one = result("dp=1", "serial", step_seconds=seconds(20.0, 0.002), speedup=1.0, efficiency=1.0)
+    study.results.append(one)
+    text = "".join(parse(speedup.laws(study)).words)
+    assert text.count("a law takes 3 worker counts within the 2 usable cores; there are 1, 2") == 1
+    assert "1.56" in text  # 20 ms of one over 12.8 of two
+    study.machine.usable_cores = 4
+    four = result("dp=4", "dp=4 mpi", (4, 1, 1), step_seconds=seconds(8.0, 0.002), speedup=2.5, efficiency=0.62)
+    study.results = [one, winning(), four.model_copy(update={"comm": "mpi"})]
+    study.results[1].step_seconds = seconds(12.0, 0.002)  # 4 ms serial, 16 shared: s = 0.2
+    text = "".join(parse(speedup.laws(study)).words)
+    assert "Amdahl's law: a serial part of 20.0%" in text and "not fitted" not in text

@@ -50,6 +50,10 @@ class TorchEngine:
         self.totals = self.flat.totals
         self.rule: Callable[..., None] | None = RULES.get(self.hyper.rule)
         self.now.unit = self.now.unit.to(self.flat.params.device)
+        named = {name: (first, last) for name, first, last in self.flat.names}
+        self.tied = {number: named[tie.parameter] for number, tie in program.ties_of(rank).items()}
+        elsewhere = [self.tied[n] for n, tie in program.ties_of(rank).items() if tie.stages[0] not in own]
+        self.counted = _without(elsewhere, len(self.gradients_flat))  # in the norm: one copy of what is tied
         self.norm = torch.zeros(1, dtype=torch.float64)
         self.running, self.collected = joined([stage.statistics for stage in self.stages.values()])
         replicas = program.mesh.dp if program.epilogue else 1  # those that agree later each train on their own batch
@@ -96,6 +100,9 @@ class TorchEngine:
         """A declared flat buffer, or a segment's part of the gradients."""
         if name == "grads":
             return self.flat.gradients(bucket if bucket < 0 else self.places[stage, bucket])
+        if name == "tied":
+            first, last = self.tied[bucket]
+            return self.gradients_flat[first:last]
         if name in MOMENTS.values():
             pausing = self.stages[stage].pausing
             assert pausing is not None, "only a stage that pauses has moments"
@@ -143,10 +150,11 @@ class TorchEngine:
 
     def gradient_norm(self) -> None:
         """Square of the gradient's norm on this rank."""
-        gradients = self.gradients_flat
         first, last = self._own_part()
-        own = gradients[first:last]
-        self.norm[0] = float(torch.dot(own, own)) * self.scale() ** 2
+        own = [
+            self.gradients_flat[max(a, first) : min(b, last)] for a, b in self.counted if max(a, first) < min(b, last)
+        ]
+        self.norm[0] = sum(float(torch.dot(g, g)) for g in own) * self.scale() ** 2
 
     def update(self) -> None:
         """One optimiser step on the flat buffers."""
@@ -197,3 +205,9 @@ class TorchEngine:
         """Bytes of the flat buffers and the optimiser's state."""
         kept = [self.flat.params, self.flat.grads, *(t for run in self.runs for t in run[2].values())]
         return sum(t.nbytes for t in kept)
+
+
+def _without(parts: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """The ranges of [0, size) that are left without some parts."""
+    edges = [0, *(edge for part in sorted(parts) for edge in part), size]
+    return list(zip(edges[::2], edges[1::2], strict=True))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from paraxis.engine.boundary import boundaries, leaf
+from paraxis.engine.parted import Parting, parting_for
 from paraxis.engine.pausing import Pausing
 from paraxis.engine.statistics import StageStatistics
 from paraxis.program.instructions import Program
@@ -64,6 +65,7 @@ class TorchStage:
         self.entry, self.exit, self.entry_counts = boundaries(task, program, stage, self.slice_size)
         cuts = program.segments[stage]
         self.segments = [task.chain[first:last] for first, last in cuts]
+        self.parting: Parting | None = parting_for(program, stage, self.segments)
         self.calls = [[task.callable(layer) for layer in segment] for segment in self.segments]
         self.altered = [first in task.altering for first, _ in cuts]
         self.pausing: Pausing | None = None
@@ -72,6 +74,8 @@ class TorchStage:
 
     def clear(self) -> None:
         """Forget all microbatches in flight."""
+        if self.parting is not None:
+            self.parting.clear()
         self.batches: dict[int, Nest] = {}
         self.counts: dict[int, dict[str, int]] = {}
         self.arrived: dict[int, Nest] = {}
@@ -209,6 +213,19 @@ class TorchStage:
         elif self.stage:
             self.leaving[microbatch] = [g.contiguous() for g in upstream]
 
+    def input_gradient(self, segment: int, microbatch: int) -> None:
+        """I of one segment: a backward that leaves to W what can be left; a whole one where the stage has no W."""
+        if self.parting is None:
+            self.backward(segment, microbatch)
+            return
+        with self.parting.keeping((segment, microbatch)):
+            self.backward(segment, microbatch)
+
+    def weight_gradient(self, segment: int, microbatch: int) -> None:
+        """W of one segment: adds to the flat gradients what I has left."""
+        assert self.parting is not None, "the program has a W for this stage"
+        self.parting.finish((segment, microbatch))
+
     def _descent(self, segment: int, microbatch: int) -> tuple[list[Tensor], Callable[[], None]]:
         """(what collects a gradient in front, autograd's work from what has been made there)."""
         entering, outputs = self.stash.pop((segment, microbatch))
@@ -246,10 +263,7 @@ class TorchStage:
         output = map_nest(output, lambda t: t[:valid] if t.ndim and t.shape[0] == size else t)
         batch = map_nest(batch, lambda t: t[:valid] if t.ndim and t.shape[0] == size else t)
         loss, weight = self.task.recipe.loss(output, batch)
-        target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
-        hits = 0
-        if isinstance(output, Tensor) and output.ndim == 2 and isinstance(target, Tensor) and target.ndim == 1:
-            hits = int((output.argmax(1) == target).sum())
+        hits = self.task.recipe.hits(output, batch)
         self.now.score += torch.tensor([float(loss), float(weight), hits], dtype=torch.float64)
 
     def training(self, on: bool) -> None:

@@ -46,7 +46,7 @@ def facts_of(document: dict[str, Any]) -> Facts:
     layout: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in document["layout"].items()
     }
-    layout["tied"] = tuple(tuple(item) for item in layout["tied"])
+    layout["tied"] = tuple((name, tuple(layers)) for name, layers in layout["tied"])
     work = tuple(work_of(layer) for layer in document.get("work", ()))
     sizes = sizes_of(document["sizes"]) if document.get("sizes") else None
     return Facts(**(lists | {"layout": Layout(**layout), "work": work, "sizes": sizes}))

@@ -1,4 +1,4 @@
-"""Flops and bytes of a task's linear and convolution layers, from the shapes that one forward shows."""
+"""Flops and bytes of a task's linear, convolution and attention layers, from the shapes that one forward shows."""
 
 from math import prod
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraxis.measure.roofline import NOTHING, LayerWork, Work, affine_work
+from paraxis.measure.roofline import NOTHING, LayerWork, Work, affine_work, attention_work
 from paraxis.task.batches import map_nest
+from paraxis.task.gpt import Attention
 from paraxis.task.norm import resting
 from paraxis.task.task import Task
 
@@ -21,7 +22,8 @@ def layer_work(task: Task, samples: int) -> list[LayerWork]:
     """The layers of the chain that hold a linear or convolution layer; one that holds several is their sum.
 
     Indices are those of `measure_layers`. What else such a layer does (pointwise, norms) is in its time, not in its
-    work; layers of which we cannot tell what else they do (a user's class, attention, recurrence) are left out.
+    work, but for gpt's attention; layers of which we cannot tell what else they do (a user's class, PyTorch's own
+    attention, recurrence) are left out.
     """
     names = {id(module): name for name, module in task.net.named_modules()}
     x = task.recipe.inputs(task.train.share(0, 0, samples))
@@ -41,6 +43,7 @@ def layer_work(task: Task, samples: int) -> list[LayerWork]:
             for module, inputs, outputs in seen:
                 f, b = _work(module, inputs, outputs, first)
                 forward, backward, first = forward + f, backward + b, False
+            first = first and not any(p.requires_grad for p in layer.parameters())
             if seen and all(map(_known, layer.modules())):
                 name = " ".join(filter(None, (type(layer).__name__, names.get(id(layer)))))
                 found.append(LayerWork(index, name, samples, forward, backward))
@@ -48,7 +51,7 @@ def layer_work(task: Task, samples: int) -> list[LayerWork]:
 
 
 def _counted(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, *CONVOLUTIONS))
+    return isinstance(module, (nn.Linear, Attention, *CONVOLUTIONS))
 
 
 def _known(module: nn.Module) -> bool:
@@ -65,6 +68,9 @@ def _recorder(seen: list[Seen]) -> Any:
 
 
 def _work(module: Any, inputs: tuple[int, ...], outputs: tuple[int, ...], first: bool) -> tuple[Work, Work]:
+    if isinstance(module, Attention):  # what its linear layers do counts with them
+        samples, positions, width = outputs
+        return attention_work(samples, positions, width, module.c_proj.weight.element_size())
     weight = module.weight
     return affine_work(
         samples=inputs[0],

@@ -96,6 +96,26 @@ class Event(Record):
     end: float
 
 
+class Learned(Record):
+    """Scores of a plan on held-out samples while it trains from the task's start, one value a look.
+
+    All plans of a study are looked at after the same steps. `seconds` are of training alone, `samples` those seen.
+    """
+
+    steps: list[int]
+    samples: list[int]
+    seconds: list[float]
+    loss: list[float]
+    accuracy: list[float]  # 0 to 1
+
+
+class HeldOut(Record):
+    """What `learned` was scored on: so many samples, spread over the set."""
+
+    name: Literal["test", "validation"]
+    samples: int
+
+
 class Result(Record):
     """One plan: what it is, whether it is right, what it costs."""
 
@@ -130,6 +150,7 @@ class Result(Record):
     records_per_step: int | None = None  # clocks read by the rank that reads most
     record_seconds: float | None = None  # what the interpreter adds to an instruction, its clock included
     losses: list[float] = []  # mean training loss of each step since the initial weights
+    learned: Learned | None = None  # of the winner, of today, and of the fastest inexact plan of each kind
     timeline: list[Event] = []  # one measured step
     simulated: list[Event] = []  # the same step by the simulator, with measured stage costs
     program_text: list[str] = []  # the program drawn, a line a rank
@@ -210,6 +231,8 @@ class Study(Record):
     results: list[Result]
     recommendation: Recommendation | None
     roofline: list[Roof] = []  # of the linear and convolution layers in PyTorch, on the machine's measured peaks
+    held_out: HeldOut | None = None
+    accuracy_skipped: str | None = None  # why no plan has `learned`
     notes: list[str] = []
     finished: bool = False
     elapsed_seconds: float = 0.0

@@ -59,6 +59,18 @@ def affine_work(
     return forward, weight_gradient + input_gradient
 
 
+def attention_work(samples: int, positions: int, width: int, size: int) -> tuple[Work, Work]:
+    """(forward, backward) of causal attention between its linear layers; `width`: of all heads together.
+
+    Forward: each position's product with the keys up to its own, and their values' weighted sum. Backward: the
+    gradients of both products' two factors. Traffic is queries, keys, values and results, once: scores need not leave
+    a cache (Dao et al. 2022).
+    """
+    product = 2.0 * samples * width * positions * (positions + 1) / 2
+    one = float(size * samples * positions * width)
+    return Work(2 * product, 4 * one), Work(4 * product, 7 * one)
+
+
 def roofline(
     layers: Sequence[LayerWork],
     forward: Sequence[float],

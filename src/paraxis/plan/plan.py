@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from paraxis.errors import PlanError, ProgramError
-from paraxis.plan.schedules import ONE_STAGE, SCHEDULES
+from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES, parted
 
 ENGINES = ("torch", "native", "plain")
 COMMS = ("openmp", "mpi", "gloo", "nccl")
@@ -36,7 +36,7 @@ class Mesh:
         return (pp * self.dp + dp) * self.tp + tp
 
     def group(self, rank: int, axis: str) -> tuple[int, ...]:
-        """The ranks that share all coordinates with `rank` but that of `axis`, in order."""
+        """The ranks that share all coordinates with `rank` but that of `axis`, in order; of `pp:0+3` only those two."""
         dp, pp, tp = self.coordinates(rank)
         if axis == "dp":
             return tuple(self.rank(i, pp, tp) for i in range(self.dp))
@@ -44,17 +44,21 @@ class Mesh:
             return tuple(self.rank(dp, i, tp) for i in range(self.pp))
         if axis == "tp":
             return tuple(self.rank(dp, pp, i) for i in range(self.tp))
-        raise ProgramError(f"axis {axis!r} is not one of dp, pp, tp")
+        places = axis.removeprefix("pp:").split("+")
+        if axis.startswith("pp:") and all(p.isdecimal() and int(p) < self.pp for p in places):
+            return tuple(self.rank(dp, int(p), tp) for p in places)
+        raise ProgramError(f"axis {axis!r} is not one of dp, pp, tp, nor some of the {self.pp} places of pp: pp:0+1")
 
 
 @dataclass(frozen=True)
 class Plan:
     """How to train; equal programs have equal text, because keys without effect take their default.
 
-    `interleave` is the number of stages on each rank, `split` the number of layers of each stage (empty: balanced by
-    measured cost); `threads` are an engine's own in one rank; `bucket_bytes` 0 reduces all gradients at once; `sync` is
-    "gradient", "average@H" (H steps), "average@epoch" or "hogwild". Under comm=openmp ranks are threads, whose weight
-    `gradients` are "private" (each rank those of its samples, then summed) or "owner" (each its own block, over all).
+    `interleave` is the number of stages on each rank (2 with schedule=interleaved unless more are asked for), `split`
+    the number of layers of each stage (empty: balanced by measured cost); `threads` are an engine's own in one rank;
+    `bucket_bytes` 0 reduces all gradients at once; `sync` is "gradient", "average@H" (H steps), "average@epoch" or
+    "hogwild". Under comm=openmp ranks are threads, whose weight `gradients` are "private" (each rank those of its
+    samples, then summed) or "owner" (each its own block, over all).
     Stages that `recompute` names ("all", or numbers such as "0+2") keep only what their segments are called with, and
     compute forwards again before the backwards.
     Raises PlanError for values that no network could meet.
@@ -84,6 +88,8 @@ class Plan:
         if self.tp > 1:
             raise PlanError(f"tp={self.tp}: tensor parallelism is not there yet; dp and pp are")
         self._check_words()
+        if self.interleave == 1 and self._ordered():
+            object.__setattr__(self, "interleave", STAGES.get(self.schedule, 1))
         if self.split and len(self.split) != self.stages:
             ranks = f"pp={self.pp}" + f",interleave={self.interleave}" * (self.interleave > 1)
             raise PlanError(f"split={_plus(self.split)} names {len(self.split)} stages, but {ranks}")
@@ -120,6 +126,13 @@ class Plan:
         if self.interleave > 1 and self.microbatches > 1 and (self.schedule or "1f1b") in ONE_STAGE:
             several = ", ".join(name for name in SCHEDULES if name not in ONE_STAGE)
             raise PlanError(f"interleave={self.interleave}: several stages a rank take schedule={several}")
+        if self.engine == "native" and self._ordered() and (self.schedule in STAGES or parted(self.schedule)):
+            whole = ", ".join(name for name in SCHEDULES if name not in STAGES and not parted(name))
+            raise PlanError(f"schedule={self.schedule}: engine=native takes {whole}; this one takes engine=torch")
+
+    def _ordered(self) -> bool:
+        """Whether there is an order of microbatches that a schedule can choose."""
+        return self.pp > 1 and self.microbatches > 1 and self.schedule != ""
 
     def _check_threads(self) -> None:
         inside = self.mesh.size > 1 and self.comm not in ("", "openmp")

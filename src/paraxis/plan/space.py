@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from itertools import zip_longest
 
 from paraxis.plan.plan import Plan
+from paraxis.plan.schedules import SCHEDULES, STAGES, parted
 
 AVERAGE_EVERY = 8
+ELABORATE = [name for name in SCHEDULES if name in STAGES or parted(name)]  # the schedules of engine=torch alone
 TRANSPORTS = ("openmp", "mpi", "gloo")
 
 
@@ -32,7 +34,9 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
         return
     for kind in _kinds(workers, layers, inexact):
         for comm in comms:
-            yield Plan(**kind, comm=comm, engine="native" if comm == "openmp" else "torch")  # type: ignore[arg-type]
+            if comm != "openmp" or kind.get("schedule") not in ELABORATE:
+                engine = "native" if comm == "openmp" else "torch"
+                yield Plan(**kind, comm=comm, engine=engine)  # type: ignore[arg-type]
         if kind == {"dp": workers} and "openmp" in comms:
             yield Plan(dp=workers, comm="openmp", engine="native", gradients="owner")
     processes = [comm for comm in comms if comm != "openmp"]
@@ -50,6 +54,9 @@ def _kinds(workers: int, layers: int, inexact: bool) -> Iterator[dict[str, objec
         grid = {"dp": workers // pp, "pp": pp}
         for m in (2 * pp, 4 * pp):
             yield grid | {"schedule": "1f1b", "microbatches": m}
+        for name in ELABORATE:
+            if pp * STAGES.get(name, 1) <= layers:
+                yield grid | {"schedule": name, "microbatches": 2 * pp}
         yield grid | {"schedule": "gpipe", "microbatches": 2 * pp}
         yield grid | {"schedule": "layerwise"}
     if inexact:

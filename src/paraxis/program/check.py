@@ -27,7 +27,10 @@ Fail = Callable[[int, str], NoReturn]
 
 @dataclass(frozen=True)
 class Checked:
-    """What a correct program was found to need: most microbatches alive at once on each rank."""
+    """What a correct program was found to need: most activations of stages alive at once on each rank.
+
+    An activation lives from its F to its B, or to its W.
+    """
 
     peak_live: tuple[int, ...]
 
@@ -44,7 +47,8 @@ class _Rank:
     open: dict[int, Instruction] = field(default_factory=dict)
     reduced: set[tuple[int, int]] = field(default_factory=set)  # (stage, bucket)
     met: set[tuple[str, int, int]] = field(default_factory=set)  # (buffer, stage, batch norm) of known sums
-    parted: set[tuple[int, int, int]] = field(default_factory=set)  # backwards that left the weights' gradient to a W
+    tied: set[int] = field(default_factory=set)  # ties whose copies have been added up
+    parted: set[tuple[int, int, int]] = field(default_factory=set)  # I whose W is still to come
     light: dict[tuple[int, int, int], int] = field(default_factory=dict)  # slices of forwards that kept nothing more
     factors: bool = False  # of weight gradients: those of all ranks are there
     gathered: bool = False
@@ -118,9 +122,11 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             state.received.add((i.base, i.stage, i.microbatch))
         elif i.buffer in MOMENTS.values():
             _check_moments(program, state, i, slot, fail)
-        elif i.base in COLLECTIVES or i.rule in ("step", "hogwild"):
+        elif i.buffer == "tied":
+            _check_tie(program, rank, state, i, slot, fail)
+        elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm"):
             _check_write(program, rank, state, i, slot, fail)
-        state.peak = max(state.peak, len({(f[0], f[2]) for f in state.forward - state.backward}))
+        state.peak = max(state.peak, len({(f[0], f[2]) for f in (state.forward - state.backward) | state.parted}))
     if state.open:
         token, i = next(iter(state.open.items()))
         fail(len(instructions) - 1, f"{i.op} {i.label()} (token {token}) is never awaited")
@@ -220,10 +226,33 @@ def _check_weight_gradient(state: _Rank, i: Instruction, slot: int, fail: Fail) 
     key = (i.stage, i.segment, i.microbatch)
     if key not in state.parted:
         fail(slot, f"{i.label()} without an I{i.microbatch} before it")
-    if not state.factors:
+    if i.rule == "owner" and not state.factors:
         fail(slot, f"{i.label()} before the other ranks' factors are there")
+    if i.rule != "owner" and (i.stage, i.segment) in state.reduced:
+        fail(slot, f"{i.label()} adds to bucket {i.segment} after its reduction has started")
     state.parted.remove(key)
-    state.reduced.add((i.stage, i.segment))
+    if i.rule == "owner":
+        state.reduced.add((i.stage, i.segment))
+
+
+def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    """Copies are added up once and complete: after replicas have reduced them or, if that scatters, before."""
+    tie = program.ties_of(rank).get(i.bucket)
+    if tie is None:
+        fail(slot, f"{i.label()}: this rank has no copy of tie {i.bucket}")
+    if i.waits:
+        state.tied.add(i.bucket)
+        return
+    if i.bucket in state.tied:
+        fail(slot, f"{i.label()} adds up {tie.parameter} twice")
+    own = [place for place in _buckets(program, rank) if place[0] in tie.stages]
+    done = sum(1 for s, k, _ in state.backward if (s, k) in own)
+    if done < program.microbatches * len(own) or any(key[:2] in own for key in state.parted):
+        fail(slot, f"the copies of {tie.parameter} are added up before their last backward")
+    replicas = program.mesh.dp > 1 and not program.epilogue and not program.common()
+    if any(o.buffer == "grads" for o in state.open.values()) or any((p in state.reduced) != replicas for p in own):
+        order = "after" if replicas else "before"
+        fail(slot, f"the copies of {tie.parameter} must be added up {order} the replicas' reduction")
 
 
 def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
@@ -233,7 +262,7 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
         fail(slot, f"{i.label()} writes parameters while microbatch {min(live)[2]} is between F and B")
     if i.starts and i.buffer == "grads":
         for stage, bucket in _buckets(program, rank) if i.bucket < 0 else [(i.stage, i.bucket)]:
-            done = sum(1 for s, k, _ in state.backward if (s, k) == (stage, bucket))
+            done = sum(1 for s, k, _ in state.backward - state.parted if (s, k) == (stage, bucket))
             if done < program.microbatches:
                 fail(slot, f"bucket {bucket} is reduced after {done} of {program.microbatches} microbatches")
             state.reduced.add((stage, bucket))
@@ -242,6 +271,8 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
     if i.waits and i.base == "AllGather":
         state.factors |= i.buffer == "factors"
         state.gathered |= i.buffer == "params"
+    if i.rule in ("step", "norm") and (missing := program.ties_of(rank).keys() - state.tied):
+        fail(slot, f"{i.label()} before the copies of {program.ties[min(missing)].parameter} have been added up")
     if i.rule == "step":
         if state.parted:
             fail(slot, f"the update comes without W{min(state.parted)[2]}, its microbatch's gradient of weights")
@@ -269,6 +300,8 @@ def _check_complete(program: Program, state: _Rank, rank: int, fail: Fail, slot:
         fail(slot, f"microbatch {missing[0][2]} is never computed")
     if leaked:
         fail(slot, f"the activation of microbatch {leaked[0][2]} is never used: its backward is missing")
+    if state.parted:
+        fail(slot, f"the gradient of weights of microbatch {min(state.parted)[2]} is never made: its W is missing")
 
 
 def _check_shared(program: Program, state: _Rank, instructions: Sequence[Instruction], fail: Fail) -> None:

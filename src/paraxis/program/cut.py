@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from paraxis.errors import PlanError
 from paraxis.plan.plan import Plan
+from paraxis.program.instructions import Tie
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Layout:
     statistics: bool = False
     clip: bool = False
     cuttable: str = ""
-    tied: tuple[tuple[int, int, str], ...] = ()  # (first layer, last layer, parameter) that share one parameter
+    tied: tuple[tuple[str, tuple[int, ...]], ...] = ()  # a parameter, and the layers that share it
     norms: tuple[int, ...] = ()
     unkeyed: tuple[str, ...] = ()
 
@@ -41,11 +42,17 @@ def cut(plan: Plan, layout: Layout) -> tuple[tuple[int, int], ...]:
     if sum(split) != layers:
         raise PlanError(f"split={'+'.join(map(str, split))} sums to {sum(split)}, but the network has {layers} layers")
     ends = [sum(split[: i + 1]) for i in range(plan.stages)]
-    stages = tuple(zip([0, *ends], ends, strict=False))
-    for first, last, name in layout.tied:
-        if [a <= first < b for a, b in stages] != [a <= last < b for a, b in stages]:
-            raise PlanError(f"pp={plan.pp}: layers {first} and {last} share {name} and must stay in one stage")
-    return stages
+    return tuple(zip([0, *ends], ends, strict=False))
+
+
+def ties(plan: Plan, layout: Layout, stages: Sequence[tuple[int, int]]) -> tuple[Tie, ...]:
+    """The parameters that lie on several ranks of the pipeline."""
+    found = []
+    for name, layers in layout.tied:
+        own = [s for s, (first, last) in enumerate(stages) if any(first <= layer < last for layer in layers)]
+        if len({s % plan.pp for s in own}) > 1:
+            found.append(Tie(name, tuple(own)))
+    return tuple(found)
 
 
 def balanced(costs: Sequence[float], stages: int) -> tuple[int, ...]:

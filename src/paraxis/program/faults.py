@@ -10,7 +10,7 @@ from typing import Any
 
 from paraxis.errors import PlanError
 from paraxis.plan.plan import Plan
-from paraxis.program.instructions import BACKWARD, Instruction, Program
+from paraxis.program.instructions import GRADIENT, Instruction, Program
 
 Rewrite = Callable[[Program, int, list[Instruction]], Iterable[Instruction]]
 
@@ -58,12 +58,12 @@ def _with(match: Callable[[Instruction], bool], change: Callable[[Program, Instr
 
 
 def _early(match: Callable[[Instruction], bool]) -> Rewrite:
-    """Move what matches to just before the last backward."""
+    """Move what matches to just before the last that adds to a gradient."""
 
     def rewrite(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
         moved = [i for i in body if match(i)]
         rest = [i for i in body if not match(i)]
-        last = max(n for n, i in enumerate(rest) if i.op in BACKWARD)
+        last = max(n for n, i in enumerate(rest) if i.op in GRADIENT)
         return rest[:last] + moved + rest[last:]
 
     return rewrite
@@ -86,8 +86,8 @@ def _swap_samples(program: Program, rank: int, body: list[Instruction]) -> list[
 
 def _skip_backward(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
     """The first stage forgets the backward of its last microbatch."""
-    first = program.mesh.coordinates(rank)[1] == 0
-    return [i for i in body if not (first and i.op in BACKWARD and i.microbatch == program.microbatches - 1)]
+    last = program.microbatches - 1
+    return [i for i in body if not (i.stage == 0 and i.op in GRADIENT and i.microbatch == last)]
 
 
 def _local_slice(program: Program, i: Instruction) -> Instruction:
@@ -208,6 +208,12 @@ FAULTS: dict[str, Fault] = {
         lambda p: _replicas(p) and p.microbatches == 1,
         "dp > 1, microbatches=1 and batch norm over the whole batch",
         _without(lambda i: i.buffer == "moments"),
+    ),
+    "untied": Fault(
+        "copies of a tied parameter do not add up their gradients",
+        lambda p: p.pp > 1,
+        "pp > 1 and a network that ties weights across stages",
+        _without(lambda i: i.buffer == "tied"),
     ),
     "never-averaged": Fault("replicas never agree", _averaging, "sync=average@H", _without(PARAMS)),
 }

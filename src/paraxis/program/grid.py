@@ -50,6 +50,7 @@ def explain(program: Program) -> str:
     runs = " then ".join(f"{name} x{times}" if times > 1 else name for name, times in program.period)
     keys = "F forward, B backward of a microbatch; L load; r/s receive/send A activation, G gradient; AR all-reduce"
     keys += ", ARm of a batch norm's sums" * program.synchronised()
+    keys += ", ARt of a tied parameter's gradient" * bool(program.ties)
     return f"period: {runs}   ({keys}; < starts, > waits)"
 
 

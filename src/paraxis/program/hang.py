@@ -59,7 +59,7 @@ def check_hang(mesh: Mesh, steps: Sequence[Sequence[Sequence[Instruction]]]) -> 
 def _check_pairs(world: _World, ranks: Sequence[Sequence[Instruction]]) -> None:
     """Every send has its receive, and the members of a group join the same collectives in the same order."""
     for rank, instructions in enumerate(ranks):
-        for axis in ("dp", "pp", "tp"):
+        for axis in sorted({i.axis for i in instructions if i.axis}):
             _check_order(world.mesh, ranks, rank, axis, _collectives(instructions, axis))
     for rank, instructions in enumerate(ranks):
         for slot, i in enumerate(instructions):

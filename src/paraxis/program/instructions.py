@@ -12,7 +12,8 @@ from paraxis.errors import ProgramError
 from paraxis.plan.plan import Mesh
 
 COMPUTE = ("F", "B", "I", "W")
-BACKWARD = ("B", "I")  # what ends the life of an activation
+BACKWARD = ("B", "I")  # what makes the gradient of a stage's input
+GRADIENT = ("B", "I", "W")  # what adds to the gradients of weights
 SENDS = ("SendAct", "SendGrad")
 RECEIVES = ("RecvAct", "RecvGrad")
 COLLECTIVES = ("AllReduce", "ReduceScatter", "AllGather")
@@ -28,12 +29,13 @@ class Instruction:
     """One operation of one rank; fields that an operation does not use keep their default.
 
     `slice` says which of the dp x microbatches equal slices of the global batch is meant, `peer` is a rank, `axis` a
-    direction of the mesh, `buffer` a declared buffer, `bucket` a segment's part of it (-1: all), `rule` an update rule.
+    direction of the mesh (`pp:0+3`: of the pipeline these places), `buffer` a declared buffer, `bucket` a segment's
+    part of it (-1: all), `rule` an update rule.
     An `F` with rule "light" keeps only what the segment is called with; one with rule "again" computes it once more
     from that, right before the backward. A `W` with rule "owner" computes the rank's own block of the weights'
     gradient, over the samples of all replicas.
     Of buffers `moments` (in a forward) and `moment_grads` (in a backward), `bucket` is the batch norm between segments
-    `bucket` and `bucket` + 1.
+    `bucket` and `bucket` + 1; of buffer `tied` it is the number of a tie.
     """
 
     op: str
@@ -72,7 +74,7 @@ class Instruction:
     @property
     def meeting(self) -> tuple[str, str, str, int, int]:
         """Of a collective: what the ranks of its group must have in common."""
-        return self.base, self.axis, self.buffer, -1 if self.axis == "pp" else self.stage, self.bucket
+        return self.base, self.axis, self.buffer, -1 if self.axis.startswith("pp") else self.stage, self.bucket
 
     def text(self) -> str:
         """`F stage=0 segment=1 microbatch=2`; `parse_instruction` gives the same back."""
@@ -94,6 +96,8 @@ class Instruction:
         number = self.microbatch if self.microbatch >= 0 else self.bucket
         if self.buffer in MOMENTS.values():
             return f"ARm{self.bucket}{mark}"
+        if self.buffer == "tied":
+            return f"ARt{self.bucket}{mark}"
         return f"{short[self.base]}{number if number >= 0 else self.buffer[:1]}{mark}"
 
 
@@ -105,6 +109,14 @@ class Buffer:
     scope: str = "private"
 
 
+@dataclass(frozen=True)
+class Tie:
+    """A parameter of which several ranks of a pipeline have a copy, because each of these stages uses it."""
+
+    parameter: str
+    stages: tuple[int, ...]
+
+
 Body = tuple[tuple[Instruction, ...], ...]
 
 
@@ -113,7 +125,7 @@ class Program:
     """For every rank the complete list of instructions, in named bodies: prologue, a period of steps, epilogue.
 
     `stages` are layer ranges [first, last); `segments` cut each stage in turn. `period` and `epilogue` name
-    bodies with the number of times they run. Body `evaluate` is forward only.
+    bodies with the number of times they run. Body `evaluate` is forward only. `ties` are added up before an update.
     """
 
     mesh: Mesh
@@ -125,6 +137,7 @@ class Program:
     period: tuple[tuple[str, int], ...]
     prologue: tuple[tuple[str, int], ...] = ()
     epilogue: tuple[tuple[str, int], ...] = ()
+    ties: tuple[Tie, ...] = ()
 
     def body(self, name: str) -> Body:
         """The instructions of a named body, one tuple a rank."""
@@ -133,6 +146,11 @@ class Program:
     def stages_of(self, rank: int) -> range:
         """The stages that lie on a rank: with several on each, a microbatch goes round the ranks several times."""
         return range(self.mesh.coordinates(rank)[1], len(self.stages), self.mesh.pp)
+
+    def ties_of(self, rank: int) -> dict[int, Tie]:
+        """By their numbers, the ties of which a rank has a copy."""
+        own = set(self.stages_of(rank))
+        return {number: tie for number, tie in enumerate(self.ties) if own & set(tie.stages)}
 
     def common(self) -> bool:
         """Whether replicas have one copy of the weights."""
@@ -160,6 +178,7 @@ class Program:
         lines = [f"mesh dp={self.mesh.dp} pp={self.mesh.pp} tp={self.mesh.tp}", f"microbatches {self.microbatches}"]
         lines += [f"stage {a}-{b} segments {' '.join(f'{c}-{d}' for c, d in cuts)}" for (a, b), cuts in self._cuts()]
         lines += [f"buffer {b.name} {b.scope}" for b in self.buffers]
+        lines += [f"tie {t.parameter} {'+'.join(map(str, t.stages))}" for t in self.ties]
         for part in ("prologue", "period", "epilogue"):
             lines.append(" ".join([part, *(f"{name}*{times}" for name, times in getattr(self, part))]))
         for name, body in self.bodies:
@@ -207,7 +226,7 @@ def parse_program(text: str) -> Program:
         elif words[:1] == ["body"] and len(words) == 4:
             current = []
             bodies.setdefault(words[1], []).append(current)
-        elif words and words[0] in ("mesh", "microbatches", "stage", "buffer", "prologue", "period", "epilogue"):
+        elif words and words[0] in ("mesh", "microbatches", "stage", "buffer", "tie", "prologue", "period", "epilogue"):
             head.setdefault(words[0], []).append(words[1:])
         else:
             raise ProgramError(f"this line of a program cannot be read: {line!r}")
@@ -236,4 +255,5 @@ def _assemble(head: dict[str, list[list[str]]], bodies: dict[str, list[list[Inst
         period=runs("period"),
         prologue=runs("prologue"),
         epilogue=runs("epilogue"),
+        ties=tuple(Tie(name, tuple(map(int, stages.split("+")))) for name, stages in head.get("tie", [])),
     )

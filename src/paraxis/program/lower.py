@@ -3,9 +3,11 @@
 Read `lower` first: it is the table of contents.
 """
 
+from collections.abc import Sequence
+
 from paraxis.plan.plan import Plan, period
-from paraxis.program.cut import Layout, bucketed, cut, norm_by_norm, synchronised
-from paraxis.program.instructions import MOMENTS, Buffer, Program
+from paraxis.program.cut import Layout, bucketed, cut, norm_by_norm, synchronised, ties
+from paraxis.program.instructions import MOMENTS, Buffer, Program, Tie
 from paraxis.program.passes import averaging, evaluation, scoring, training
 from paraxis.program.recompute import check_recompute, sublinear
 
@@ -17,15 +19,16 @@ def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
     split = norm_by_norm if synchronised(plan, layout) else bucketed
     segments = tuple(split(stage, layout, plan.bucket_bytes) for stage in stages)
     segments = tuple(sublinear(own) if s in plan.recomputed() else own for s, own in enumerate(segments))
+    tied = ties(plan, layout, stages)
     every = period(plan.sync, steps_per_epoch)
     bodies, runs = {}, []
     if plan.sync in ("gradient", "hogwild"):
         agree = plan.gradients if plan.gradients == "owner" else "shared" if shared(plan) else plan.sync
-        bodies["step"] = [training(plan, layout, segments, rank, agree) for rank in range(plan.mesh.size)]
+        bodies["step"] = [training(plan, layout, segments, tied, rank, agree) for rank in range(plan.mesh.size)]
         runs = [("step", 1)]
     else:
-        bodies["local"] = [training(plan, layout, segments, rank, "none") for rank in range(plan.mesh.size)]
-        bodies["average"] = [training(plan, layout, segments, rank, "average") for rank in range(plan.mesh.size)]
+        bodies["local"] = [training(plan, layout, segments, tied, rank, "none") for rank in range(plan.mesh.size)]
+        bodies["average"] = [training(plan, layout, segments, tied, rank, "average") for rank in range(plan.mesh.size)]
         bodies["settle"] = [averaging(layout, first_token=0) for _ in range(plan.mesh.size)]
         runs = [("local", every - 1)] * (every > 1) + [("average", 1)]
     bodies["evaluate"] = [evaluation(plan, rank, segments) for rank in range(plan.mesh.size)]
@@ -35,10 +38,11 @@ def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
         stages=stages,
         segments=segments,
         microbatches=plan.microbatches,
-        buffers=tuple(buffers(layout, plan)),
+        buffers=tuple(buffers(layout, plan, tied)),
         bodies=tuple((name, tuple(tuple(body) for body in ranks)) for name, ranks in bodies.items()),
         period=tuple(runs),
         epilogue=(("settle", 1),) if "settle" in bodies else (),
+        ties=tied,
     )
 
 
@@ -47,11 +51,12 @@ def shared(plan: Plan) -> bool:
     return plan.comm == "openmp" and plan.dp > 1 and plan.sync == "gradient"
 
 
-def buffers(layout: Layout, plan: Plan) -> list[Buffer]:
+def buffers(layout: Layout, plan: Plan, tied: Sequence[Tie] = ()) -> list[Buffer]:
     """The flat buffers that a program's instructions may mention."""
     names = ["params", "grads", "totals", "score"]
     names += ["statistics", "running"] * layout.statistics + ["norm"] * layout.clip
     names += list(MOMENTS.values()) * synchronised(plan, layout)
+    names += ["tied"] * bool(tied)
     names += ["factors"] * (plan.gradients == "owner")
     common = ("params", "running", "factors") if shared(plan) or plan.sync == "hogwild" else ()
     return [Buffer(name, "shared" if name in common else "private") for name in names]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from paraxis.plan.plan import Plan
 from paraxis.plan.schedules import SCHEDULES, Order
 from paraxis.program.cut import Layout, synchronised
-from paraxis.program.instructions import MOMENTS, Instruction
+from paraxis.program.instructions import MOMENTS, Instruction, Tie
 from paraxis.program.recompute import compute_again, keep_inputs
 
 Body = list[Instruction]
@@ -17,7 +17,7 @@ Cuts = Sequence[Sequence[tuple[int, int]]]  # of every stage, its segments
 I = Instruction  # noqa: E741  (the passes below are tables of instructions)
 
 
-def training(plan: Plan, layout: Layout, segments: Cuts, rank: int, agree: str) -> Body:
+def training(plan: Plan, layout: Layout, segments: Cuts, ties: Sequence[Tie], rank: int, agree: str) -> Body:
     """One optimiser step of one rank; `agree`: how replicas do (gradient, shared, owner, hogwild, average, none)."""
     dp, place, _ = plan.mesh.coordinates(rank)
     order = SCHEDULES[plan.schedule or "layerwise"](plan.pp, plan.microbatches, place, plan.interleave)
@@ -25,7 +25,7 @@ def training(plan: Plan, layout: Layout, segments: Cuts, rank: int, agree: str) 
     meets = synchronised(plan, layout)
     if agree == "gradient" and plan.dp > 1:
         whole = meets or ((plan.interleave > 1 or plan.recompute) and not plan.bucket_bytes)
-        body = add_reductions(body, {(place, 0): -1} if whole else _each(segments, body))
+        body = add_reductions(body, _whole(body) if whole else _each(segments, body))
     body = add_totals(body, plan, layout, place)
     body = add_transfers(body, plan, rank)  # last, so that a gradient is on its way before a reduction begins
     body = compute_again(body)
@@ -34,8 +34,14 @@ def training(plan: Plan, layout: Layout, segments: Cuts, rank: int, agree: str) 
     if agree == "owner":
         body = part_weight_gradients(body)
     body = [I("Update", stage=place, rule="zero"), *body]
-    body += finish(plan, layout, place, agree)
+    body += finish(plan, layout, place, agree, add_ties(plan, ties, place))
     return pair_tokens(body)
+
+
+def _whole(body: Body) -> dict[tuple[int, int], int]:
+    """One bucket for all, complete with the last gradient of the body."""
+    last = [i for i in body if i.op in ("B", "W")][-1]
+    return {(last.stage, last.segment): -1}
 
 
 def _each(segments: Cuts, body: Body) -> dict[tuple[int, int], int]:
@@ -56,20 +62,21 @@ def expand(order: Order, plan: Plan, dp: int, segments: Cuts, rule: str = "") ->
     return body
 
 
-# Of F and B: what a stage receives before it from the stage so far away, and what it sends after it to which.
+# Of F and B (or I): what a stage receives before it from the stage so far away, and what it sends after it to which.
 EDGES = {"F": ("RecvAct", -1, "SendAct", +1), "B": ("RecvGrad", +1, "SendGrad", -1)}
+WAYS = {"F": "F", "B": "B", "I": "B"}
 
 
 def add_transfers(body: Body, plan: Plan, rank: int) -> Body:
     """Sends never block and receives are posted one ahead; a send's buffer is kept until the next one of its kind."""
     dp, _, tp = plan.mesh.coordinates(rank)
     out: Body = []
-    ends = {(i.op, i.stage): i.segment for i in body if i.op in EDGES}  # with which each stage's F and B end
+    ends = {(WAYS[i.op], i.stage): i.segment for i in body if i.op in WAYS}  # with which each stage's F and B end
     begins = {(op, s): 0 if op == "F" else ends["F", s] for op, s in ends}
     todo: dict[tuple[str, int], list[int]] = {key: [] for key in ends}
     for i in body:
-        if i.op in EDGES and i.segment == begins[i.op, i.stage]:
-            todo[i.op, i.stage].append(i.microbatch)
+        if i.op in WAYS and i.segment == begins[WAYS[i.op], i.stage]:
+            todo[WAYS[i.op], i.stage].append(i.microbatch)
     sending: dict[tuple[str, int], Instruction] = {}
 
     def transfer(op: str, stage: int, away: int, microbatch: int) -> Instruction:
@@ -84,7 +91,7 @@ def add_transfers(body: Body, plan: Plan, rank: int) -> Body:
     for op, stage in ends:
         post(op, stage)
     for i in body:
-        key = op, stage = i.op, i.stage
+        key = op, stage = WAYS.get(i.op, ""), i.stage
         receive, source, send, target = EDGES.get(op, ("", 0, "", 0))
         if source and i.segment == begins[key] and 0 <= stage + source < plan.stages:
             out.append(transfer(receive + "Wait", stage, source, i.microbatch))
@@ -101,13 +108,13 @@ def add_transfers(body: Body, plan: Plan, rank: int) -> Body:
 def add_reductions(body: Body, buckets: dict[tuple[int, int], int]) -> Body:
     """A bucket's reduction starts as soon as its last gradient is there; all are awaited before the update.
 
-    `buckets`: the bucket that is complete with the last backward of a (stage, segment); -1: all of the rank's.
+    `buckets`: the bucket that is complete with the last B (or W) of a (stage, segment); -1: all of the rank's.
     """
-    ends = {(i.stage, i.segment): index for index, i in enumerate(body) if i.op == "B"}
+    ends = {(i.stage, i.segment): index for index, i in enumerate(body) if i.op in ("B", "W")}
     out: Body = []
     for index, i in enumerate(body):
         out.append(i)
-        if i.op == "B" and ends[i.stage, i.segment] == index and (i.stage, i.segment) in buckets:
+        if i.op in ("B", "W") and ends[i.stage, i.segment] == index and (i.stage, i.segment) in buckets:
             out.append(_reduce("Start", i.stage, "grads", buckets[i.stage, i.segment]))
     return out + [_reduce("Wait", stage, "grads", buckets[stage, k]) for stage, k in reversed(buckets)]
 
@@ -140,9 +147,20 @@ def add_totals(body: Body, plan: Plan, layout: Layout, stage: int) -> Body:
     return [*body[:at], *both, *body[at:]]
 
 
-def finish(plan: Plan, layout: Layout, stage: int, agree: str) -> Body:
-    """What stands between the reduced gradients and the next step."""
+def add_ties(plan: Plan, ties: Sequence[Tie], place: int) -> Body:
+    """Ranks that have copies of a parameter add up its gradient, so that all copies take the same step."""
     body: Body = []
+    for number, tie in enumerate(ties):
+        places = sorted({stage % plan.pp for stage in tie.stages})
+        axis = "pp" if len(places) == plan.pp else f"pp:{'+'.join(map(str, places))}"
+        if place in places:
+            body += [replace(i, bucket=number) for i in _both(axis, "tied", "sum")]
+    return body
+
+
+def finish(plan: Plan, layout: Layout, stage: int, agree: str, tied: Body) -> Body:
+    """What stands between the reduced gradients and the next step; `tied` comes before a rank keeps to its own part."""
+    body: Body = [*tied]
     common = agree in ("shared", "owner")
     if agree == "shared":
         body += _both("dp", "grads", "sum", "ReduceScatter")

@@ -87,7 +87,7 @@ def resolve(program: Program, body: str) -> Resolved:
 def _kind(i: Instruction) -> tuple[str, str]:
     """(its kind, the kind of the time in which its counterpart had not begun)."""
     if i.base in COLLECTIVES:
-        return "communication", "pipeline_wait" if i.axis == "pp" else "straggler_wait"
+        return "communication", "pipeline_wait" if i.axis.startswith("pp") else "straggler_wait"
     if i.base in (*SENDS, *RECEIVES):
         return "communication", "pipeline_wait"
     return {"Load": "data", "Update": "optimizer"}.get(i.op, "compute"), ""

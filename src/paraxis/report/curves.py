@@ -1,4 +1,4 @@
-"""Curves: loss over steps, speed-up over workers. Imports altair: import it late."""
+"""Curves: loss over steps, accuracy over samples and seconds, speed-up over workers. Imports altair: import it late."""
 
 from math import isfinite
 
@@ -7,6 +7,7 @@ import altair as alt
 from paraxis.measure.records import Result, Study
 from paraxis.report import tables
 from paraxis.report.charts import NARROW, Data, Row, colour, layer, ms_axis, named, render
+from paraxis.report.speedup import families
 
 CURVES, POINTS = 8, 240  # the most that stays legible in one chart
 LINES = ["#d98634", "#5f9a6a", "#a2559b", "#b3a12c", "#c2504a", "#4f62b5", "#3fa69b"]
@@ -50,6 +51,47 @@ def losses(study: Study, width: int = 760) -> str:
         chart = chart.mark_line(strokeWidth=8 if result in now else 1.8, strokeCap="round")
         layers.append(chart.encode(x=x, y=y, color=alt.Color("plan:N", scale=scale, legend=look)))
     return render(layer(layers), data, "Training loss of each plan by step")
+
+
+def accuracy(study: Study, width: int = 760) -> str:
+    """Accuracy on held-out samples, once over the samples seen and once over the seconds of training."""
+    drawn = learners(study)
+    if not drawn:
+        return ""
+    names = unique([tables.name(study, r) + ("" if r.exact else " (inexact)") for r in drawn])
+    rows = [
+        {"plan": name, "samples": samples, "seconds": seconds, "accuracy": score}
+        for name, r in zip(names, drawn, strict=True)
+        if (seen := r.learned)
+        for samples, seconds, score in zip(seen.samples, seen.seconds, seen.accuracy, strict=True)
+    ]
+    spare = iter(LINES)
+    best = tables.winner(study)
+    fills = [
+        colour("today") if tables.is_today(study, r) else colour("accent") if r is best else next(spare) for r in drawn
+    ]
+    narrow = width < NARROW
+    plot = width - 70 if narrow else (width - 170) // 2
+    look = alt.Legend(orient="top", title=None, columns=1 if narrow else 3, symbolType="circle")
+    fill = alt.Color("plan:N", scale=alt.Scale(domain=names, range=fills), legend=look)
+    y = alt.Y("accuracy:Q", title="accuracy", axis=ms_axis(format="%"), scale=alt.Scale(zero=False))
+    data: Data = {}
+    chart = alt.Chart(named(data, "scores", rows)).properties(width=plot, height=220)
+    panels = []
+    for field, title in (("samples", "samples seen"), ("seconds", "seconds of training")):
+        axis = alt.Axis(grid=False, tickCount=5, labelOverlap=True, format="~s" if field == "samples" else "~g")
+        x = alt.X(f"{field}:Q", title=title, axis=axis, scale=alt.Scale(domainMin=0, nice=False))
+        line, point = chart.mark_line(strokeWidth=1.8), chart.mark_point(filled=True, size=36, opacity=1)
+        panels.append(layer([line.encode(x=x, y=y, color=fill), point.encode(x=x, y=y, color=fill)]))
+    both: Row = {"vconcat" if narrow else "hconcat": panels, "spacing": 40}
+    return render(both, data, "Accuracy on held-out samples over samples seen and over seconds of training")
+
+
+def learners(study: Study) -> list[Result]:
+    """The plans that were scored while they trained: the winner, today, and then the others by their step."""
+    first = [r for r in (tables.winner(study), study.today) if r]
+    rest = [r for r in tables.ranking(study) if not any(r is other for other in first)]
+    return [r for r in [*first, *rest] if r.learned]
 
 
 def curve(values: list[float], name: str) -> list[Row]:
@@ -105,25 +147,3 @@ def scaling(study: Study, width: int = 760) -> str:
         panels.append(layer(layers))
     both: Row = {"vconcat" if narrow else "hconcat": panels, "spacing": 40}
     return render(both, data, "Speed-up and efficiency over workers")
-
-
-def families(study: Study) -> dict[str, list[Result]]:
-    """The fastest exact plan of every kind (axis, engine, transport) at every number of workers, from one worker on."""
-    best: dict[tuple[str, int], Result] = {}
-    single: dict[str, Result] = {}
-    for result in tables.ranking(study):
-        if not result.exact or result.speedup is None or result.efficiency is None:
-            continue
-        mesh = result.mesh
-        axes = "+".join(axis for axis, size in (("dp", mesh.dp), ("pp", mesh.pp), ("tp", mesh.tp)) if size > 1)
-        if result.workers == 1:
-            single.setdefault(result.engine, result)
-        else:
-            name = " ".join(filter(None, [axes or "threads", result.engine, result.comm]))
-            name = "today" if tables.is_today(study, result) else name
-            best.setdefault((name, result.workers), result)
-    found: dict[str, list[Result]] = {}
-    for (name, _), result in sorted(best.items(), key=lambda item: item[0][1]):
-        one = [single[result.engine]] if result.engine in single else []
-        found.setdefault(name, one).append(result)
-    return dict(sorted(found.items(), key=lambda item: -max(r.speedup or 0 for r in item[1][-1:])))

@@ -48,7 +48,7 @@ def require(formats: Iterable[Format]) -> None:
 
 
 def to_csv(study: Study, folder: Path) -> list[Path]:
-    """`results.csv` (a line a plan), `samples.csv` (a measured step) and `losses.csv` (a training step)."""
+    """A line a plan (`results.csv`), a measured step, a training step, and a look at held-out samples."""
     plans = tables.everything(study)
     samples = (
         (r.plan, r.label, kind, n, seconds)
@@ -58,10 +58,17 @@ def to_csv(study: Study, folder: Path) -> list[Path]:
         for n, seconds in enumerate(kept)
     )
     losses = ((r.plan, r.label, step, loss) for r in plans for step, loss in enumerate(r.losses))
+    looks = (
+        (r.plan, r.label, *look)
+        for r in plans
+        if (seen := r.learned)
+        for look in zip(seen.steps, seen.samples, seen.seconds, seen.loss, seen.accuracy, strict=True)
+    )
     return [
         _write(folder / "results.csv", HEADS, map(line, plans)),
         _write(folder / "samples.csv", ("plan", "label", "kind", "sample", "seconds"), samples),
         _write(folder / "losses.csv", ("plan", "label", "step", "loss"), losses),
+        _write(folder / "accuracy.csv", ("plan", "label", "step", "samples", "seconds", "loss", "accuracy"), looks),
     ]
 
 
@@ -111,7 +118,7 @@ def _harmless(value: Any) -> Any:
 
 
 def to_tensorboard(study: Study, folder: Path) -> list[Path]:
-    """A run a plan: `training loss` by step, `seconds per step` by sample."""
+    """A run a plan: `training loss` and `accuracy` by step, `seconds per step` by sample."""
     require(["tensorboard"])
     from torch.utils.tensorboard import SummaryWriter
 
@@ -129,6 +136,10 @@ def to_tensorboard(study: Study, folder: Path) -> list[Path]:
             for step, loss in enumerate(result.losses):
                 if isfinite(loss):
                     writer.add_scalar("training loss", loss, step)
+            for step, score in (
+                zip(result.learned.steps, result.learned.accuracy, strict=True) if result.learned else ()
+            ):
+                writer.add_scalar("accuracy", score, step)
             for sample, seconds in enumerate(result.step_seconds.samples if result.step_seconds else []):
                 writer.add_scalar("seconds per step", seconds, sample)
         written.append(run)

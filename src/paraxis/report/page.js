@@ -27,7 +27,21 @@ function measured() {
   return [...today, ...study.results];
 }
 
+// A study's trials: a line for every measure, and one for every sample of its series.
+function trials() {
+  const names = key => [...new Set(study.trials.flatMap(t => Object.keys(t[key] ?? {})))], factors = names("factors");
+  const rows = study.trials.flatMap(t => {
+    const lead = [...factors.map(key => t.factors[key]), t.repeat, t.status];
+    return [
+      ...Object.entries(t.measures).map(([key, value]) => [...lead, key, "", value]),
+      ...Object.entries(t.series ?? {}).flatMap(([key, values]) => values.map((v, i) => [...lead, key, i, v])),
+    ];
+  });
+  return csv([[...factors, "repeat", "status", "measure", "sample", "value"], ...rows]);
+}
+
 function samples() {
+  if (study.trials) return trials();
   const kinds = ["samples", "warmup", "disturbed"]; // the last two were set aside and count in no figure
   const rows = measured().flatMap(r => kinds.flatMap(kind =>
     (r.step_seconds?.[kind] ?? []).map((s, i) => [r.plan, r.label, kind === "samples" ? "kept" : kind, i, s])));
@@ -58,8 +72,9 @@ function sortable(table) {
 
 // Every word must occur in the row.
 function filterable(table) {
-  const rows = [...table.tBodies[0].rows], input = make("input", { type: "search", placeholder: "dp mpi, bubble, inexact ..." });
-  const count = make("output", {}, `${rows.length} plans`);
+  const rows = [...table.tBodies[0].rows], input = make("input", { type: "search", placeholder: study?.trials ? "" : "dp mpi, bubble, inexact ..." });
+  const noun = study?.trials ? "rows" : "plans";
+  const count = make("output", {}, `${rows.length} ${noun}`);
   input.oninput = () => {
     const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
     let left = 0;
@@ -68,7 +83,7 @@ function filterable(table) {
       row.hidden = !words.every(word => text.includes(word));
       left += !row.hidden;
     }
-    count.textContent = left === rows.length ? `${left} plans` : `${left} of ${rows.length} plans`;
+    count.textContent = left === rows.length ? `${left} ${noun}` : `${left} of ${rows.length} ${noun}`;
   };
   table.parentNode.before(make("div", { class: "filter" }, make("label", {}, "Filter ", input), count));
 }

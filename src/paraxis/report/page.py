@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from paraxis.measure.records import Study
-from paraxis.report import sections, tables, theatre
+from paraxis.report import sections, speedup, tables, theatre
 from paraxis.report.markup import document, figure, small, text, time
 
 DRAWN_LIMIT = 500_000  # characters of timelines beside the winner's
@@ -28,8 +28,9 @@ def html(study: Study) -> str:
         ("results", "All measured plans", sections.results(study) + pictures["bars"]),
         ("split", "Where each step goes", pictures["split"] + sections.explanations(study)),
         ("timeline", "Timeline of one step", sections.timelines(study, pictures)),
-        ("scaling", "Speed-up and efficiency", pictures["scaling"]),
+        ("scaling", "Speed-up and efficiency", pictures["scaling"] + speedup.laws(study)),
         ("loss", "Training loss", pictures["losses"]),
+        ("accuracy", "Accuracy", sections.learned(study, pictures["accuracy"])),
         ("memory", "Memory", pictures["memory"]),
         ("traffic", "Bytes sent", pictures["traffic"]),
         ("proofs", "Proofs of equality", sections.proofs(study)),
@@ -57,7 +58,7 @@ def draw(study: Study) -> dict[str, str]:
     """All pictures, each as a figure; timelines by `timeline <plan>`."""
     from paraxis.report import charts, curves, gantt  # altair takes most of a second to import
 
-    drawers = (charts.bars, charts.split, charts.memory, charts.traffic, curves.scaling, curves.losses)
+    drawers = (charts.bars, charts.split, charts.memory, charts.traffic, curves.scaling, curves.losses, curves.accuracy)
     pairs = {f.__name__: (f(study, 880), f(study, 390)) for f in drawers}
     pictures = {key: figure(wide, narrow, tables.caption(study, key)) for key, (wide, narrow) in pairs.items()}
     best, drawn = tables.featured(study), 0
@@ -141,10 +142,10 @@ def untold(study: Study) -> str:
     return f"<p>Not told apart from it by this measurement: {names}.</p>" if others else ""
 
 
-def command(line: str) -> str:
+def command(line: str, what: str = "Train with it") -> str:
     """A box to copy from."""
     return (
-        '<div class="command"><span>Train with it</span>'
+        f'<div class="command"><span>{what}</span>'
         f'<pre tabindex="0"><code>{text(line)}</code></pre>'
         '<button type="button" class="copy" hidden>copy</button></div>'
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from paraxis.measure.records import Rate, Result, Seconds, Study
 from paraxis.measure.roofline import in_words
+from paraxis.recommend import chance_of
 from paraxis.report import tables
 from paraxis.report.markup import Cell, kind, plan, small, table, text, time
 
@@ -69,6 +70,33 @@ def spread(time: Seconds) -> str:
     if time.p5 is None or time.p95 is None:
         return ""
     return f"{tables.milliseconds(time.p5, time.median)}–{tables.milliseconds(time.p95, time.median)}"
+
+
+def learned(study: Study, picture: str) -> str:
+    """What plans have learned from the same samples, in curves and figures, or why nobody knows."""
+    rows = []
+    for result in tables.ranking(study):
+        if seen := result.learned:
+            chance = chance_of(seen.accuracy[-1], study.held_out.samples) if study.held_out else None
+            spread = f" <small>±{chance:.1%}</small>" if chance else ""
+            figures: list[Cell] = [
+                (f"{seen.accuracy[-1]:.1%}{spread}", seen.accuracy[-1]),
+                (f"{seen.loss[-1]:.3f}", seen.loss[-1]),
+                (f"{seen.samples[-1]:,}", seen.samples[-1]),
+                (f"{seen.seconds[-1]:.2f}", seen.seconds[-1]),
+            ]
+            rows.append((kind(study, result), [plan(study, result), *figures]))
+    if not rows or not study.held_out:
+        why = study.accuracy_skipped
+        return f"<p>Accuracy was not compared: {text(why)}.</p>" if why else ""
+    heads = ("Plan", "accuracy", "loss", "samples seen", "seconds of training")
+    words = (
+        f"Trained from the task's start with one seed, and scored on {study.held_out.samples:,} "
+        f"{study.held_out.name} samples; ± is what the choice of these samples does (95%), another seed may do more. "
+        "Exact plans compute one step, so the winner stands for all of them; of inexact ones it is the fastest of each "
+        "kind."
+    )
+    return f"{picture}{table('Accuracy', heads, rows, set(heads) - {'Plan'})}<p>{text(words)}</p>"
 
 
 def explanations(study: Study) -> str:

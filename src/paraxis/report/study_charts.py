@@ -25,13 +25,13 @@ def steps_by_batch(found: BatchSizes, width: int = 760) -> str:
     if len(points) < 2:
         return ""
     data: Data = {}
-    across = _domain([p.batch for p in points], 1.35)
+    across = domain([p.batch for p in points], 1.35)
     seeds = [s for p in points for s in p.steps if s is not None]
     fitted = found.critical.b_crit is not None
     ends = [found.critical.steps(edge) for edge in across] if fitted else []
-    down = _domain([*seeds, *ends], 1.25)
+    down = domain([*seeds, *ends], 1.25)
     x = alt.X("batch:Q", title="batch size", scale=_log(across), axis=_axis([p.batch for p in points]))
-    y = alt.Y("steps:Q", title="steps to the target", scale=_log(down), axis=_axis(_ticks(down)))
+    y = alt.Y("steps:Q", title="steps to the target", scale=_log(down), axis=_axis(ticks(down)))
     size = {"width": width - 90, "height": 330 if width >= NARROW else 260}
     base = alt.Chart(named(data, "none", [{}])).properties(**size)
     layers = []
@@ -137,9 +137,9 @@ def rates_by_batch(found: BatchSizes, width: int = 760) -> str:
     if len(found.points) < 2 or not rows:
         return ""
     data: Data = {}
-    across, down = _domain([r["batch"] for r in rows], 1.35), _domain([r["lr"] for r in rows], 1.4)
+    across, down = domain([r["batch"] for r in rows], 1.35), domain([r["lr"] for r in rows], 1.4)
     x = alt.X("batch:Q", title="batch size", scale=_log(across), axis=_axis([p.batch for p in found.points]))
-    y = alt.Y("lr:Q", title="learning rate", scale=_log(down), axis=_axis(_ticks(down), "~g"))
+    y = alt.Y("lr:Q", title="learning rate", scale=_log(down), axis=_axis(ticks(down), "~g"))
     size = {"width": width - 90, "height": 240 if width >= NARROW else 210}
     base = alt.Chart(named(data, "none", [{}])).properties(**size)
     looks: dict[str, Row] = {
@@ -185,11 +185,12 @@ def _axis(values: list[float] | list[int], form: str = ",d") -> alt.Axis:
     return ms_axis(values=list(values), format=form, labelOverlap=True)
 
 
-def _domain(values: list[float] | list[int], margin: float) -> list[float]:
+def domain(values: list[float] | list[int], margin: float) -> list[float]:
+    """From the least to the most, a factor wider on both sides."""
     return [min(values) / margin, max(values) * margin]
 
 
-def _ticks(domain: list[float]) -> list[float]:
+def ticks(domain: list[float]) -> list[float]:
     """1, 2 and 5 times the powers of ten within the domain."""
     every = [float(f"{d}e{power}") for power in range(-8, 9) for d in (1, 2, 5)]
     return [v for v in every if domain[0] <= v <= domain[1]]

@@ -183,10 +183,12 @@ CAPTIONS = {
     "on today; a curve that leaves them belongs to an inexact plan.",
     "scaling": "Strong scaling: the same global batch over more workers (ranks × threads), the fastest exact plan of "
     "each kind. Speed-up is against the best serial run, efficiency against one worker with one thread; dashed: ideal.",
+    "accuracy": "After the same samples, and after the same time: an inexact plan is worth its faster step where "
+    "it reaches the exact one's accuracy in fewer seconds.",
     "memory": "Memory of the rank that needs most: the most that its process has held.",
     "traffic": "What all ranks together send in one step. Single ranks, and ranks that share memory, send nothing.",
 }
-CURVES = ("losses", "scaling")  # the charts that do not draw a bar a plan
+CURVES = ("losses", "scaling", "accuracy")  # the charts that do not draw a bar a plan
 
 
 def caption(study: Study, key: str, most: int = BARS) -> str:

@@ -248,18 +248,18 @@ class Duties:
     def evaluate(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Score on held-out samples; replicas that disagree are averaged for it and go on as they were."""
         running = self._ready(request["key"])
-        if running.rank is None:
-            return self._evaluate_plain(_some(running.plain), request["set"])
         rank = running.rank
-        task = rank.task if isinstance(rank, Team) else rank.engine.task
+        task = _some(running.plain).task if rank is None else rank.task if isinstance(rank, Team) else rank.engine.task
         source: Any = task.test if request["set"] == "test" else task.validation
+        if most := request.get("most"):
+            source = source.thinned(most)
+        if rank is None:
+            return self._evaluate_plain(task, source)
         with _agreed(rank):
             loss, weight, hits = rank.evaluate(source)
         return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
 
-    def _evaluate_plain(self, replica: serial.Replica, which: str) -> dict[str, Any]:
-        task = replica.task
-        source: Any = task.test if which == "test" else task.validation
+    def _evaluate_plain(self, task: Task, source: Any) -> dict[str, Any]:
         loss = weight = hits = 0.0
         with evaluating(task.net):
             for number in range(source.steps_per_epoch):
@@ -268,7 +268,7 @@ class Duties:
                 output = task.net(batch[0])
                 total, own = task.recipe.loss(output, batch)
                 loss, weight = loss + float(total), weight + float(own)
-                hits += float((output.argmax(1) == batch[1]).sum())
+                hits += task.recipe.hits(output, batch)
         return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
 
     def settle(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:

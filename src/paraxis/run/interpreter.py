@@ -50,6 +50,17 @@ def _backward(i: Instruction, c: Context) -> Action:
     return partial(c.engine.at(i.stage).backward, i.segment, i.microbatch)
 
 
+def _input_gradient(i: Instruction, c: Context) -> Action:
+    return partial(c.engine.at(i.stage).input_gradient, i.segment, i.microbatch)
+
+
+def _weight_gradient(i: Instruction, c: Context) -> Action:
+    """An owner's block is what `_gather` leaves of the factors' products: nothing is left to compute."""
+    if i.rule == "owner":
+        return lambda: None
+    return partial(c.engine.at(i.stage).weight_gradient, i.segment, i.microbatch)
+
+
 def _update(i: Instruction, c: Context) -> Action:
     rules = {"zero": "zero", "step": "update", "norm": "gradient_norm", "statistics": "update_statistics"}
     action: Action = getattr(c.engine, rules[i.rule])
@@ -171,8 +182,8 @@ BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
     "Load": _load,
     "F": _forward,
     "B": _backward,
-    "I": _backward,  # autograd makes both gradients in one go
-    "W": lambda i, c: lambda: None,
+    "I": _input_gradient,
+    "W": _weight_gradient,
     "Update": _update,
     "SendActStart": _send,
     "SendGradStart": _send,
@@ -207,7 +218,9 @@ class Rank:
         self.program, self.rank, self.engine, self.world = program, rank, engine, world
         mesh = program.mesh
         sizes = {"dp": mesh.dp, "pp": mesh.pp, "tp": mesh.tp}
-        axes = {axis: world.group(mesh.group(rank, axis)) for axis, size in sizes.items() if size > 1}
+        parts = {i.axis for _, ranks in program.bodies for i in ranks[rank] if ":" in i.axis}  # ranks with tied weights
+        wanted = [axis for axis, size in sizes.items() if size > 1] + sorted(parts)
+        axes = {axis: world.group(mesh.group(rank, axis)) for axis in wanted}
         self.context = Context(engine, world, axes, {}, [0], mesh.pp, program.microbatches)
         self.blocking = blocking
         self.bodies = {name: self.bind(ranks[rank]) for name, ranks in program.bodies}

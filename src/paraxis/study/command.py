@@ -24,14 +24,18 @@ def run_study(name: str, out: Path | None, root: Path, budget: float | None, own
     definition = load(name)
     folder = out or root / definition.name
     from paraxis.study.conduct import conduct_study
+    from paraxis.study.page import write
 
     with joined_ranks() as joined, progress() as tell:
         document = conduct_study(definition, folder, float("inf") if budget is None else budget, tell, joined)
+        tell("writing the report", 1.0)
+        report = write(document, folder)
     if json_:
         print(json.dumps(document, indent=1))
     else:
         print_study(document, Console(highlight=False))
         print(f"trials: {folder / 'trials.csv'}")
+        print(f"report: {report}")
     return 0 if any(trial["status"] == "ok" for trial in document["trials"]) else 1
 
 

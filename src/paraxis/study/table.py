@@ -41,7 +41,7 @@ def print_study(document: dict[str, Any], console: Console) -> None:
     definition = Definition.model_validate(document["definition"])
     trials = [Trial.model_validate(trial) for trial in document["trials"]]
     console.print(f"{clean(definition.name)}: {clean(definition.about)}", markup=False)
-    grids = definition.grids() if definition.procedure == "grid" else [_as_grid(definition, trials)]
+    grids = definition.grids() if definition.procedure == "grid" else [as_grid(definition, trials)]
     for grid in grids:
         rows = rows_of(grid, trials)
         if any(t.status == "ok" for _, same in rows for t in same):
@@ -56,12 +56,12 @@ def print_study(document: dict[str, Any], console: Console) -> None:
     lost: list[tuple[Factors, int, str, str]] = []
     lost += [(t.factors, t.repeat, t.status, f": {t.reason}") for t in trials if t.status != "ok"]
     lost += [(gone["factors"], gone["repeat"], "not reached", "") for gone in document["not_reached"]]
-    told = _differing([*(t.factors for t in trials), *(factors for factors, *_ in lost)])
+    told = differing([*(t.factors for t in trials), *(factors for factors, *_ in lost)])
     for factors, repeat, status, why in lost:
         what = words({key: factors[key] for key in told if key in factors}, repeat)
         console.print(f"{status}: {clean(what)}{clean(why)}", markup=False, style="dim")
     for law in document["laws"]:
-        equal = _differing([other["equal"] for other in document["laws"]])
+        equal = differing([other["equal"] for other in document["laws"]])
         what = words({key: law["equal"][key] for key in equal if key in law["equal"]})
         console.print(f"{clean(what)}: {law['sentence']}" if what else law["sentence"], markup=False)
     analysis = document["analysis"] or {}
@@ -92,7 +92,7 @@ def table_of(grid: Grid, rows: list[Row]) -> Table:
         if not fine:
             continue
         star = "*" if fine[0].oversubscribed else ""
-        levels = [_level(cell.get(name)) for name in varying]
+        levels = [level(cell.get(name)) for name in varying]
         lines.append([levels[0] + star, *levels[1:], *(figure(fine, measure) for measure in shown)])
     for place, name in enumerate([*varying, *shown]):
         longest = max(
@@ -110,19 +110,20 @@ def samples_of(trials: list[Trial], measure: str) -> list[float]:
     return trials[0].series.get(measure, values) if len(trials) == 1 and values else values
 
 
-def figure(trials: list[Trial], measure: str) -> str:
+def figure(trials: list[Trial], measure: str, dash: str = "-") -> str:
     """`12.3 [12.1-12.6]`: the median and its interval; how many of the repeats have it where not all do."""
     values = samples_of(trials, measure)
     if not values:
         return "-"
     middle, (low, high) = median(values), interval(values)
     mark = "~" if measure == "epoch_seconds" and any(t.measures.get("epoch_projected") for t in trials) else ""
-    spread = f" [{_number(low, measure)}-{_number(high, measure)}]" if len(values) > 1 and high > low else ""
+    spread = f" [{number(low, measure)}{dash}{number(high, measure)}]" if len(values) > 1 and high > low else ""
     some = sum(t.measures.get(measure) is not None for t in trials)
-    return f"{mark}{_number(middle, measure)}{spread}" + (f" ({some} of {len(trials)})" if some < len(trials) else "")
+    return f"{mark}{number(middle, measure)}{spread}" + (f" ({some} of {len(trials)})" if some < len(trials) else "")
 
 
-def _number(value: float, measure: str) -> str:
+def number(value: float, measure: str) -> str:
+    """A measure's value in the unit of its head."""
     if measure in PERCENT:
         return f"{value:.1%}"
     if not isfinite(value):  # a loss that has diverged
@@ -131,17 +132,18 @@ def _number(value: float, measure: str) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 
-def _level(value: Scalar | None) -> str:
+def level(value: Scalar | None) -> str:
+    """A factor's level in words."""
     return "" if value is None else clean(f"{value:g}" if isinstance(value, float) else str(value))
 
 
-def _differing(all_factors: list[Factors]) -> list[str]:
+def differing(all_factors: list[Factors]) -> list[str]:
     """Names of the factors that are not the same everywhere."""
     names = dict.fromkeys(key for factors in all_factors for key in factors)
     return [name for name in names if len({repr(factors.get(name)) for factors in all_factors}) > 1]
 
 
-def _as_grid(definition: Definition, trials: list[Trial]) -> Grid:
+def as_grid(definition: Definition, trials: list[Trial]) -> Grid:
     """The trials that a procedure has chosen, as levels of one factor."""
     cells = {identity(t.factors, 0): t.factors for t in trials}
     return Grid.model_construct(

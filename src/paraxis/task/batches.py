@@ -34,7 +34,7 @@ class Source(Protocol):
 
 
 class ArraySource:
-    """Samples in memory; each epoch is a permutation of (seed, epoch), its tail dropped."""
+    """Samples in memory; each epoch is a permutation of (seed, epoch), its tail dropped. Tokens come as int64."""
 
     def __init__(self, arrays: Arrays, batch: int, seed: int, dtype: torch.dtype, shuffled: bool = True) -> None:
         size = len(arrays.targets)
@@ -42,9 +42,11 @@ class ArraySource:
             raise TaskError(f"batch={batch} is more than the {size} training samples; at most {size} fit")
         self.inputs, self.targets = torch.from_numpy(arrays.inputs), torch.from_numpy(arrays.targets)
         self.batch, self.size, self.seed, self.dtype, self.shuffled = batch, size, seed, dtype, shuffled
+        self.tokens = arrays.tokens
         self.steps_per_epoch: int = size // batch if shuffled else -(-size // batch)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self._blocks: dict[tuple[int, int, bool, bool], tuple[tuple[int, int], list[Nest]]] = {}
+        self._thinned: dict[int, ArraySource] = {}
 
     def share(self, step: int, first: int, count: int, inputs: bool = True, targets: bool = True) -> Nest:
         """(inputs, targets) as tensors, None for what is not asked for.
@@ -67,6 +69,17 @@ class ArraySource:
             self._blocks[key] = name, list(pieces)
         return self._blocks[key][1][within % steps]
 
+    def thinned(self, most: int) -> "ArraySource":
+        """Every k-th of the samples, in order, so that at most `most` are left; itself where all may stay."""
+        stride = -(-self.size // most)
+        if stride == 1:
+            return self
+        if stride not in self._thinned:  # kept, for engines know samples that they have laid out by their identity
+            inputs, targets = (np.ascontiguousarray(t.numpy()[::stride]) for t in (self.inputs, self.targets))
+            arrays = Arrays(inputs, targets, classes=0)
+            self._thinned[stride] = ArraySource(arrays, self.batch, self.seed, self.dtype, self.shuffled)
+        return self._thinned[stride]
+
     def numbers(self, step: int, steps: int) -> np.ndarray:
         """Sample numbers of up to `steps` steps from `step` on, none beyond its epoch: int64 (steps, batch)."""
         epoch, within = divmod(step, self.steps_per_epoch)
@@ -84,10 +97,12 @@ class ArraySource:
         return self._order
 
     def _gather(self, index: Tensor, inputs: bool, targets: bool) -> tuple[Tensor | None, Tensor | None]:
-        x = self._floats(self.inputs.index_select(0, index)) if inputs else None
-        return x, self.targets.index_select(0, index) if targets else None
+        x = self._values(self.inputs.index_select(0, index)) if inputs else None
+        return x, self.targets.index_select(0, index).long() if targets else None
 
-    def _floats(self, x: Tensor) -> Tensor:
+    def _values(self, x: Tensor) -> Tensor:
+        if self.tokens:
+            return x.long()
         if x.dtype != torch.uint8:
             return x.to(self.dtype)
         return x.div(255) if self.dtype == torch.float32 else x.to(self.dtype).div_(255)

@@ -1,4 +1,4 @@
-"""Data sets as plain arrays: MNIST, IDX directories, NPZ files and synthetic classes.
+"""Data sets as plain arrays: MNIST, IDX directories, NPZ files, text and synthetic classes.
 
 Everything is checked here, once, so that no rank of a training run meets a bad label or a NaN later.
 """
@@ -10,14 +10,15 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from paraxis.errors import TaskError
+from paraxis.task.text import is_text, windows
 
-_FORMS = "mnist, idx:DIR, npz:FILE or synthetic:N,SHAPE,CLASSES[,seed=S]"
+_FORMS = "mnist, idx:DIR, npz:FILE, text[:FILES] or synthetic:N,SHAPE,CLASSES[,seed=S]"
 _SIZE = r"[1-9]\d{0,17}"
 _SYNTHETIC = re.compile(rf"({_SIZE}),({_SIZE}(?:x{_SIZE})*),({_SIZE})(?:,seed=(\d{{1,18}}))?", re.ASCII)
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -30,11 +31,13 @@ class Arrays:
     """Samples and labels: `inputs` (n, ...), `targets` int64 (n,), each in 0 .. `classes` - 1.
 
     `inputs` are float32, or uint8 that stand for [0, 1] in steps of 1/255: a quarter of the memory of every rank.
+    With `tokens` both are uint8 (n, context) that stand for themselves: bytes, and the byte after each.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     classes: int
+    tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ _Split = tuple[np.ndarray, np.ndarray]
 
 
 def load(text: str) -> Data:
-    """Load `mnist`, `idx:DIR`, `npz:FILE` or `synthetic:N,SHAPE,CLASSES[,seed=S]`.
+    """Load `mnist`, `idx:DIR`, `npz:FILE`, `text[:FILES][,context=T]` or `synthetic:N,SHAPE,CLASSES[,seed=S]`.
 
     Unsigned bytes stand for [0, 1], all other inputs keep their values; IDX images without
     channels, (n, h, w), become (n, 1, h, w). `classes` is the largest label of train and test, plus 1
@@ -65,6 +68,9 @@ def load(text: str) -> Data:
         return _data(text, *_idx_set(Path(os.path.expanduser(rest))))
     if kind == "npz" and rest:
         return _data(text, *_npz_set(Path(os.path.expanduser(rest))))
+    if is_text(text):
+        train, test, context = windows(text)
+        return Data(text, _tokens(train, context), _tokens(test, context))
     if kind == "synthetic":
         return _synthetic(text, rest)
     raise _error("data", f"no data set is called {text!r}", f"use {_FORMS}")
@@ -113,7 +119,7 @@ def hold_out(train: Arrays, fraction: float, seed: int) -> tuple[Arrays, Arrays]
     order = np.random.default_rng(seed).permutation(count)
     # Sorted, the copies below walk through memory once and both sides keep the order of the data.
     rest, chosen = np.sort(order[held:]), np.sort(order[:held])
-    left, right = (Arrays(train.inputs[side], train.targets[side], train.classes) for side in (rest, chosen))
+    left, right = (replace(train, inputs=train.inputs[side], targets=train.targets[side]) for side in (rest, chosen))
     return left, right
 
 
@@ -129,6 +135,12 @@ def _reason(error: Exception) -> object:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "()"
+
+
+def _tokens(raw: np.ndarray, context: int) -> Arrays:
+    """Windows side by side: each byte is predicted once an epoch. Without a copy of its own torch warns."""
+    inputs, targets = (np.array(part).reshape(-1, context) for part in (raw[:-1], raw[1:]))
+    return Arrays(inputs, targets, 256, tokens=True)
 
 
 def _data(name: str, train: _Split, test: _Split | None) -> Data:

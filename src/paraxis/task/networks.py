@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from paraxis.errors import TaskError
+from paraxis.task.gpt import GPT, shape_of
 from paraxis.task.randomness import splitmix64
 from paraxis.task.resnet import ResNet
 
@@ -54,7 +55,12 @@ def resnet18(options: str = "") -> ResNet:
     return ResNet(CLASSES)
 
 
-ZOO: dict[str, Callable[[str], nn.Module]] = {"mlp": mlp, "cnn": cnn, "resnet18": resnet18}
+def gpt(options: str = "") -> GPT:
+    """GPT-2's structure on bytes: `gpt:nano` (the default), `gpt:small`, `gpt:LAYERS-WIDTH-HEADS-CONTEXT`."""
+    return GPT(shape_of(options))
+
+
+ZOO: dict[str, Callable[[str], nn.Module]] = {"mlp": mlp, "cnn": cnn, "resnet18": resnet18, "gpt": gpt}
 
 
 def build(name: str, seed: int) -> nn.Module:

@@ -20,11 +20,15 @@ OPTIONAL = ("batches", "example", "inputs", "loss", "optimizer", "scheduler", "s
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a user gives; only `net` is needed. `own` names the functions that are the user's and not defaults."""
+    """What a user gives; only `net` is needed. `own` names the functions that are the user's and not defaults.
+
+    With `tokens` a sample is a sequence, whose loss is the mean over its tokens: it weighs 1, as any other sample.
+    """
 
     name: str
     net: Callable[[], nn.Module]
     own: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    tokens: bool = False
 
     def ask(self, name: str, *arguments: Any) -> Any:
         """The answer of one of the user's own functions; raises TaskError with what it has raised."""
@@ -42,7 +46,7 @@ class Recipe:
         return batch[0] if isinstance(batch, (list, tuple)) else batch
 
     def loss(self, output: Any, batch: Nest) -> tuple[Tensor, Any]:
-        """(sum of the samples' losses, sum of their weights)."""
+        """(sum of the samples' losses, sum of their weights); scores are (n, classes), of tokens (n, t, classes)."""
         if "loss" in self.own:
             return checked_loss(self.own["loss"](output, batch), self.name)
         target = batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else None
@@ -50,7 +54,20 @@ class Recipe:
             raise TaskError(f"{self.name}: batches are not pairs (inputs, targets); define loss(output, batch)")
         if target.is_floating_point():
             return F.mse_loss(output, target, reduction="sum"), target.numel()
+        if self.tokens:
+            total = F.cross_entropy(output.flatten(0, 1), target.flatten(), reduction="sum")
+            return total / target.shape[1], target.shape[0]
         return F.cross_entropy(output, target, reduction="sum"), target.shape[0]
+
+    def hits(self, output: Any, batch: Nest) -> float:
+        """How many samples score highest at their label, of a sequence the share of its tokens; 0 without labels."""
+        target = batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else None
+        if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
+            return 0.0
+        if output.ndim != 2 + self.tokens or output.shape[:-1] != target.shape:
+            return 0.0
+        right = output.argmax(-1) == target
+        return float(right.sum()) / (target.shape[1] if self.tokens else 1)
 
 
 def checked_loss(pair: Any, name: str) -> tuple[Tensor, Any]:

@@ -1,11 +1,12 @@
 """What is trained, as data that travels to every rank: network, batches, loss, optimiser, seed."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-SHIPPED = ("mlp", "cnn", "resnet18")  # the families of `networks`
+SHIPPED = ("mlp", "cnn", "resnet18", "gpt")  # the families of `networks`
 DEFAULT_BATCH = 128
+FAMILIES: dict[str, dict[str, Any]] = {"gpt": {"data": "text", "batch": 32, "optimizer": "adamw", "lr": 1e-3}}
 
 
 class TaskSpec(BaseModel):
@@ -14,7 +15,7 @@ class TaskSpec(BaseModel):
     `batch` is the global batch in samples (None: 128, or what the user's batches hold). `bn_group` is the number of
     consecutive samples that batch-norm statistics cover (None: those that a plan computes at once; the whole batch:
     those of all replicas). `horizon` is the number of steps over which a cosine falls. `validation` is the fraction of
-    the training samples held out.
+    the training samples held out. FAMILIES says which families of networks have other defaults.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,6 +36,17 @@ class TaskSpec(BaseModel):
     horizon: int = 0
     validation: float = 0.0
     live: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_family(cls, given: Any) -> Any:
+        """What the network's family has instead of the defaults, where nothing is said; sgd has a rate of its own."""
+        if not isinstance(given, dict) or given.get("live"):
+            return given
+        own = FAMILIES.get(str(given.get("network")).partition(":")[0], {})
+        if given.get("optimizer") == "sgd":
+            own = {key: value for key, value in own.items() if key != "lr"}
+        return given | {key: value for key, value in own.items() if given.get(key) is None}
 
     @property
     def sgd_momentum(self) -> float:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,12 +15,14 @@ from paraxis.errors import TaskError
 from paraxis.program.cut import Layout
 from paraxis.task import data as data_module
 from paraxis.task.batches import ArraySource, Nest, Source, StreamSource, leaves, map_nest, seed_everything
+from paraxis.task.gpt import shape_of
 from paraxis.task.moments import counting
 from paraxis.task.networks import build
 from paraxis.task.norm import GroupedNorm, group_norms, resting
 from paraxis.task.randomness import Draw, Keyed, KeyedFunctions, key_randomness
 from paraxis.task.recipe import Recipe, from_file, from_objects
 from paraxis.task.spec import DEFAULT_BATCH, TaskSpec
+from paraxis.task.text import in_windows_of, is_text
 from paraxis.task.trial import apply, check_composition, least_samples, one_line, running, try_forward, try_loss
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -135,7 +137,7 @@ class Task:
         """What lowering has to know."""
         owners: dict[int, list[int]] = {}
         for index, layer in enumerate(self.chain):
-            for parameter in layer.parameters():
+            for parameter in filter(lambda p: p.requires_grad, layer.parameters()):
                 owners.setdefault(id(parameter), []).append(index)
         return Layout(
             parameters=tuple(sum(p.numel() for p in layer.parameters()) for layer in self.chain),
@@ -143,7 +145,7 @@ class Task:
             statistics=any(b.is_floating_point() for m in self.net.modules() for b in running(m)),
             clip=self.spec.clip is not None,
             cuttable=self.cuttable,
-            tied=tuple((at[0], at[-1], self.names[key]) for key, at in owners.items() if at[0] != at[-1]),
+            tied=tuple((self.names[key], tuple(at)) for key, at in owners.items() if len(at) > 1),
             norms=tuple(map(len, self.norms)),
             unkeyed=self.keyed.unkeyed,
         )
@@ -163,6 +165,7 @@ def make_task(
     count = min(train.batch, 8)
     batch = train.share(0, 0, count)
     text = _data_name(spec)
+    recipe = replace(recipe, tokens=text is not None and is_text(text))
     try_forward(net, recipe, batch, _in_memory(text) if text else None)
     least = 1 if plain else _least(net, recipe, train, spec)
     if spec.bn_group and not plain:
@@ -264,8 +267,12 @@ def _sources(
 
 
 def _data_name(spec: TaskSpec) -> str | None:
-    """The data set in memory that a task trains on, if it is one."""
-    return spec.data or (None if spec.live or spec.own_file else "mnist")
+    """The data set in memory that a task trains on, if it is one. Text comes in windows as long as gpt's context."""
+    text = spec.data or (None if spec.live or spec.own_file else "mnist")
+    family, _, options = spec.network.partition(":")
+    if text and is_text(text) and family == "gpt" and not spec.live:
+        return in_windows_of(text, shape_of(options).context)
+    return text
 
 
 def keep_data(spec: TaskSpec) -> None:

@@ -43,8 +43,15 @@ def try_forward(net: nn.Module, recipe: Recipe, batch: Nest, data: Data | None) 
         shapes = ", ".join("x".join(map(str, t.shape[1:])) or "scalar" for t in leaves(inputs))
         wanted = f"{recipe.name} cannot take samples of shape {shapes}"
         raise TaskError(f"{wanted}: {type(error).__name__}: {one_line(error)}; give data whose samples fit") from error
-    if data is not None and "loss" not in recipe.own and isinstance(output, Tensor) and output.ndim == 2:
-        check_fits(data, output.shape[1], None, recipe.name)
+    if data is None or "loss" in recipe.own or not isinstance(output, Tensor):
+        return
+    if recipe.tokens and (output.ndim != 3 or output.shape[:2] != inputs.shape):
+        raise TaskError(
+            f"{recipe.name}: of {'x'.join(map(str, inputs.shape))} tokens it makes {'x'.join(map(str, output.shape))} "
+            "numbers; text needs scores of every token, (samples, context, 256), as gpt gives them"
+        )
+    if output.ndim == 2 + recipe.tokens:
+        check_fits(data, output.shape[-1], None, recipe.name)
 
 
 def try_loss(net: nn.Module, recipe: Recipe, batch: Nest) -> Tensor:
