@@ -5,12 +5,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from paraxis.engine.parted import can_part
 from paraxis.program.memory import Piece, Sizes
 from paraxis.task.batches import Nest, leaves, map_nest
 from paraxis.task.task import Task
 
+PARTS = ("saved", "entering", "inputs", "outputs")
 Seen = tuple[int, int, bool]  # (number of a storage, its bytes, whether a gradient is computed)
 
 
@@ -22,6 +24,8 @@ class Trial:
     data: set[int]  # addresses of samples
     saved: list[list[Seen]] = field(default_factory=list)
     entering: list[list[Seen]] = field(default_factory=list)
+    inputs: list[list[Seen]] = field(default_factory=list)
+    outputs: list[list[Seen]] = field(default_factory=list)
     numbers: dict[int, int] = field(default_factory=dict)
     held: list[Tensor] = field(default_factory=list)
 
@@ -43,17 +47,11 @@ def measure_sizes(task: Task) -> Sizes:
     whole = try_forward(task, task.batch)
     less = max(task.least, task.batch // 2)
     half = try_forward(task, less)
-    alike = all(
-        [_numbers(layer) for layer in a] == [_numbers(layer) for layer in b]
-        for a, b in ((whole.saved, half.saved), (whole.entering, half.entering))
-    )
+    pairs = [(getattr(whole, part), getattr(half, part)) for part in PARTS]
+    alike = all([_numbers(layer) for layer in a] == [_numbers(layer) for layer in b] for a, b in pairs)
     if not alike or less == task.batch:  # only in proportion
-        half, less = Trial(set(), set(), [], []), 0
-    return Sizes(
-        *_parameters(task),
-        saved=_pieces(whole.saved, half.saved, task.batch, less),
-        entering=_pieces(whole.entering, half.entering, task.batch, less),
-    )
+        pairs, less = [(a, []) for a, _ in pairs], 0
+    return Sizes(*_parameters(task), *(_pieces(a, b, task.batch, less) for a, b in pairs))
 
 
 def try_forward(task: Task, samples: int) -> Trial:
@@ -67,18 +65,30 @@ def try_forward(task: Task, samples: int) -> Trial:
     x: Nest = map_nest(inputs, Tensor.clone) if 0 in task.altering else inputs
     for index, layer in enumerate(task.chain):
         saved: list[Seen] = []
-        trial.entering.append([])
+        for part in (trial.entering, trial.inputs, trial.outputs):
+            part.append([])
         map_nest(x, partial(trial.see, into=trial.entering[-1]))
+        hooks = [m.register_forward_hook(_watch(trial)) for m in layer.modules() if can_part(m)]
         with torch.autograd.graph.saved_tensors_hooks(partial(trial.see, into=saved), lambda t: t):
             x = task.call(layer, x)
             if index == len(task.chain) - 1:
                 x = task.recipe.loss(x, batch)[0]
         trial.saved.append(saved)
+        for hook in hooks:
+            hook.remove()
     trial.entering.append([])
     trial.see(x, trial.entering[-1])
     for buffer, old in zip(task.net.buffers(), kept, strict=True):
         buffer.copy_(old)
     return trial
+
+
+def _watch(trial: Trial) -> Any:
+    def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        trial.see(inputs[0], trial.inputs[-1])
+        trial.see(output, trial.outputs[-1])
+
+    return watch
 
 
 def _addresses(tensors: list[Tensor]) -> set[int]:

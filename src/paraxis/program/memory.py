@@ -37,7 +37,8 @@ class Piece:
 class Sizes:
     """Bytes of every layer in float32: of its trained `parameters` (one that several share counts with the first), of
     `frozen` parameters and buffers, of the optimiser's `state`; what autograd has `saved` of its forward, and what is
-    `entering` it, at the end the loss. A storage has one number in all layers; those of parameters have none.
+    `entering` it, at the end the loss; `inputs` and `outputs` of the layers in it whose weights' gradient
+    can wait for a W. A storage has one number in all layers; those of parameters have none.
     """
 
     parameters: tuple[int, ...]
@@ -45,6 +46,8 @@ class Sizes:
     state: tuple[int, ...]
     saved: tuple[tuple[Piece, ...], ...]
     entering: tuple[tuple[Piece, ...], ...]
+    inputs: tuple[tuple[Piece, ...], ...]
+    outputs: tuple[tuple[Piece, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -107,12 +110,12 @@ def _peak(program: Program, sizes: Sizes, samples: int, rank: int) -> tuple[int,
     kept: Counter[Key] = Counter()  # of those, by holders of activations
     now, most, split = 0, 0, (0, 0)
     for i in body:
-        for holder in _released(program, i, parted):
+        for holder in _released(program, i):
             for key, size in held.pop(holder, ()):
                 counts[key] -= 1
                 now -= size * (not counts[key])
                 kept[key] -= holder[0] not in MOVING
-        for holder, pieces in _taken(program, sizes, samples, i):
+        for holder, pieces in _taken(program, sizes, samples, i, _cell(i) in parted):
             held[holder] = pieces
             for key, size in pieces:
                 now += size * (not counts[key])
@@ -126,7 +129,7 @@ def _peak(program: Program, sizes: Sizes, samples: int, rank: int) -> tuple[int,
     return split
 
 
-def _taken(program: Program, sizes: Sizes, samples: int, i: Instruction) -> Iterator[Holding]:
+def _taken(program: Program, sizes: Sizes, samples: int, i: Instruction, parted: bool) -> Iterator[Holding]:
     """What an instruction begins to hold."""
     stage, keyed = i.stage, partial(_keyed, program, sizes, samples, i)
     if i.op in ("RecvActStart", "RecvGradStart"):
@@ -143,6 +146,11 @@ def _taken(program: Program, sizes: Sizes, samples: int, i: Instruction) -> Iter
     if i.op in BACKWARD:
         holder = ("upstream", *_cell(i)) if i.segment else ("leaving", False, stage, i.microbatch)
         yield holder, keyed(_wanted(entering) if stage or i.segment else (), "in")
+        if parted:
+            inputs, outputs = (
+                [p for layer in part[first:last] for p in layer] for part in (sizes.inputs, sizes.outputs)
+            )
+            yield ("factors", *_cell(i)), (*keyed(inputs), *keyed(outputs, "of output"))
         return
     if i.rule == "light":
         yield ("kept", *_cell(i)), keyed(entering)
@@ -154,7 +162,7 @@ def _taken(program: Program, sizes: Sizes, samples: int, i: Instruction) -> Iter
         yield handed, keyed(made)
 
 
-def _released(program: Program, i: Instruction, parted: set[tuple[int, int, int]]) -> Iterator[Holder]:
+def _released(program: Program, i: Instruction) -> Iterator[Holder]:
     """Which holders an instruction lets go."""
     cell, stage, microbatch = _cell(i), i.stage, i.microbatch
     if i.op in ("SendActWait", "SendGradWait"):
@@ -166,8 +174,8 @@ def _released(program: Program, i: Instruction, parted: set[tuple[int, int, int]
     elif i.op in BACKWARD:
         ends = i.segment == len(program.segments[stage]) - 1
         yield ("arriving", False, stage, microbatch) if ends else ("upstream", stage, microbatch, i.segment + 1)
-    if i.op == "W" or (i.op in BACKWARD and cell not in parted):
-        yield "stash", *cell
+    if i.op in (*BACKWARD, "W"):
+        yield "factors" if i.op == "W" else "stash", *cell
 
 
 def _cell(i: Instruction) -> tuple[int, int, int]:
@@ -192,6 +200,6 @@ def _keyed(
 def sizes_of(document: dict[str, Any]) -> Sizes:
     """From a plain dict, as `dataclasses.asdict` makes it."""
     lists: dict[str, Any] = {key: tuple(document[key]) for key in ("parameters", "frozen", "state")}
-    for key in ("saved", "entering"):
+    for key in ("saved", "entering", "inputs", "outputs"):
         lists[key] = tuple(tuple(Piece(**piece) for piece in layer) for layer in document[key])
     return Sizes(**lists)

@@ -74,6 +74,8 @@ class Count:
     def _stored(self) -> Iterable[Tensor]:
         for stage in self.rank.engine.stages.values():
             kept = [light.nest for light in stage.kept.values()]
+            if stage.parting is not None:
+                kept += [compute.args for computes in stage.parting.kept.values() for compute in computes]
             nests = (stage.stash, stage.arrived, stage.between, stage.leaving, stage.gradients)
             for nest in (*kept, *(own for store in nests for own in store.values())):
                 yield from (t for t in leaves(nest) if isinstance(t, Tensor))
