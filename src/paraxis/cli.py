@@ -78,6 +78,7 @@ class TaskOptions:
 DEFAULT = TaskOptions()
 COMMS = {"all": ("openmp", "mpi", "gloo"), "native": ("openmp",), "torch": ("mpi", "gloo")}  # of every engine
 Exports = Annotated[list[Literal["csv", "tensorboard"]] | None, Parameter(negative="")]
+Limit = Annotated[str | None, Parameter(help="Refuse plans whose computed memory of a rank is more: 200M, 2G.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON document on standard output.")]
 
 
@@ -95,6 +96,7 @@ def explore(
     workers: int | None = None,
     budget: float | None = None,
     engine: Literal["all", "native", "torch"] = "all",
+    memory_limit: Limit = None,
     out: Path | None = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
     study: str | None = None,
@@ -141,18 +143,27 @@ def explore(
 
     require(export or [])
     spec, folder = _spec(network, task), out or STUDY
-    found = _explored(spec, workers, 60.0 if budget is None else budget, engine, folder, resume)
+    found = _explored(spec, workers, 60.0 if budget is None else budget, engine, folder, resume, _bytes(memory_limit))
     return deliver(found, folder, export, json_)
 
 
-def _explored(spec: Any, workers: int | None, budget: float, engine: str, out: Path, resume: bool) -> Any:
+def _bytes(limit: str | None) -> int | None:
+    from paraxis.fitting import bytes_of
+
+    return None if limit is None else bytes_of(limit)
+
+
+def _explored(
+    spec: Any, workers: int | None, budget: float, engine: str, out: Path, resume: bool, limit: int | None
+) -> Any:
     from paraxis.experiment import explore_task, save_to
     from paraxis.measure.samples import open_book
     from paraxis.session import writable
 
     save = save_to(writable(out))
+    comms = COMMS[engine]
     with joined_ranks() as joined, progress() as tell:
-        return explore_task(spec, {}, workers, budget, COMMS[engine], tell, save, joined, open_book(out, resume))
+        return explore_task(spec, {}, workers, budget, comms, tell, save, joined, open_book(out, resume), limit=limit)
 
 
 @app.command
@@ -165,6 +176,7 @@ def verify(
     steps: int = 20,
     dtype: str = "float64",
     fault: str | None = None,
+    memory_limit: Limit = None,
     json_: Json = False,
     task: TaskOptions = DEFAULT,
 ) -> int:
@@ -187,7 +199,7 @@ def verify(
 
     spec = _spec(network, task)
     with joined_ranks() as joined, progress() as tell:
-        document = verify_task(spec, {}, plan, workers, steps, dtype, tell, joined, fault)
+        document = verify_task(spec, {}, plan, workers, steps, dtype, tell, joined, fault, _bytes(memory_limit))
     if json_:
         print(json.dumps(document, indent=1))
     else:
@@ -207,6 +219,7 @@ def train(
     steps: int | None = None,
     target: float | None = None,
     out: Path = Path("paraxis-run"),
+    memory_limit: Limit = None,
     json_: Json = False,
     task: TaskOptions = DEFAULT,
 ) -> int:
@@ -229,11 +242,11 @@ def train(
     """
     from paraxis.training import Length, train_task
 
-    spec, length = _spec(network, task), Length(epochs, steps, target)
+    spec, length, limit = _spec(network, task), Length(epochs, steps, target), _bytes(memory_limit)
     with joined_ranks() as joined, progress() as tell:
-        chosen = _choose(plan, spec, tell, joined)
+        chosen = _choose(plan, spec, tell, joined, limit)
         news = lambda epoch: tell(_epoch_line(epoch), -2)  # noqa: E731
-        document = train_task(spec, {}, chosen, length, out, tell, news, joined)
+        document = train_task(spec, {}, chosen, length, out, tell, news, joined, limit)
     if json_:
         print(json.dumps(document, indent=1))
         return 0
@@ -246,7 +259,7 @@ def train(
     return 0
 
 
-def _choose(plan: str, spec: Any, tell: Tell, joined: JoinedPool | None) -> Any:
+def _choose(plan: str, spec: Any, tell: Tell, joined: JoinedPool | None, limit: int | None) -> Any:
     from paraxis.api import read_recommendation
     from paraxis.measure.machine import usable_cores
     from paraxis.plan.plan import Plan, parse
@@ -255,11 +268,12 @@ def _choose(plan: str, spec: Any, tell: Tell, joined: JoinedPool | None) -> Any:
         return Plan(engine="plain", threads=usable_cores())
     if plan != "best":
         return parse(plan)
-    known = read_recommendation(STUDY, spec.network)
+    known = read_recommendation(STUDY, spec.network, limit)
     if known is None:
         from paraxis.experiment import explore_task
 
-        study = explore_task(spec, {}, None, 30.0, COMMS["all"], tell, lambda _: None, joined, accuracy=False)
+        words: Any = {"accuracy": False, "limit": limit}
+        study = explore_task(spec, {}, None, 30.0, COMMS["all"], tell, lambda _: None, joined, **words)
         known = study.recommendation.plan if study.recommendation else "serial"
     tell(f"best plan: {parse(known).short()}", -2)
     return parse(known)

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from rich.console import Console
 
 from paraxis.errors import TaskError
+from paraxis.fitting import parts, record
 from paraxis.measure.breakdown import events
-from paraxis.measure.records import Event, Study
+from paraxis.measure.records import Event, MemoryRecord, Study
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
 from paraxis.program.cut import Layout
@@ -29,6 +30,7 @@ LABELS = "digits: forward of that microbatch; letters a, b, ...: backward of 0, 
 def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
     """The program, what the checker found, and the simulated step; raises PlanError or TaskError."""
     plan = Plan() if text == "today" else parse(text)
+    memory = None
     if spec is None:
         program, costs, source = (
             lower(plan, Layout((1,) * max(plan.stages, sum(plan.split)))),
@@ -40,6 +42,7 @@ def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
             session.begin(("solo",))
             plan = session.settled(plan)
             program, facts = session.program(plan), session.known()
+            memory = record(session.memory(plan))
         costs = measured(
             program, facts.forward, facts.backward, facts.batch / facts.samples / plan.dp / plan.microbatches
         )
@@ -54,6 +57,7 @@ def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
         "grid": draw(simplify(program.body(name))),
         "slot_width": slot_width(simplify(program.body(name))),
         "peak_live_microbatches": list(found.peak_live),
+        "computed_memory": memory.model_dump() if memory else None,
         "costs": source,
         "makespan": line.makespan,
         "bubble_fraction": line.bubble_fraction(),
@@ -82,6 +86,7 @@ def show_lines(document: dict[str, Any], width: int) -> list[str]:
     drawn = document["drawn"]["100" if width >= 110 else "60"]
     seconds = document["makespan"]
     shown = f"{seconds * 1e3:.3g} ms" if document["costs"].startswith("measured") else f"{seconds:g} units"
+    memory = document["computed_memory"]
     return [
         f"{document['plan']}   program {document['program']}",
         document["explained"],
@@ -90,6 +95,7 @@ def show_lines(document: dict[str, Any], width: int) -> list[str]:
         "",
         f"simulated ({document['costs']}): {shown} a step, bubble {document['bubble_fraction']:.1%}, "
         f"at most {max(document['peak_live_microbatches'])} live microbatches",
+        *([f"memory, computed: {parts(MemoryRecord(**memory))}"] if memory else []),
         *drawn,
         LABELS,
     ]

@@ -20,7 +20,7 @@ LAYERS = [
     {"comm"},
     {"engine", "task"},
     {"run", "measure"},
-    {"session", "proof", "recommend", "report", "progress"},
+    {"session", "fitting", "proof", "recommend", "report", "progress"},
     {"rounds", "accuracy", "experiment", "study", "verification", "training", "showing", "doctor"},
     {"api", "cli", "__init__", "__main__"},
 ]
