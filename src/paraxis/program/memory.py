@@ -85,12 +85,23 @@ def largest(program: Program, plan: Plan, sizes: Sizes, batch: int) -> Memory:
 
 
 def _of_rank(program: Program, plan: Plan, sizes: Sizes, samples: int, rank: int) -> Memory:
-    layers = [layer for stage in program.stages_of(rank) for layer in range(*program.stages[stage])]
-    trained, frozen, state = (
-        sum(part[layer] for layer in layers) for part in (sizes.parameters, sizes.frozen, sizes.state)
+    zero, stages = getattr(plan, "zero", 0), program.stages_of(rank)
+    buckets = [cut for stage in stages for cut in program.segments[stage]]
+    frozen = sum(sum(sizes.frozen[first:last]) for first, last in buckets)
+
+    def share(part: tuple[int, ...], sharded: bool) -> int:
+        """Of every bucket all, or with ZeRO (Rajbhandari et al. 2020) what one of its replicas keeps."""
+        whole = (sum(part[first:last]) for first, last in buckets)
+        return sum(-(-size // plan.dp) if sharded else size for size in whole)
+
+    peak = _peak(program, sizes, samples, rank)
+    return Memory(
+        parameters=share(sizes.parameters, zero > 2) + frozen + peak["params"],
+        gradients=share(sizes.parameters, zero > 1) + peak["grads"],
+        optimizer=share(sizes.state, zero > 0),
+        activations=peak["activations"],
+        communication=peak["communication"],
     )
-    activations, communication = _peak(program, sizes, samples, rank)
-    return Memory(trained + frozen, trained, state, activations, communication)
 
 
 # -- what is alive -------------------------------------------------------------------------------------------------
@@ -101,32 +112,41 @@ Holding = tuple[Holder, tuple[tuple[Key, int], ...]]
 MOVING = ("arriving", "leaving")  # holders of what is on its way
 
 
-def _peak(program: Program, sizes: Sizes, samples: int, rank: int) -> tuple[int, int]:
-    """(activations, communication) where a step of a rank holds most: every storage counts once, however often held."""
+def _peak(program: Program, sizes: Sizes, samples: int, rank: int) -> Counter[str]:
+    """Bytes of each kind where a step of a rank holds most: a storage counts once, however many hold it.
+
+    Kinds are `activations`, `communication`, and of buckets that are whole only for a while `params` and `grads`.
+    """
     body = program.body(program.period[0][0])[rank]
     parted = {_cell(i) for i in body if i.op == "W"}  # whose weights' gradient comes later
     held: dict[Holder, tuple[tuple[Key, int], ...]] = {}
     counts: Counter[Key] = Counter()
-    kept: Counter[Key] = Counter()  # of those, by holders of activations
-    now, most, split = 0, 0, (0, 0)
+    now, most, found = 0, 0, Counter[str]()
     for i in body:
         for holder in _released(program, i):
             for key, size in held.pop(holder, ()):
                 counts[key] -= 1
                 now -= size * (not counts[key])
-                kept[key] -= holder[0] not in MOVING
         for holder, pieces in _taken(program, sizes, samples, i, _cell(i) in parted):
             held[holder] = pieces
             for key, size in pieces:
                 now += size * (not counts[key])
                 counts[key] += 1
-                kept[key] += holder[0] not in MOVING
         if now > most:
-            most = now
-            sized = {key: size for pieces in held.values() for key, size in pieces}
-            moving = sum(size for key, size in sized.items() if not kept[key])
-            split = most - moving, moving
-    return split
+            most, found = now, _by_kind(held)
+    return found
+
+
+def _by_kind(held: dict[Holder, tuple[tuple[Key, int], ...]]) -> Counter[str]:
+    """What is both kept for a backward and on its way counts to the activations."""
+    kinds: dict[Key, tuple[str, int]] = {}
+    for holder, pieces in held.items():
+        kind = str(holder[1]) if holder[0] == "whole" else "communication" if holder[0] in MOVING else "activations"
+        kinds |= {key: (kind, size) for key, size in pieces if kind != "communication" or key not in kinds}
+    total: Counter[str] = Counter()
+    for kind, size in kinds.values():
+        total[kind] += size
+    return total
 
 
 def _taken(program: Program, sizes: Sizes, samples: int, i: Instruction, parted: bool) -> Iterator[Holding]:
@@ -138,6 +158,10 @@ def _taken(program: Program, sizes: Sizes, samples: int, i: Instruction, parted:
         pieces = sizes.entering[first] if act else _wanted(sizes.entering[last])
         yield ("arriving", act, stage, i.microbatch), keyed(pieces, "" if act else "out")
         return
+    if i.op == "Reserve":  # a whole bucket of parameters or gradients
+        cuts = [cut for own in program.segments for cut in own] if i.bucket < 0 else [program.segments[stage][i.bucket]]
+        size = sum(sum(sizes.parameters[first:last]) for first, last in cuts)
+        yield ("whole", i.buffer, stage, i.bucket), (((stage, -1, (i.buffer, i.bucket)), size),)
     if i.op not in ("F", *BACKWARD):
         return
     first, last = program.segments[stage][i.segment]
@@ -167,6 +191,8 @@ def _released(program: Program, i: Instruction) -> Iterator[Holder]:
     cell, stage, microbatch = _cell(i), i.stage, i.microbatch
     if i.op in ("SendActWait", "SendGradWait"):
         yield "leaving", i.op == "SendActWait", stage, microbatch
+    elif i.op == "Release":
+        yield "whole", i.buffer, stage, i.bucket
     elif i.op == "F" and i.rule == "again":
         yield "kept", *cell
     elif i.op == "F":
