@@ -54,6 +54,15 @@ std::vector<Body> bodies_of(const std::vector<std::pair<std::string, nb::list>>&
     return bodies;
 }
 
+// Numbers that must lie below a limit, `each` of them for every sample that the index names.
+void check_below(const int64_t* numbers, const Array<int64_t>& index, int64_t each, int64_t limit, const char* what,
+                 const char* which) {
+    for (size_t n = 0; n < index.size(); ++n)
+        for (int64_t k = index.data()[n] * each; k < (index.data()[n] + 1) * each; ++k)
+            if (numbers[k] < 0 || numbers[k] >= limit)
+                throw nb::value_error((what + (" " + std::to_string(numbers[k])) + " is none of " + std::to_string(limit) + which).c_str());
+}
+
 // Samples and the numbers of those that a run takes; raises ValueError for what would be read outside of them.
 template <class T>
 struct Fed {
@@ -65,27 +74,30 @@ template <class T>
 Fed<T> feed(Ensemble<T>& e, nb::object inputs, Array<int64_t> targets, Array<int64_t> index, int64_t batch, int64_t size,
             double scale) {
     Fed<T> fed;
-    const int64_t count = int64_t(targets.size());
+    const int64_t each = e.stage(0).tokens ? e.stage(0).tokens : 1, count = int64_t(targets.size()) / each;
     Array<uint8_t> bytes;
     Array<T> values;
-    fed.samples.bytes = nb::try_cast(inputs, bytes, false);
-    if (!fed.samples.bytes && !nb::try_cast(inputs, values, false))
+    Array<int64_t> symbols;
+    const bool of_tokens = e.stage(0).tokens && nb::try_cast(inputs, symbols, false);
+    if (e.stage(0).tokens && !of_tokens) throw nb::value_error("tokens must be a contiguous array of int64");
+    fed.samples.bytes = !of_tokens && nb::try_cast(inputs, bytes, false);
+    if (!of_tokens && !fed.samples.bytes && !nb::try_cast(inputs, values, false))
         throw nb::value_error("inputs must be a contiguous array of bytes or of the network's own type");
-    const size_t elements = fed.samples.bytes ? bytes.size() : values.size();
-    if (e.stage(0).head && elements != size_t(count) * e.stage(0).features_in())
+    const size_t elements = of_tokens ? symbols.size() : fed.samples.bytes ? bytes.size() : values.size();
+    if (e.stage(0).head && elements != size_t(count * each) * e.stage(0).features_in())
         throw nb::value_error("inputs have another shape than the network takes");
     if (batch < 1 || index.size() % size_t(batch)) throw nb::value_error("the index is no whole number of batches");
     for (size_t n = 0; n < index.size(); ++n)
         if (index.data()[n] < 0 || index.data()[n] >= count) throw nb::value_error("a sample number is out of range");
     fed.samples.inputs = fed.samples.bytes ? static_cast<const void*>(bytes.data()) : values.data();
+    if (of_tokens) fed.samples.inputs = symbols.data();
+    if (of_tokens && e.stage(0).head) check_below(symbols.data(), index, each, e.stage(0).symbols(), "token", " symbols");
     fed.samples.targets = targets.data();
     fed.samples.index = index.data();
     fed.samples.batch = batch, fed.samples.size = size, fed.samples.scale = scale;
     fed.steps = int64_t(index.size()) / batch;
     const int64_t classes = e.stage(e.grid.size() - 1).tail ? e.stage(e.grid.size() - 1).layers.back()->spec.out.size() : 0;
-    for (size_t n = 0; classes && n < index.size(); ++n)
-        if (const int64_t label = targets.data()[index.data()[n]]; label < 0 || label >= classes)
-            throw nb::value_error(("label " + std::to_string(label) + " is none of " + std::to_string(classes) + " classes").c_str());
+    if (classes) check_below(targets.data(), index, each, classes, "label", " classes");
     return fed;
 }
 
@@ -117,7 +129,7 @@ template <class T>
 std::unique_ptr<Ensemble<T>> make(int dp, int pp, const std::vector<std::vector<Spec>>& specs, int slice,
                                   int microbatches, const std::vector<std::pair<std::string, nb::list>>& bodies,
                                   Hyper hyper, bool shared, int usable_cores, uint64_t seed, bool naively,
-                                  std::pair<int, int> whole) {
+                                  std::pair<int, int> whole, int tokens) {
     const Grid grid{dp, pp};
     std::vector<std::unique_ptr<Stage<T>>> stages;
     for (int rank = 0; rank < grid.size(); ++rank) {
@@ -129,7 +141,7 @@ std::unique_ptr<Ensemble<T>> make(int dp, int pp, const std::vector<std::vector<
         // `whole`: (number of the first stage here, stages in all), where this process has one rank of several.
         const int stage = whole.first + grid.pp_of(rank);
         stages.push_back(std::make_unique<Stage<T>>(specs.at(grid.pp_of(rank)), slice, microbatches, stage == 0,
-                                                    stage == whole.second - 1, *kernels, seed));
+                                                    stage == whole.second - 1, *kernels, seed, tokens));
     }
     return std::make_unique<Ensemble<T>>(grid, std::move(stages), bodies_of(bodies, microbatches), hyper, shared,
                                          usable_cores);
@@ -140,7 +152,7 @@ void bind(nb::module_& m, const char* name) {
     using E = Ensemble<T>;
     nb::class_<E> c(m, name);
     c.def(nb::new_(&make<T>), "dp"_a, "pp"_a, "stages"_a, "slice"_a, "microbatches"_a, "bodies"_a, "hyper"_a, "shared"_a,
-          "usable_cores"_a, "seed"_a, "naive"_a, "whole"_a);
+          "usable_cores"_a, "seed"_a, "naive"_a, "whole"_a, "tokens"_a = 0);
     c.def(
         "run",
         [](E& e, int64_t first, const std::vector<int>& body, const std::vector<double>& rates, nb::object inputs,
@@ -251,6 +263,7 @@ void bind(nb::module_& m, const char* name) {
                                      stage.weights->running.data() + place.statistics, tensor.data());
         throw nb::value_error((name + "." + part + " has another size or is not there").c_str());
     });
+    c.def("tied", [](E& e, int rank, int tie) { return e.stage(rank).tied(tie); });
     c.def("segments", [](E& e, int rank) { return e.stage(rank).segments(); });
     // What a layer's replicas add up in the middle of a pass: the n-th such layer of a rank.
     c.def("moments", [](nb::handle self, int rank, int n) {
@@ -303,6 +316,10 @@ NB_MODULE(_native, m) {
         .def_rw("momentum", &Spec::momentum)
         .def_rw("group", &Spec::group)
         .def_rw("across", &Spec::across)
+        .def_rw("heads", &Spec::heads)
+        .def_rw("entries", &Spec::entries)
+        .def_rw("same", &Spec::same)
+        .def_rw("tie", &Spec::tie)
         .def_rw("key", &Spec::key);
     nb::class_<Hyper>(m, "Hyper")
         .def(nb::init<>())

@@ -15,9 +15,10 @@ template <class T>
 constexpr Kernels<T> table = {
     "naive", naive_rows<T>, naive_outer<T>, naive_dots<T>, transpose<T>, gather_bytes<T>, gather<T>, sum_lanes<T>,
     softmax<T>, relu<T>, relu_back<T>, sigmoid<T>, sigmoid_back<T>, tanh<T>, tanh_back<T>, gelu<T>,
-    gelu_back<T>, add<T>, add_into<T>, fused_add<T>, sum_parts<T>, sgd<T>, adam<T>,
+    gelu_back<T>, gelu_tanh<T>, gelu_tanh_back<T>, add<T>, add_into<T>, fused_add<T>, sum_parts<T>, sgd<T>, adam<T>,
     square_sum<T>, naive_window_max<T>, naive_window_max_back<T>, dropout<T>,
     moments<T>, normalise<T>, norm_sums<T>, norm_back<T>,
+    dropout_tokens<T>, layer_norm<T>, layer_norm_back<T>, naive_causal<T>, naive_causal_again<T>, causal_back<T>,
 };
 }  // namespace naively
 

@@ -229,57 +229,6 @@ static void gather_bytes_fast(int features, int valid, const uint8_t* x, const i
             y[f * LANES + lane] = lane < valid ? scale * float(x[index[lane] * features + f]) : 0.f;
 }
 
-// x = n ln 2 + r with |r| <= ln 2 / 2, and Taylor's series of exp(r): to two units in the last place. Never infinite.
-static inline Vec exp_fast(Vec x) {
-    x = x < -87.f ? broadcast(-87.f) : x;
-    x = x > 88.f ? broadcast(88.f) : x;
-    const Vec n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // 1.5 * 2^23 leaves no room for a fraction
-    const Vec r = (x - n * 0.693145751953125f) - n * 1.42860682e-6f;
-    Vec p = broadcast(1.f / 5040);
-    constexpr float terms[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f};
-#pragma GCC unroll 8
-    for (float term : terms) p = p * r + term;
-    return p * (Vec)((__builtin_convertvector(n, Int) + 127) << 23);
-}
-
-static void sigmoid_fast(ptrdiff_t n, const float* x, float* y) {
-    for (ptrdiff_t i = 0; i < n; i += W) store(y + i, 1.f / (1.f + exp_fast(-load(x + i))));
-}
-
-static double softmax_fast(int classes, int valid, const int64_t* target, float* y, int* hits) {
-    float own[LANES], top[LANES], total[LANES];
-    int best[LANES];
-    for (int lane = 0; lane < valid; ++lane) own[lane] = y[target[lane] * LANES + lane];
-    for (int v = 0; v < V; ++v) {
-        Vec most = load(y + v * W), sum{};
-        Int who{};
-        for (int c = 1; c < classes; ++c) {
-            const Vec other = load(y + c * LANES + v * W);
-            const Int more = other > most;
-            most = more ? other : most;
-            who = more ? Int{} + c : who;
-        }
-        for (int c = 0; c < classes; ++c) {
-            const Vec e = exp_fast(load(y + c * LANES + v * W) - most);
-            store(y + c * LANES + v * W, e);
-            sum += e;
-        }
-        const Vec share = 1.f / sum;
-        for (int c = 0; c < classes; ++c) store(y + c * LANES + v * W, load(y + c * LANES + v * W) * share);
-        store(top + v * W, most), store(total + v * W, sum);
-        for (int i = 0; i < W; ++i) best[v * W + i] = who[i];
-    }
-    double loss = 0;
-    for (int lane = 0; lane < valid; ++lane) {
-        loss += double(log_(total[lane]) + (top[lane] - own[lane]));
-        *hits += best[lane] == target[lane];
-        y[target[lane] * LANES + lane] -= 1;
-    }
-    for (int lane = valid; lane < LANES; ++lane)
-        for (int c = 0; c < classes; ++c) y[c * LANES + lane] = 0;
-    return loss;
-}
-
 constexpr int STRETCH = 16 * LANES;  // winners that are as wide as a float for a while
 
 // Winners are as wide as a float while they are compared, and a byte where they are kept. Plain loops turn one into the

@@ -58,8 +58,9 @@ struct Kernels {
     void (*gather)(int features, int valid, const T* x, const int64_t* index, T* y);
     // sums[o] (+)= sum over positions and lanes of x[position][o][lane].
     void (*sum_lanes)(int positions, int features, const T* x, bool add, T* sums);
-    // Softmax cross-entropy of y[class][lane], which becomes its gradient (zero in padding); returns the sum of losses.
-    double (*softmax)(int classes, int valid, const int64_t* target, T* y, int* hits);
+    // Softmax cross-entropy of y[class][lane], which becomes `share` times its gradient (zero in padding); returns the
+    // sum of losses.
+    double (*softmax)(int classes, int valid, const int64_t* target, T share, T* y, int* hits);
     void (*relu)(ptrdiff_t n, const T* x, T* y);
     void (*relu_back)(ptrdiff_t n, const T* y, const T* dy, T* dx);  // dx may be dy
     void (*sigmoid)(ptrdiff_t n, const T* x, T* y);
@@ -68,6 +69,8 @@ struct Kernels {
     void (*tanh_back)(ptrdiff_t n, const T* y, const T* dy, T* dx, bool add);
     void (*gelu)(ptrdiff_t n, const T* x, T* y);
     void (*gelu_back)(ptrdiff_t n, const T* x, const T* dy, T* dx, bool add);
+    void (*gelu_tanh)(ptrdiff_t n, const T* x, T* y);  // tanh in the place of erf
+    void (*gelu_tanh_back)(ptrdiff_t n, const T* x, const T* dy, T* dx, bool add);
     void (*add)(ptrdiff_t n, const T* a, const T* b, T* c);
     void (*add_into)(ptrdiff_t n, const T* a, T* c);
     void (*fused_add)(ptrdiff_t n, T scale, const T* a, T* c);  // c += scale * a
@@ -92,6 +95,19 @@ struct Kernels {
     // dx = (factor * dy + slope * x + shift) * mask.
     void (*norm_back)(int positions, int features, const T* factor, const T* slope, const T* shift, const T* mask,
                       const T* x, const T* dy, T* dx, bool add);
+    // The same where lanes are tokens of one sample, `key` its mixed key: elements are first + lane * stride + f.
+    void (*dropout_tokens)(int features, uint32_t first, uint32_t stride, uint32_t key, uint32_t threshold, T scale,
+                           const T* x, T* y, bool add);
+    // Every lane normalised over its features. Backward: adds dy, and dy times the normalised x, to sums [feature][LANES];
+    // dx may be null.
+    void (*layer_norm)(int features, T epsilon, const T* w, const T* bias, const T* x, T* y, T* mean, T* inverse);
+    void (*layer_norm_back)(int features, const T* w, const T* x, const T* dy, const T* mean, const T* inverse, T* sums,
+                            T* products, T* dx, bool add);
+    // Softmax over keys of scale * y[key][lane], lanes being the last LANES of the keys: each sees no key behind itself.
+    // level[lane] is the logarithm of its sum, from which `causal_again` finds the same.
+    void (*causal)(int keys, T scale, T* y, T* level);
+    void (*causal_again)(int keys, T scale, const T* level, T* y);
+    void (*causal_back)(int keys, T scale, const T* y, T* dy);  // dy becomes the gradient of what came in
 };
 
 // The fastest table that this machine can run; `choose` overrides it by name ("baseline", "v3", "v4", "neon",

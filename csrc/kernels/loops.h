@@ -51,7 +51,7 @@ static void sum_lanes(int positions, int features, const T* x, bool add, T* sums
 }
 
 template <class T>
-static double softmax(int classes, int valid, const int64_t* target, T* y, int* hits) {
+static double softmax(int classes, int valid, const int64_t* target, T share, T* y, int* hits) {
     double loss = 0;
     for (int lane = 0; lane < LANES; ++lane) {
         T top = y[lane], sum = 0;
@@ -67,8 +67,8 @@ static double softmax(int classes, int valid, const int64_t* target, T* y, int* 
         const T below = top - own;
         for (int c = 0; c < classes; ++c) sum += y[c * LANES + lane] = exp_(y[c * LANES + lane] - top);
         loss += double(log_(sum) + below);
-        for (int c = 0; c < classes; ++c) y[c * LANES + lane] /= sum;
-        own -= 1;
+        for (int c = 0; c < classes; ++c) y[c * LANES + lane] = y[c * LANES + lane] / sum * share;
+        own -= share;
     }
     return loss;
 }
@@ -119,6 +119,23 @@ static void gelu_back(ptrdiff_t n, const T* x, const T* dy, T* dx, bool add) {
         T below = T(0.5) * (1 + erf_(x[i] * T(0.70710678118654752)));
         T density = exp_(T(-0.5) * x[i] * x[i]) * T(0.39894228040143268);
         put(dx[i], dy[i] * (below + x[i] * density), add);
+    }
+}
+
+constexpr double STEEP = 0.79788456080286536, BENT = 0.044715;  // sqrt(2 / pi); Hendrycks and Gimpel 2016
+
+template <class T>
+static void gelu_tanh(ptrdiff_t n, const T* x, T* y) {
+    for (ptrdiff_t i = 0; i < n; ++i)
+        y[i] = T(0.5) * x[i] * (1 + tanh_(T(STEEP) * (x[i] + T(BENT) * x[i] * x[i] * x[i])));
+}
+
+template <class T>
+static void gelu_tanh_back(ptrdiff_t n, const T* x, const T* dy, T* dx, bool add) {
+    for (ptrdiff_t i = 0; i < n; ++i) {
+        const T bend = tanh_(T(STEEP) * (x[i] + T(BENT) * x[i] * x[i] * x[i]));
+        const T slope = T(STEEP) * (1 + 3 * T(BENT) * x[i] * x[i]);
+        put(dx[i], dy[i] * T(0.5) * (1 + bend + x[i] * (1 - bend * bend) * slope), add);
     }
 }
 
@@ -205,6 +222,17 @@ static void dropout(int features, const uint32_t* column, const uint32_t* sample
     }
 }
 
+template <class T>
+static void dropout_tokens(int features, uint32_t first, uint32_t stride, uint32_t key, uint32_t threshold, T scale,
+                           const T* x, T* y, bool add) {
+    for (int f = 0; f < features; ++f, x += LANES, y += LANES)
+        for (int lane = 0; lane < LANES; ++lane) {
+            const uint32_t element = first + uint32_t(lane) * stride + uint32_t(f);
+            const uint32_t half = mix32((element >> 1) * 0x9E3779B9u + 1), shift = (element & 1) * 16;
+            put(y[lane], ((mix32(key + half) >> shift) & 0xFFFF) >= threshold ? x[lane] * scale : T(0), add);
+        }
+}
+
 // A feature at a time, so that its sums stay in registers.
 template <class T>
 static void moments(int positions, int features, const T* x, const T* pivot, const T* mask, T* sum, T* square) {
@@ -261,4 +289,56 @@ static void norm_back(int positions, int features, const T* factor, const T* slo
         for (int f = 0; f < features; ++f, x += LANES, dy += LANES, dx += LANES)
             for (int lane = 0; lane < LANES; ++lane)
                 put(dx[lane], (factor[f] * dy[lane] + slope[f] * x[lane] + shift[f]) * mask[lane], add);
+}
+
+template <class T>
+static void layer_norm(int features, T epsilon, const T* w, const T* bias, const T* x, T* y, T* mean, T* inverse) {
+    T sum[LANES] = {}, square[LANES] = {};
+    for (int f = 0; f < features; ++f)
+        for (int lane = 0; lane < LANES; ++lane) sum[lane] += x[f * LANES + lane];
+    for (int lane = 0; lane < LANES; ++lane) mean[lane] = sum[lane] / features;
+    for (int f = 0; f < features; ++f)
+        for (int lane = 0; lane < LANES; ++lane) {
+            const T d = x[f * LANES + lane] - mean[lane];
+            square[lane] += d * d;
+        }
+    for (int lane = 0; lane < LANES; ++lane) inverse[lane] = 1 / sqrt_(square[lane] / features + epsilon);
+    for (int f = 0; f < features; ++f)
+        for (int lane = 0; lane < LANES; ++lane)
+            y[f * LANES + lane] = (x[f * LANES + lane] - mean[lane]) * inverse[lane] * w[f] + bias[f];
+}
+
+template <class T>
+static void layer_norm_back(int features, const T* w, const T* x, const T* dy, const T* mean, const T* inverse, T* sums,
+                            T* products, T* dx, bool add) {
+    T sum[LANES] = {}, product[LANES] = {};
+    for (int f = 0; f < features; ++f)
+        for (int lane = 0; lane < LANES; ++lane) {
+            const int i = f * LANES + lane;
+            const T unit = (x[i] - mean[lane]) * inverse[lane], own = dy[i] * unit;
+            sums[i] += dy[i];
+            products[i] += own;
+            sum[lane] += w[f] * dy[i];
+            product[lane] += w[f] * own;
+        }
+    if (!dx) return;
+    for (int lane = 0; lane < LANES; ++lane) sum[lane] /= features, product[lane] /= features;
+    for (int f = 0; f < features; ++f)
+        for (int lane = 0; lane < LANES; ++lane) {
+            const int i = f * LANES + lane;
+            const T unit = (x[i] - mean[lane]) * inverse[lane];
+            put(dx[i], (w[f] * dy[i] - sum[lane] - unit * product[lane]) * inverse[lane], add);
+        }
+}
+
+template <class T>
+static void causal_back(int keys, T scale, const T* y, T* dy) {
+    T sum[LANES] = {};
+    for (int k = 0; k < keys; ++k)
+        for (int lane = 0; lane < LANES; ++lane) sum[lane] += y[k * LANES + lane] * dy[k * LANES + lane];
+    for (int k = 0; k < keys; ++k)
+        for (int lane = 0; lane < LANES; ++lane) {
+            const int i = k * LANES + lane;
+            dy[i] = scale * y[i] * (dy[i] - sum[lane]);
+        }
 }

@@ -56,3 +56,22 @@ static void naive_window_max_back(int features, int window, const uint8_t* winne
             dx[p][i] = add ? dx[p][i] + g : g;
         }
 }
+
+template <class T>
+static void naive_causal_again(int keys, T scale, const T* level, T* y) {
+    for (int k = 0; k < keys; ++k)
+        for (int lane = 0; lane < LANES; ++lane)
+            y[k * LANES + lane] = k <= keys - LANES + lane ? exp_(scale * y[k * LANES + lane] - level[lane]) : T(0);
+}
+
+template <class T>
+static void naive_causal(int keys, T scale, T* y, T* level) {
+    for (int lane = 0; lane < LANES; ++lane) {
+        const int seen = keys - LANES + lane + 1;
+        T top = y[lane], sum = 0;
+        for (int k = 1; k < seen; ++k) top = y[k * LANES + lane] > top ? y[k * LANES + lane] : top;
+        for (int k = 0; k < seen; ++k) sum += exp_(scale * (y[k * LANES + lane] - top));
+        level[lane] = scale * top + log_(sum);
+    }
+    naive_causal_again(keys, scale, level, y);
+}

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "layer.h"
+#include "panels.h"
 
 namespace paraxis {
 namespace {
@@ -45,15 +46,10 @@ template <class T>
 class Affine final : public Layer<T> {
   public:
     explicit Affine(const Spec& s) : Layer<T>(s), entries(s.kernel_h * s.kernel_w * s.in.c) {
-        size_t total = 0;
-        for (int first = 0; first < s.out.c; first += PANEL) {
-            panels.push_back({first, std::min(PANEL, s.out.c - first), 0, total});
-            Panel& panel = panels.back();
-            panel.width = (panel.outputs + WIDTH_STEP - 1) / WIDTH_STEP * WIDTH_STEP;
-            total += size_t(panel.width) * entries;
-        }
-        this->matrix = bias_at = total;
-        this->parameters = (total + (s.bias ? s.out.c : 0) + LANES - 1) / LANES * LANES;
+        panels = panels_of(s.out.c, entries);
+        bias_at = elements_of(panels, entries);
+        this->matrix = s.same < 0 ? bias_at : 0;  // owners take a matrix in common for what it is first
+        this->parameters = (bias_at + (s.bias ? s.out.c : 0) + LANES - 1) / LANES * LANES;
         windows();
         cut();
         inverse();
@@ -70,7 +66,7 @@ class Affine final : public Layer<T> {
     void backward(const Pass<T>& p) const override {
         const Spec& s = this->spec;
         if (s.relu) p.kernels->relu_back(ptrdiff_t(p.blocks) * s.out.size() * LANES, p.y, p.dy, p.dy);
-        if (!p.parted)
+        if (!p.parted || !this->matrix)
             for (const Panel& panel : panels) weight_gradient({&p, 1}, panel, 0, entries, p);
         if (s.bias)
             for (int b = 0; b < p.blocks; ++b)
@@ -109,11 +105,6 @@ class Affine final : public Layer<T> {
     }
 
   private:
-    struct Panel {
-        int first, outputs, width;
-        size_t at;
-    };
-
     int entries;
     size_t bias_at;
     std::vector<Panel> panels;
@@ -263,16 +254,16 @@ class Affine final : public Layer<T> {
         auto at = std::lower_bound(use.at.begin(), use.at.end(), from,
                                    [](const auto& pair, int position) { return pair.second < position; });
         bool before = at != use.at.begin();
-        for (; at != use.at.end() && at->second <= to; ++at)
-            for (int b = 0; b < blocks; ++b) {
-                const int number = at->second * blocks + b;
-                if (number < begin) before = true;
-                if (number < begin || number >= end) continue;
+        for (; at != use.at.end() && at->second <= to; ++at) {
+            const int number = at->second * blocks, low = std::max(0, begin - number);
+            before |= low > 0;
+            for (int b = low; b < std::min(blocks, end - number); ++b) {
                 const T* x = all[b / mine.blocks].x + size_t(b % mine.blocks) * s.in.size() * LANES;
                 const size_t place = size_t(b) * s.out.positions() + at->second;
                 mine.terms->push_back({x + (at->first + part.skipped) * LANES,
                                        mine.scratch + place * LANES * panel.width, LANES});
             }
+        }
         if (!mine.terms->empty())
             mine.kernels->outer(part.length, panel.width, int(mine.terms->size()), mine.terms->data(),
                                 mine.add || twice || before, mine.dw + panel.at + size_t(part.entry) * panel.width);

@@ -30,15 +30,23 @@ struct Spec {
     bool bias = true, relu = false;
     double p = 0, epsilon = 1e-5, momentum = 0.1;
     int group = 0;  // samples of a batch norm's group, whole blocks (0: all of a microbatch)
+    int heads = 1;    // of attention
+    int entries = 0;  // of a table: of symbols (embedding), of places (position)
+    int same = -1;    // number of the layer whose parameters it uses, in the same layout (-1: it has its own)
+    int tie = -1;     // number of the parameters of which another stage has a copy (-1: none has)
     int across = 1;  // replicas over whose microbatches a batch norm's statistics go; then `group` is 0
     uint32_t key = 0;  // of a dropout layer
 };
 
-// What a layer works on. Activations are [block][feature][LANES].
+inline int blocks_of(int lanes) { return (lanes + LANES - 1) / LANES; }
+
+// What a layer works on. Activations are [block][feature][LANES]. Lanes are samples; in a network of tokens they are
+// consecutive tokens, a sample being some whole blocks, the last of which may be padded.
 template <class T>
 struct Pass {
     const Kernels<T>* kernels;
     int blocks, samples;           // the last block may have fewer than LANES samples
+    int tokens;                    // of a sample (0: lanes are samples)
     uint64_t seed, step;
     int64_t first;                 // place of the first sample in the global batch
     bool training;                 // false: evaluate
@@ -62,7 +70,11 @@ struct Pass {
     T share = 1;  // of a group among those of a microbatch
     double* moments = nullptr;  // of a layer that meets other replicas in its middle: this one's, then those of all
 
-    int valid(int block) const { return samples - block * LANES < LANES ? samples - block * LANES : LANES; }
+    int rise() const { return blocks_of(tokens); }  // blocks of a sample of tokens
+    int valid(int block) const {
+        const int left = tokens ? tokens - block % rise() * LANES : samples - block * LANES;
+        return left < LANES ? left : LANES;
+    }
 };
 
 template <class T>
@@ -107,5 +119,9 @@ template <class T>
 std::unique_ptr<Layer<T>> make_pool(const Spec& spec);
 template <class T>
 std::unique_ptr<Layer<T>> make_pointwise(const Spec& spec);
+template <class T>
+std::unique_ptr<Layer<T>> make_table(const Spec& spec);
+template <class T>
+std::unique_ptr<Layer<T>> make_attention(const Spec& spec);
 
 }  // namespace paraxis

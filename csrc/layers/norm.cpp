@@ -229,51 +229,29 @@ class LayerNorm final : public Layer<T> {
         this->kept = 2 * LANES;
     }
 
+    size_t scratch(int) const override { return 2 * size_t(this->spec.in.size()) * LANES; }
+
     void forward(const Pass<T>& p) const override {
         const int n = this->spec.in.size();
         for (int b = 0; b < p.blocks; ++b) {
-            const T* x = p.x + size_t(b) * n * LANES;
-            T* y = p.y + size_t(b) * n * LANES;
-            T *mean = p.kept + size_t(b) * this->kept, *inverse = mean + LANES;
-            for (int lane = 0; lane < LANES; ++lane) {
-                double sum = 0, square = 0;
-                for (int f = 0; f < n; ++f) sum += double(x[f * LANES + lane]);
-                for (int f = 0; f < n; ++f) square += std::pow(double(x[f * LANES + lane]) - sum / n, 2);
-                mean[lane] = T(sum / n);
-                inverse[lane] = T(1 / std::sqrt(square / n + this->spec.epsilon));
-            }
-            for (int f = 0; f < n; ++f)
-                for (int lane = 0; lane < LANES; ++lane)
-                    y[f * LANES + lane] =
-                        (x[f * LANES + lane] - mean[lane]) * inverse[lane] * p.w[f] + p.w[n + f];
+            const size_t at = size_t(b) * n * LANES;
+            T* kept = p.kept + size_t(b) * this->kept;
+            p.kernels->layer_norm(n, T(this->spec.epsilon), p.w, p.w + n, p.x + at, p.y + at, kept, kept + LANES);
         }
     }
 
     void backward(const Pass<T>& p) const override {
         const int n = this->spec.in.size();
-        if (!p.add) std::fill(p.dw, p.dw + 2 * n, T(0));
+        T *sums = p.scratch, *products = sums + size_t(n) * LANES;
+        std::fill_n(sums, 2 * size_t(n) * LANES, T(0));
         for (int b = 0; b < p.blocks; ++b) {
             const size_t at = size_t(b) * n * LANES;
-            const T *x = p.x + at, *dy = p.dy + at, *mean = p.kept + size_t(b) * this->kept, *inverse = mean + LANES;
-            double sum[LANES] = {}, product[LANES] = {};
-            for (int f = 0; f < n; ++f)
-                for (int lane = 0; lane < LANES; ++lane) {
-                    const T unit = (x[f * LANES + lane] - mean[lane]) * inverse[lane], g = dy[f * LANES + lane];
-                    p.dw[f] += g * unit;
-                    p.dw[n + f] += g;
-                    sum[lane] += double(g * p.w[f]);
-                    product[lane] += double(g * p.w[f] * unit);
-                }
-            if (!p.dx) continue;
-            for (int f = 0; f < n; ++f)
-                for (int lane = 0; lane < LANES; ++lane) {
-                    const size_t i = f * LANES + lane;
-                    const double unit = double((x[i] - mean[lane]) * inverse[lane]);
-                    const T dx = T((double(dy[i] * p.w[f]) - sum[lane] / n - unit * product[lane] / n) *
-                                   double(inverse[lane]));
-                    p.dx[at + i] = p.dx_add ? p.dx[at + i] + dx : dx;
-                }
+            const T* kept = p.kept + size_t(b) * this->kept;
+            p.kernels->layer_norm_back(n, p.w, p.x + at, p.dy + at, kept, kept + LANES, sums, products,
+                                       p.dx ? p.dx + at : nullptr, p.dx_add);
         }
+        p.kernels->sum_lanes(1, n, products, p.add, p.dw);
+        p.kernels->sum_lanes(1, n, sums, p.add, p.dw + n);
     }
 
     std::vector<std::pair<std::string, int64_t>> parts() const override {

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "layer.h"
+#include "masks.h"
 
 namespace paraxis {
 namespace {
@@ -15,6 +16,7 @@ class Activation final : public Layer<T> {
         const ptrdiff_t n = elements(p);
         const auto& k = *p.kernels;
         const std::string& kind = this->spec.kind;
+        if (kind == "gelu_tanh") return k.gelu_tanh(n, p.x, p.y);
         (kind == "relu" ? k.relu : kind == "sigmoid" ? k.sigmoid : kind == "tanh" ? k.tanh : k.gelu)(n, p.x, p.y);
     }
 
@@ -26,6 +28,7 @@ class Activation final : public Layer<T> {
         if (kind == "sigmoid") return k.sigmoid_back(n, p.y, p.dy, p.dx, p.dx_add);
         if (kind == "tanh") return k.tanh_back(n, p.y, p.dy, p.dx, p.dx_add);
         if (kind == "gelu") return k.gelu_back(n, p.x, p.dy, p.dx, p.dx_add);
+        if (kind == "gelu_tanh") return k.gelu_tanh_back(n, p.x, p.dy, p.dx, p.dx_add);
         k.relu_back(n, p.y, p.dy, p.dx_add ? p.dy : p.dx);
         if (p.dx_add) k.add_into(n, p.dy, p.dx);
     }
@@ -58,24 +61,11 @@ class Residual final : public Layer<T> {
     }
 };
 
-uint64_t splitmix64(uint64_t x) {  // Steele, Lea and Flood 2014
-    x += 0x9E3779B97F4A7C15u;
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-    return x ^ (x >> 31);
-}
-
-uint32_t mix32(uint32_t x) {
-    x = (x ^ (x >> 16)) * 0x7FEB352Du;
-    x = (x ^ (x >> 15)) * 0x846CA68Bu;
-    return x ^ (x >> 16);
-}
-
 // The mask follows from (seed, step, layer, sample, element), as in the Python engines, bit for bit.
 template <class T>
 class Dropout final : public Layer<T> {
   public:
-    explicit Dropout(const Spec& s) : Layer<T>(s), threshold(uint32_t(65536 * s.p + 0.5)) {
+    explicit Dropout(const Spec& s) : Layer<T>(s) {
         for (int f = 0; f < s.in.size(); ++f) element.push_back(s.in.torch_index(f));
     }
 
@@ -91,18 +81,23 @@ class Dropout final : public Layer<T> {
     }
 
   private:
-    uint32_t threshold;
     std::vector<uint32_t> element;
 
     void mask(const Pass<T>& p, const T* x, T* y, bool add) const {
-        const uint64_t key = splitmix64(splitmix64(splitmix64(p.seed) ^ p.step) ^ this->spec.key);
-        const T scale = threshold < 65536 ? T(65536.0 / (65536.0 - threshold)) : T(0);
+        const Masks masks(this->spec.p, p.seed, p.step, this->spec.key);
+        const T scale = T(masks.scale);
         const size_t size = size_t(this->spec.in.size()) * LANES;
         for (int b = 0; b < p.blocks; ++b) {
+            if (p.tokens) {
+                const uint32_t width = uint32_t(this->spec.in.c);
+                p.kernels->dropout_tokens(this->spec.in.c, uint32_t(b % p.rise() * LANES) * width, width,
+                                          masks.of_sample(p.first + b / p.rise()), masks.threshold, scale, x + b * size,
+                                          y + b * size, add);
+                continue;
+            }
             uint32_t sample[LANES];
-            for (int lane = 0; lane < LANES; ++lane)
-                sample[lane] = mix32(uint32_t(p.first + b * LANES + lane) + uint32_t(key)) ^ uint32_t(key >> 32);
-            p.kernels->dropout(this->spec.in.size(), element.data(), sample, threshold, scale, x + b * size,
+            for (int lane = 0; lane < LANES; ++lane) sample[lane] = masks.of_sample(p.first + b * LANES + lane);
+            p.kernels->dropout(this->spec.in.size(), element.data(), sample, masks.threshold, scale, x + b * size,
                                y + b * size, add);
         }
     }
@@ -122,8 +117,10 @@ std::unique_ptr<Layer<T>> make_layer(const Spec& spec) {
     const std::string& kind = spec.kind;
     if (kind == "affine") return make_affine<T>(spec);
     if (kind == "batch_norm" || kind == "layer_norm") return make_norm<T>(spec);
+    if (kind == "embedding" || kind == "position") return make_table<T>(spec);
+    if (kind == "attention") return make_attention<T>(spec);
     if (kind == "max_pool" || kind == "average_pool") return make_pool<T>(spec);
-    for (const char* pointwise : {"relu", "sigmoid", "tanh", "gelu", "dropout", "residual"})
+    for (const char* pointwise : {"relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "dropout", "residual"})
         if (kind == pointwise) return make_pointwise<T>(spec);
     throw std::invalid_argument("the native engine has no layer of kind " + kind);
 }

@@ -7,21 +7,17 @@ namespace paraxis {
 
 template <class T>
 Stage<T>::Stage(const std::vector<Spec>& specs, int slice, int microbatches, bool head, bool tail,
-                const Kernels<T>& kernels, uint64_t seed)
-    : slice(slice), microbatches(microbatches), head(head), tail(tail), kernels(kernels), seed(seed),
-      blocks((slice + LANES - 1) / LANES) {
+                const Kernels<T>& kernels, uint64_t seed, int tokens)
+    : slice(slice), microbatches(microbatches), tokens(tokens), head(head), tail(tail), kernels(kernels), seed(seed),
+      blocks(tokens ? slice * blocks_of(tokens) : blocks_of(slice)) {
     if (specs.empty() || slice < 1 || microbatches < 1) throw std::invalid_argument("a stage needs layers and samples");
     elements.push_back(size_t(blocks) * specs[0].in.size() * LANES);
     size_t most = 0;
     for (const Spec& spec : specs) {
-        if (spec.y != int(elements.size()) || spec.x < 0 || spec.x >= spec.y || spec.skip >= spec.y)
-            throw std::invalid_argument(spec.name + ": its activations are not numbered in order");
-        if (elements[spec.x] != size_t(blocks) * spec.in.size() * LANES)
-            throw std::invalid_argument(spec.name + ": its input has another shape than what is in front of it");
-        layers.push_back(make_layer<T>(spec));
-        places.push_back({parameters, statistics});
-        parameters += layers.back()->parameters;
-        statistics += layers.back()->statistics;
+        check(spec);
+        auto layer = make_layer<T>(spec);
+        settle(spec, *layer);
+        layers.push_back(std::move(layer));
         most = std::max(most, layers.back()->scratch(blocks));
         if (layers.back()->moments) {
             if (microbatches > 1) throw std::invalid_argument(spec.name + ": replicas meet in one microbatch a step");
@@ -45,10 +41,55 @@ Stage<T>::Stage(const std::vector<Spec>& specs, int slice, int microbatches, boo
         }
         slot.entering = Memory<T>(head ? 0 : elements[0]);
         slot.given = slot.acts[0].data();
-        slot.targets.resize(slice);
+        slot.targets.resize(size_t(blocks) * LANES);
         slot.valid = slice;
     }
     plan_gradients();
+}
+
+template <class T>
+void Stage<T>::check(const Spec& spec) const {
+    const auto need = [&](bool holds, const char* what) {
+        if (!holds) throw std::invalid_argument(spec.name + ": " + what);
+    };
+    need(spec.y == int(elements.size()) && spec.x >= 0 && spec.x < spec.y && spec.skip < spec.y,
+         "its activations are not numbered in order");
+    need(elements[spec.x] == size_t(blocks) * spec.in.size() * LANES,
+         "its input has another shape than what is in front of it");
+    const bool takes = spec.kind == "embedding" || spec.kind == "position" || spec.kind == "attention";
+    const bool bare = spec.in.positions() == 1 && spec.kind != "batch_norm";
+    need(tokens ? bare && (layers.empty() && head) == (spec.kind == "embedding") : !takes, "it is no layer of such samples");
+    need(!tokens || (spec.kind != "attention" && spec.kind != "position") || spec.entries >= tokens, "it has fewer tokens");
+}
+
+// Where a layer's parameters lie: behind those of the layers in front, or where those of another one are.
+template <class T>
+void Stage<T>::settle(const Spec& spec, const Layer<T>& layer) {
+    const int number = int(layers.size());
+    dw_add.push_back(false);
+    if (spec.same < 0) {
+        places.push_back({parameters, statistics});
+        parameters += layer.parameters;
+        statistics += layer.statistics;
+        return;
+    }
+    // Of a matrix with owners the gradient would come from two places.
+    if (spec.same >= number || layers[spec.same]->spec.same >= 0 || layers[spec.same]->matrix ||
+        layers[spec.same]->parameters != layer.parameters)
+        throw std::invalid_argument(spec.name + ": it cannot use the parameters of that layer");
+    for (int n = number - 1; n >= spec.same; --n)
+        if (n == spec.same || layers[n]->spec.same == spec.same) {
+            dw_add[n] = true;
+            break;
+        }
+    places.push_back(places[spec.same]);
+}
+
+template <class T>
+std::pair<size_t, size_t> Stage<T>::tied(int tie) const {
+    for (size_t n = 0; n < layers.size(); ++n)
+        if (tie >= 0 && layers[n]->spec.tie == tie) return {places[n].weights, places[n].weights + layers[n]->parameters};
+    return {0, 0};
 }
 
 // An activation that several layers read has a sum for its gradient: the one that comes first in the backward writes it,
@@ -88,8 +129,8 @@ Pass<T> Stage<T>::pass(size_t n, int m, uint64_t step, int64_t first, bool train
     const bool first_layer = head && spec.x == 0;
     const auto place = std::find(meeting.begin(), meeting.end(), n);
     return {
-        .kernels = &kernels, .blocks = blocks, .samples = slot.valid, .seed = seed, .step = step, .first = first,
-        .training = training, .add = backwards > 0, .parted = false, .w = weights->params.data() + places[n].weights,
+        .kernels = &kernels, .blocks = blocks, .samples = slot.valid, .tokens = tokens, .seed = seed, .step = step, .first = first,
+        .training = training, .add = backwards > 0 || dw_add[n], .parted = false, .w = weights->params.data() + places[n].weights,
         .running = weights->running.data() + places[n].statistics, .collected = collected.data() + places[n].statistics,
         .dw = gradients.data() + places[n].weights, .x = act(m, spec.x),
         .skip = spec.skip >= 0 ? act(m, spec.skip) : nullptr, .y = act(m, spec.y), .dy = grad(m, spec.y),
@@ -106,6 +147,7 @@ void Stage<T>::load(int m, const Samples& samples, int64_t step, int64_t first) 
     Slot& slot = slots[m];
     const int64_t* index = samples.index + step * samples.batch + first;
     slot.valid = int(std::clamp<int64_t>(samples.size - (step * samples.batch + first), 0, slice));
+    if (tokens) return load_tokens(slot, samples, index);
     if (tail)
         for (int i = 0; i < slot.valid; ++i) slot.targets[i] = samples.targets[index[i]];
     if (!head) return;
@@ -121,6 +163,19 @@ void Stage<T>::load(int m, const Samples& samples, int64_t step, int64_t first) 
         else
             kernels.gather(features, valid, static_cast<const T*>(samples.inputs), index + b * LANES, x);
     }
+}
+
+template <class T>
+void Stage<T>::load_tokens(Slot& slot, const Samples& samples, const int64_t* index) {
+    const int64_t* symbols = static_cast<const int64_t*>(samples.inputs);
+    const int rise = blocks_of(tokens) * LANES;
+    for (int i = 0; i < slice; ++i)
+        for (int t = 0; t < rise; ++t) {
+            const bool real = i < slot.valid && t < tokens;
+            const int64_t from = real ? index[i] * tokens + t : 0;
+            if (head) slot.acts[0][size_t(i) * rise + t] = real ? T(symbols[from]) : T(0);
+            if (tail) slot.targets[size_t(i) * rise + t] = real ? samples.targets[from] : 0;
+        }
 }
 
 template <class T>
@@ -169,14 +224,18 @@ void Stage<T>::lose(int m, bool training) {
     Slot& slot = slots[m];
     const int classes = layers.back()->spec.out.size();
     Score& score = training ? step_score : evaluation;
+    const double share = tokens ? 1.0 / tokens : 1;  // a sample's loss is the mean over its tokens
+    const int rise = tokens ? blocks_of(tokens) : 1;
+    double loss = 0;
     int hits = 0;
     for (int b = 0; b < blocks; ++b) {
-        const int valid = std::clamp(slot.valid - b * LANES, 0, LANES);
-        score.loss += kernels.softmax(classes, valid, slot.targets.data() + b * LANES,
-                                      slot.acts.back().data() + size_t(b) * classes * LANES, &hits);
+        const int left = tokens ? (b / rise < slot.valid ? tokens - b % rise * LANES : 0) : slot.valid - b * LANES;
+        loss += kernels.softmax(classes, std::clamp(left, 0, LANES), slot.targets.data() + b * LANES, T(share),
+                                slot.acts.back().data() + size_t(b) * classes * LANES, &hits);
     }
+    score.loss += loss * share;
     score.weight += slot.valid;
-    score.hits += hits;
+    score.hits += hits * share;
 }
 
 template class Stage<float>;

@@ -7,7 +7,7 @@
 namespace paraxis {
 
 // Samples in memory and which of them a run of steps takes: step s has index[s * batch + i], i < batch. Those from number
-// `size` on are padding (of an evaluation's last batch).
+// `size` on are padding (of an evaluation's last batch). In a network of tokens inputs are symbols, int64.
 struct Samples {
     const void* inputs = nullptr;
     const int64_t* targets = nullptr;
@@ -32,9 +32,10 @@ struct Score {
 template <class T>
 class Stage {
   public:
-    // `slice`: samples of a microbatch; `head`: takes samples in; `tail`: ends in the loss. Throws std::invalid_argument.
+    // `slice`: samples of a microbatch; `head`: takes samples in; `tail`: ends in the loss; `tokens` of a sample, which
+    // then lie along the lanes, each with a loss of its own (0: a sample is a lane). Throws std::invalid_argument.
     Stage(const std::vector<Spec>& specs, int slice, int microbatches, bool head, bool tail, const Kernels<T>& kernels,
-          uint64_t seed);
+          uint64_t seed, int tokens = 0);
 
     void load(int microbatch, const Samples& samples, int64_t step, int64_t first);
     // Segments end where a layer meets the other replicas: behind its measuring, before it uses the sums of all.
@@ -55,6 +56,8 @@ class Stage {
     void give_gradient(int m, T* dy) { slots[m].gradient = dy; }
     T* input_gradient(int m) { return slots[m].entering.data(); }
     int features_in() const { return layers.front()->spec.in.size(); }
+    int symbols() const { return layers.front()->spec.entries; }  // that it takes in, where it is the head of tokens
+    std::pair<size_t, size_t> tied(int tie) const;  // where the parameters of that number lie: begin, end
     int segments() const { return int(meeting.size()) + 1; }
 
     struct Place {
@@ -68,7 +71,7 @@ class Stage {
     std::vector<Memory<double>> moments;  // of every layer that meets the other replicas, in order
     Score step_score, evaluation;
     int backwards = 0;  // of this step; the first one overwrites the gradients
-    const int slice, microbatches;
+    const int slice, microbatches, tokens;
     const bool head, tail;
     const Kernels<T>& kernels;
 
@@ -87,6 +90,7 @@ class Stage {
     std::vector<Memory<T>> grads;   // of every activation but the input; no two microbatches are in a backward at once
     std::vector<size_t> elements;   // of every activation
     std::vector<bool> dx_add, dskip_add;
+    std::vector<bool> dw_add;       // somebody behind it, who uses the same parameters, has written their gradient
     std::vector<size_t> meeting;    // layers that meet the other replicas in their middle
     Memory<T> scratch;
     std::vector<Term<T>> terms;
@@ -94,7 +98,10 @@ class Stage {
     uint64_t seed;
     int blocks;
 
+    void check(const Spec& spec) const;
+    void settle(const Spec& spec, const Layer<T>& layer);
     void plan_gradients();
+    void load_tokens(Slot& slot, const Samples& samples, const int64_t* index);
     size_t begin(int segment) const { return segment ? meeting[segment - 1] : 0; }
     size_t end(int segment) const { return segment < int(meeting.size()) ? meeting[segment] : layers.size(); }
     Pass<T> pass(size_t layer, int m, uint64_t step, int64_t first, bool training);

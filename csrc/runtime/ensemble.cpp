@@ -33,7 +33,11 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
             throw std::invalid_argument("body " + body.name + " has another number of ranks than the mesh");
     for (const Body& body : this->bodies)
         for (int rank = 0; rank < grid.size(); ++rank)
-            for (const Instruction& i : body.ranks[rank]) fits(body, i, stages[rank]->segments());
+            for (const Instruction& i : body.ranks[rank]) {
+                fits(body, i, stages[rank]->segments());
+                if (i.buffer == Buffer::tied && !stages[rank]->tied(i.bucket).second)
+                    throw std::invalid_argument("body " + body.name + " adds up what its stage has no copy of");
+            }
     for (int rank = 0; rank < grid.size(); ++rank) {
         Stage<T>& own = *stages[rank];
         const int first = grid.rank(0, grid.pp_of(rank));
@@ -50,6 +54,7 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
     // Of a pipeline, the stage in front would overwrite what the owners behind it still read.
     if (owners && (!shared || stages[0]->microbatches > 1 || grid.pp > 1))
         throw std::invalid_argument("owners of gradients need weights in common, one microbatch and one stage");
+    tie();
     divide(owners);
     connect();
 }
@@ -58,9 +63,11 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
 template <class T>
 void Ensemble<T>::connect() {
     abort = std::make_unique<Abort>();
-    replicas.clear(), pipelines.clear(), links.clear();
+    replicas.clear(), pipelines.clear(), knots.clear(), links.clear();
     for (int p = 0; p < grid.pp; ++p) replicas.push_back(std::make_unique<Barrier>(grid.dp, spin, *abort));
     for (int d = 0; d < grid.dp; ++d) pipelines.push_back(std::make_unique<Barrier>(grid.pp, spin, *abort));
+    for (const auto& places : ties)
+        for (int d = 0; d < grid.dp; ++d) knots.push_back(std::make_unique<Barrier>(int(places.size()), spin, *abort));
     const int room = stages.front()->microbatches + 1;
     for (int rank = 0; rank < grid.size(); ++rank) links.push_back(std::make_unique<Links>(room, spin, *abort));
 }

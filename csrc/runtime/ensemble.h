@@ -87,6 +87,8 @@ class Ensemble {
     int spin;
     std::unique_ptr<Abort> abort;
     std::vector<std::unique_ptr<Barrier>> replicas, pipelines;  // of each stage; of each replica
+    std::vector<std::vector<int>> ties;            // of what stages have copies of: these stages
+    std::vector<std::unique_ptr<Barrier>> knots;  // [tie * dp + replica]
     std::vector<std::unique_ptr<Links>> links;
     std::vector<double> norms;
     std::vector<std::vector<int64_t>> clocks;  // [rank * RING + step % RING]
@@ -94,6 +96,7 @@ class Ensemble {
     struct Piece {  // of the parameters; summed: its gradient is the sum of the replicas' own
         size_t begin, end;
         bool summed;
+        bool counted = true;  // in the norm; of copies, one is
     };
     std::vector<std::vector<Piece>> pieces;    // that each rank updates
     std::vector<std::vector<Stage<T>*>> kin;  // replicas of each stage
@@ -106,12 +109,16 @@ class Ensemble {
     void compute(Hand& hand, const Instruction& i);
     void all_reduce(Hand& hand, const Instruction& i);
     void sum_moments(Hand& hand, const Instruction& i);
+    void sum_copies(Hand& hand, const Instruction& i);
+    void sum_into_all(Hand& hand, const std::vector<T*>& from, size_t size, int me, bool mean);
+    void tie();
     void update(Hand& hand, const Instruction& i);
     void descend(Hand& hand);
     void hogwild(Hand& hand);
     void norm(Hand& hand);
     T* buffer(int rank, Buffer which, size_t* size);
     void divide(bool owners);
+    void assign(int rank, size_t begin, size_t end, bool summed);
     const T* gradient(int rank, const Piece& piece, size_t at, size_t count);
     T scale(int rank) const;
     void apply(Hand& hand, size_t begin, size_t count, const T* gradient, T scale);

@@ -18,13 +18,13 @@ enum class Op : int {
     ReduceScatterWait, AllGatherStart, AllGatherWait,
 };
 enum class Rule : int { none, zero, step, norm, statistics, evaluate, hogwild, owner };
-enum class Buffer : int { none, params, grads, totals, score, statistics, running, norm, factors, moments, moment_grads };
+enum class Buffer : int { none, params, grads, totals, score, statistics, running, norm, factors, moments, moment_grads, tied };
 enum class Axis : int { none, dp, pp, tp };
 
 inline constexpr std::array<const char*, 8> RULES = {"",           "zero",     "step",    "norm",
                                                      "statistics", "evaluate", "hogwild", "owner"};
-inline constexpr std::array<const char*, 11> BUFFERS = {"",        "params", "grads",   "totals",  "score",       "statistics",
-                                                        "running", "norm",   "factors", "moments", "moment_grads"};
+inline constexpr std::array<const char*, 12> BUFFERS = {"",        "params", "grads",   "totals",  "score",       "statistics",
+                                                        "running", "norm",   "factors", "moments", "moment_grads", "tied"};
 inline constexpr std::array<const char*, 4> AXES = {"", "dp", "pp", "tp"};
 
 struct Instruction {

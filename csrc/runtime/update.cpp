@@ -22,6 +22,7 @@ T* Ensemble<T>::buffer(int rank, Buffer which, size_t* size) {
 template <class T>
 void Ensemble<T>::all_reduce(Hand& hand, const Instruction& i) {
     if (meets(i)) return sum_moments(hand, i);
+    if (i.buffer == Buffer::tied) return sum_copies(hand, i);
     const bool along_dp = i.axis == Axis::dp;
     const int parts = along_dp ? grid.dp : grid.pp, me = along_dp ? grid.dp_of(hand.rank) : grid.pp_of(hand.rank);
     Barrier& gate = *(along_dp ? replicas[grid.pp_of(hand.rank)] : pipelines[grid.dp_of(hand.rank)]);
@@ -38,16 +39,39 @@ void Ensemble<T>::all_reduce(Hand& hand, const Instruction& i) {
     std::vector<T*> from(parts);
     size_t size = 0;
     for (int n = 0; n < parts; ++n) from[n] = buffer(member(n), i.buffer, &size);
-    const auto [begin, end] = part_of(size, me, parts);
+    sum_into_all(hand, from, size, me, i.mean);
+    gate.wait(me);
+}
+
+template <class T>
+void Ensemble<T>::sum_into_all(Hand& hand, const std::vector<T*>& all, size_t size, int me, bool mean) {
+    const auto [begin, end] = part_of(size, me, int(all.size()));
     T* strip = strips[hand.rank].data();
     for (size_t at = begin; at < end; at += STRIP) {
         const size_t count = std::min(STRIP, end - at);
         std::fill(strip, strip + count, T(0));
-        for (int n = 0; n < parts; ++n) stages[hand.rank]->kernels.add_into(ptrdiff_t(count), from[n] + at, strip);
-        if (i.mean)
-            for (size_t k = 0; k < count; ++k) strip[k] /= T(parts);
-        for (int n = 0; n < parts; ++n) std::copy(strip, strip + count, from[n] + at);
+        for (T* own : all) stages[hand.rank]->kernels.add_into(ptrdiff_t(count), own + at, strip);
+        if (mean)
+            for (size_t k = 0; k < count; ++k) strip[k] /= T(all.size());
+        for (T* own : all) std::copy(strip, strip + count, own + at);
     }
+}
+
+// The stages of a replica that have a copy of the same parameters add up its gradient.
+template <class T>
+void Ensemble<T>::sum_copies(Hand& hand, const Instruction& i) {
+    const std::vector<int>& places = ties[i.bucket];
+    const int d = grid.dp_of(hand.rank);
+    const int me = int(std::find(places.begin(), places.end(), grid.pp_of(hand.rank)) - places.begin());
+    Barrier& gate = *knots[i.bucket * grid.dp + d];
+    std::vector<T*> from;
+    for (int place : places) {
+        Stage<T>& own = *stages[grid.rank(d, place)];
+        from.push_back(own.gradients.data() + own.tied(i.bucket).first);
+    }
+    const auto [begin, end] = stages[hand.rank]->tied(i.bucket);
+    gate.wait(me);
+    sum_into_all(hand, from, end - begin, me, i.mean);
     gate.wait(me);
 }
 
@@ -87,6 +111,36 @@ void Ensemble<T>::update(Hand& hand, const Instruction& i) {
     }
 }
 
+template <class T>
+void Ensemble<T>::tie() {
+    for (int place = 0; place < grid.pp; ++place)
+        for (const auto& layer : stages[grid.rank(0, place)]->layers) {
+            const int number = layer->spec.tie;
+            if (number < 0) continue;
+            ties.resize(std::max(ties.size(), size_t(number) + 1));
+            const Stage<T>& first = *stages[grid.rank(0, ties[number].empty() ? place : ties[number][0])];
+            const auto [begin, end] = first.tied(number);
+            if (end - begin != layer->parameters || (!ties[number].empty() && ties[number].back() == place))
+                throw std::invalid_argument(layer->spec.name + ": it is no copy of what another stage has");
+            ties[number].push_back(place);
+        }
+}
+
+// A rank updates [begin, end), in which copies of what a stage in front has are pieces of their own.
+template <class T>
+void Ensemble<T>::assign(int rank, size_t begin, size_t end, bool summed) {
+    const int place = grid.pp_of(rank);
+    for (size_t number = 0; number < ties.size(); ++number) {
+        const auto [from, to] = stages[rank]->tied(int(number));
+        if (from == to || ties[number][0] == place || to <= begin || end <= from) continue;
+        if (begin < from) assign(rank, begin, from, summed);
+        pieces[rank].push_back({std::max(begin, from), std::min(end, to), summed, false});
+        if (to < end) assign(rank, to, end, summed);
+        return;
+    }
+    if (begin < end) pieces[rank].push_back({begin, end, summed});
+}
+
 // Of the parameters, what each rank updates: all of its own copy, or its share of the common one; owners also compute the
 // gradient of their share, where it is one of a matrix.
 template <class T>
@@ -100,12 +154,13 @@ void Ensemble<T>::divide(bool owners) {
         kin[grid.pp_of(rank)].push_back(&stage);
         if (!owners) {
             const auto [begin, end] = shared ? part_of(stage.parameters, me, grid.dp) : std::pair<size_t, size_t>{0, stage.parameters};
-            pieces[rank].push_back({begin, end, shared && grid.dp > 1});
+            assign(rank, begin, end, shared && grid.dp > 1);
             continue;
         }
         stage.own_by(grid.dp);
         for (size_t n = 0; n < stage.layers.size(); ++n) {
             const Layer<T>& layer = *stage.layers[n];
+            if (layer.spec.same >= 0) continue;  // its parameters are another layer's
             const size_t at = stage.places[n].weights, rest = at + layer.matrix;
             const auto [first, last] = layer.owned(me, grid.dp);
             const auto [begin, end] = part_of(layer.parameters - layer.matrix, me, grid.dp);
@@ -180,7 +235,7 @@ template <class T>
 void Ensemble<T>::norm(Hand& hand) {
     double total = 0;
     for (const Piece& piece : pieces[hand.rank])
-        for (size_t at = piece.begin; at < piece.end; at += STRIP) {
+        for (size_t at = piece.begin; piece.counted && at < piece.end; at += STRIP) {
             const size_t count = std::min(STRIP, piece.end - at);
             total += stages[hand.rank]->kernels.square_sum(ptrdiff_t(count), gradient(hand.rank, piece, at, count));
         }

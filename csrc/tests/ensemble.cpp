@@ -1,7 +1,7 @@
 // The whole runtime under a sanitizer, layers and fast kernels included: ensemble [--seed-fault missing-barrier]
 //
-// One small network is trained alone, by two replicas with weights in common, by replicas with weights of their own,
-// by two stages, and by both at once. All must end with the same weights up to rounding.
+// Two small networks, of images and of tokens, are trained alone, by two replicas with weights in common, by replicas with
+// weights of their own, by two stages, and by both at once. All must end with the same weights up to rounding.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -11,56 +11,16 @@
 #include <string>
 
 #include "../runtime/ensemble.h"
+#include "networks.h"
 
 namespace {
 
 using namespace paraxis;
 using Weight = std::pair<std::string, std::vector<float>>;
 
-constexpr int BATCH = 40, STEPS = 3, MICROBATCHES = 4, SIDE = 8, CLASSES = 3;  // slices are no multiple of LANES
+constexpr int BATCH = 40, STEPS = 3, MICROBATCHES = 4;  // slices are no multiple of LANES
 constexpr float ROUNDING = 1e-4f, APART = 1e-2f;
 bool seeded = false;
-
-Spec layer(const char* kind, const char* name, Shape in, Shape out) {
-    Spec spec;
-    spec.kind = kind, spec.name = name, spec.in = in, spec.out = out;
-    return spec;
-}
-
-Spec convolution(const char* name, Shape in, Shape out, int kernel, int stride, int padding) {
-    Spec spec = layer("affine", name, in, out);
-    spec.kernel_h = spec.kernel_w = kernel, spec.stride = stride, spec.padding = padding;
-    return spec;
-}
-
-// conv bn relu pool | conv dropout linear: a stage has its own activations, numbered from 0.
-std::vector<Spec> front() {
-    const Shape image{SIDE, SIDE, 2}, wide{SIDE, SIDE, 5}, half{SIDE / 2, SIDE / 2, 5};
-    std::vector<Spec> specs{convolution("conv", image, wide, 3, 1, 1), layer("batch_norm", "norm", wide, wide),
-                            layer("max_pool", "pool", wide, half)};
-    specs[1].relu = true;
-    specs[2].kernel_h = specs[2].kernel_w = specs[2].stride = 2;
-    return specs;
-}
-
-std::vector<Spec> back() {
-    const Shape half{SIDE / 2, SIDE / 2, 5}, small{2, 2, 7}, scores{1, 1, CLASSES};
-    std::vector<Spec> specs{convolution("second", half, small, 3, 2, 1), layer("dropout", "drop", small, small),
-                            convolution("linear", small, scores, 2, 1, 0)};
-    specs[0].relu = true;
-    specs[1].p = 0.25, specs[1].key = 7;
-    return specs;
-}
-
-std::vector<Spec> numbered(std::vector<Spec> specs) {
-    for (size_t n = 0; n < specs.size(); ++n) specs[n].x = int(n), specs[n].y = int(n) + 1;
-    return specs;
-}
-
-std::vector<Spec> joined(std::vector<Spec> specs, const std::vector<Spec>& more) {
-    specs.insert(specs.end(), more.begin(), more.end());
-    return specs;
-}
 
 struct Plan {
     Grid grid;
@@ -69,6 +29,8 @@ struct Plan {
     const Kernels<float>* kernels;
     bool owners = false;
     bool whole = false;  // statistics over all replicas
+    bool of_tokens = false;
+    Network network() const { return of_tokens ? tokens() : images(); }
     bool meets() const { return whole && grid.dp > 1; }
 };
 
@@ -120,6 +82,12 @@ struct Lister {
         if (!first()) add(Op::SendGradStart, m);
     }
 
+    // Both stages have the table of symbols.
+    void add_copies() {
+        add(Op::AllReduceWait, 0, Axis::pp, Buffer::tied);
+        list.back().bucket = 0;
+    }
+
     std::vector<Instruction> training() {
         const int ahead = std::min(plan.microbatches, plan.grid.pp - stage());
         update(Rule::zero);
@@ -128,12 +96,15 @@ struct Lister {
             backward(m);
             if (m + ahead < plan.microbatches) forward(m + ahead, Rule::none);
         }
+        const bool tied = plan.of_tokens && plan.grid.pp > 1;
+        if (tied && plan.shared) add_copies();
         if (plan.shared && !seeded) add(plan.owners ? Op::AllGatherWait : Op::ReduceScatterWait, 0, Axis::dp, Buffer::grads);
         for (int segment = plan.meets() && first(); plan.owners && segment >= 0; --segment) {
             add(Op::W, 0, Axis::none, Buffer::none, Rule::owner);
             list.back().segment = segment;
         }
         if (!plan.shared) add(Op::AllReduceWait, 0, Axis::dp, Buffer::grads);
+        if (tied && !plan.shared) add_copies();
         update(Rule::norm);
         if (plan.shared) add(Op::AllReduceWait, 0, Axis::dp, Buffer::norm);
         add(Op::AllReduceWait, 0, Axis::pp, Buffer::norm);
@@ -197,16 +168,21 @@ std::vector<Weight> weights_of(Ensemble<float>& e, int dp) {
 }
 
 struct Data {
-    std::vector<uint8_t> inputs;
-    std::vector<int64_t> targets, index;
+    std::vector<uint8_t> inputs = {};
+    std::vector<int64_t> symbols = {}, targets = {}, index = {};
     Samples samples(int64_t size) const {
-        return {inputs.data(), targets.data(), index.data(), BATCH, size, true, 1.0 / 255};
+        const void* from = symbols.empty() ? static_cast<const void*>(inputs.data()) : symbols.data();
+        return {from, targets.data(), index.data(), BATCH, size, symbols.empty(), 1.0 / 255};
     }
 };
 
-Data made(int shift) {
+Data made(int shift, bool of_tokens = false) {
     Data data;
-    for (int n = 0; n < BATCH * 2; ++n) {
+    for (int n = 0; of_tokens && n < BATCH * 2 * TOKENS; ++n) {
+        data.symbols.push_back((n * 7 + n / 11 * (3 + shift)) % SYMBOLS);
+        data.targets.push_back((data.symbols.back() * (5 + 3 * shift) + 1) % SYMBOLS);
+    }
+    for (int n = 0; !of_tokens && n < BATCH * 2; ++n) {
         data.targets.push_back(n % CLASSES);
         for (int i = 0; i < SIDE * SIDE * 2; ++i)
             data.inputs.push_back(uint8_t((n * 31 + i * (7 + 5 * (n % CLASSES)) + shift * n * i) % 256));
@@ -222,14 +198,15 @@ struct Result {
 
 Result trained(const Plan& plan, const Data& data) {
     const int slice = BATCH / (plan.grid.dp * plan.microbatches);
+    const Network network = plan.network();
     std::vector<std::unique_ptr<Stage<float>>> stages;
     for (int rank = 0; rank < plan.grid.size(); ++rank) {
         const int p = plan.grid.pp_of(rank);
-        auto specs = numbered(plan.grid.pp == 1 ? joined(front(), back()) : p ? back() : front());
+        auto specs = plan.grid.pp == 1 ? joined(network) : numbered(p ? network.back : network.front);
         for (Spec& spec : specs)
             if (spec.kind == "batch_norm" && plan.whole) spec.across = plan.grid.dp;
         stages.push_back(std::make_unique<Stage<float>>(specs, slice, plan.microbatches, p == 0,
-                                                        p == plan.grid.pp - 1, *plan.kernels, 5));
+                                                        p == plan.grid.pp - 1, *plan.kernels, 5, network.tokens));
     }
     Hyper hyper;
     hyper.momentum = 0.9, hyper.decay = 0.01, hyper.clip = 0.5, hyper.weight = BATCH;
@@ -293,6 +270,28 @@ void all() {
     }
 }
 
+void all_of_tokens() {
+    const Data data = made(0, true);
+    const auto of = [](Grid grid, int microbatches, bool shared, const Kernels<float>& kernels, bool owners = false) {
+        return Plan{grid, microbatches, shared, &kernels, owners, false, true};
+    };
+    const Result wanted = trained(of({1, 1}, 1, false, naive()), data);
+    expect(wanted.scores[0].weight == BATCH, "a sample of tokens weighs 1");
+    expect(difference(trained(of({1, 1}, 1, false, naive()), made(1, true)), wanted) > APART, "other tokens give the same result");
+    const std::vector<std::pair<const char*, Plan>> plans = {
+        {"fast kernels", of({1, 1}, 4, false, fastest())},
+        {"four replicas, weights in common", of({4, 1}, 1, true, fastest())},
+        {"two owners of gradients", of({2, 1}, 1, true, fastest(), true)},
+        {"two stages", of({1, 2}, 4, false, fastest())},
+        {"two replicas of two stages, weights in common", of({2, 2}, 2, true, fastest())},
+        {"two replicas of two stages, weights of their own", of({2, 2}, 1, false, fastest())},
+    };
+    for (const auto& [name, plan] : plans) {
+        const float apart = difference(trained(plan, data), wanted);
+        expect(apart < ROUNDING, std::string("tokens, ") + name + ": differs by " + std::to_string(apart));
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -303,6 +302,7 @@ int main(int argc, char** argv) {
     }
     try {
         all();
+        all_of_tokens();
     } catch (const std::exception& error) {
         std::fprintf(stderr, "ensemble: %s\n", error.what());
         return 1;

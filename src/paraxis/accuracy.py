@@ -22,7 +22,7 @@ SHARE, LEAST = 0.15, 3.0  # of the budget, and the seconds below which nothing i
 LOOKS = 6  # at each plan; their steps grow as squares, for accuracy rises fastest at first
 LOOKING = 1 / 3  # of the time; held-out samples are thinned to it
 FEWEST_STEPS, FEWEST_SAMPLES, MOST_EPOCHS = 20, 500, 3
-PROBED = 1000  # samples scored to know how long it takes
+PROBED, PROBING = 1000, 0.1  # samples scored to know how long it takes, and the share of the time for that
 
 
 @dataclass
@@ -34,6 +34,11 @@ class Pupil:
     pace: float = inf  # seconds that it takes to score a sample
     done: int = 0
     learned: Learned = field(default_factory=lambda: Learned(steps=[], samples=[], seconds=[], loss=[], accuracy=[]))
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step, as measured."""
+        return median(self.row.times.values())
 
     @property
     def plan(self) -> Plan:
@@ -55,7 +60,11 @@ def learn(session: Session, rows: list[Row], study: Study, clock: Clock, budget:
     """Fill in `learned` of the winner, of today and of the fastest inexact plan of each kind, or why there is none."""
     which = held_out(session)
     if not which:
-        study.accuracy_skipped = "there are no held-out samples: data with a test set, or --validation 0.1, has some"
+        spec = session.spec
+        remedy = (
+            "--validation 0.1" if spec.data or not (spec.own_file or spec.live) else "--data npz:FILE with a test set"
+        )
+        study.accuracy_skipped = f"there are no held-out samples to score on; {remedy} would give some"
         return
     if not reserve(session, budget):
         study.accuracy_skipped = (
@@ -65,20 +74,34 @@ def learn(session: Session, rows: list[Row], study: Study, clock: Clock, budget:
         return
     chosen = pupils(rows, study)
     clock = Clock(min(clock.budget, clock.spent() + reserve(session, budget)), clock.start)
+    if clock.left() < LEAST / 2 or not chosen:
+        study.accuracy_skipped = "proving and measuring have spent the budget; raise --budget"
+        return
+    epoch, batch = session.known().steps_per_epoch, session.known().batch
+    for pupil in chosen:
+        pupil.pace = pupil.step / batch / 2  # a forward is a third of a step; better known once it has been tried
+    if _too_few(study, chosen, _lengths(chosen, clock.left(), epoch)[0]):
+        return
     session.tell("comparing accuracy", min(1.0, clock.spent() / clock.budget))
     _forget(session, rows)
-    chosen = [pupil for pupil in chosen if _ready(session, pupil, which, study)]
+    probed = max(batch, min(PROBED, int(PROBING * clock.left() / sum(pupil.pace for pupil in chosen))))
+    chosen = [pupil for pupil in chosen if clock.left() > 0 and _ready(session, pupil, which, probed, study)]
     if not chosen:
-        study.accuracy_skipped = "no plan that was measured could be trained from the start"
+        study.accuracy_skipped = "no plan could be set up anew in the time that is kept for it; raise --budget"
         return
-    steps, most = _lengths(chosen, clock.left(), session.known().steps_per_epoch)
+    steps, most = _lengths(chosen, clock.left(), epoch)
+    if not _too_few(study, chosen, steps):
+        _look(session, chosen, study, which, looks(steps), most, clock)
+
+
+def _too_few(study: Study, chosen: list[Pupil], steps: int) -> bool:
+    """Whether so many steps are not worth their time; says so."""
     if steps < FEWEST_STEPS:
         study.accuracy_skipped = (
             f"what is left of the budget trains {len(chosen)} plans for {steps} steps each, and fewer than "
             f"{FEWEST_STEPS} tell nothing; raise --budget"
         )
-        return
-    _look(session, chosen, study, which, looks(steps), most, clock)
+    return steps < FEWEST_STEPS
 
 
 def pupils(rows: list[Row], study: Study) -> list[Pupil]:
@@ -106,12 +129,12 @@ def _forget(session: Session, rows: list[Row]) -> None:
                 session.ask(row.key, row.plan, {"do": "drop"})
 
 
-def _ready(session: Session, pupil: Pupil, which: str, study: Study) -> bool:
+def _ready(session: Session, pupil: Pupil, which: str, probed: int, study: Study) -> bool:
     """Set it up anew and find out how long it takes to score it."""
     try:
         session.setup(pupil.key, pupil.plan)
         begun = time.perf_counter()
-        scored = evaluate(session, pupil.plan, which, pupil.key, PROBED)
+        scored = evaluate(session, pupil.plan, which, pupil.key, probed)
         pupil.pace = (time.perf_counter() - begun) / scored["samples"]
     except ParaxisError as error:
         _excuse(study, pupil, error)
@@ -123,7 +146,7 @@ def _lengths(chosen: list[Pupil], left: float, epoch: int | None) -> tuple[int, 
     """(steps of each plan, held-out samples at most) that fit into `left` seconds."""
     most = max(FEWEST_SAMPLES, int(LOOKING * left / LOOKS / sum(pupil.pace for pupil in chosen)))
     looking = LOOKS * most * sum(pupil.pace for pupil in chosen)
-    step = sum(median(pupil.row.times.values()) for pupil in chosen)
+    step = sum(pupil.step for pupil in chosen)
     return max(0, min(int((left - looking) / step), MOST_EPOCHS * (epoch or 1 << 30))), most
 
 

@@ -19,6 +19,7 @@ from paraxis.measure.speed import with_speeds
 from paraxis.measure.statistics import paired
 from paraxis.plan.plan import Plan
 from paraxis.plan.space import space
+from paraxis.program.cut import told_of
 from paraxis.proof import prove, steps_for
 from paraxis.recommend import recommend
 from paraxis.rounds import Clock, Row, chunk, lost, measure
@@ -68,9 +69,10 @@ def explore_task(
         if "mpi" in session.pools:
             study.machine.mpi = session.pools["mpi"].facts["library"]
         rows = _rows(session, count, comms, missing, book)
+        study.notes += told_of([row.plan for row in rows if row.live], facts.layout)
         today = _today(session)
         book.agrees(study.task, study.machine, [row.plan.text() for row in (today, *rows)])
-        kept = reserve(session, budget) if accuracy else 0.0
+        kept = min(reserve(session, budget), max(0.0, clock.left() / 4)) if accuracy else 0.0
         every, shorter = [today, *rows], Clock(clock.budget - kept, clock.start)
         try:
             _set_up(session, every, shorter, lambda: _publish(study, session, today, rows, save))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from paraxis.session import Session
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-NATIVE = "what engine=native keeps is not computed, so that it is not known to fit into --memory-limit; engine=torch is"
+UNKNOWN = "its memory is not computed, so that it is not known to fit into --memory-limit; engine=torch with tp=1 is"
 
 
 def bytes_of(text: str) -> int:
@@ -49,7 +49,7 @@ def check_fits(session: "Session", plan: Plan, memory: Memory | None) -> None:
     if limit is None or plan.engine == "plain":
         return
     if memory is None:
-        raise PlanError(f"{plan.short()}: {NATIVE}")
+        raise PlanError(f"{plan.short()}: {UNKNOWN}")
     if memory.total > limit:
         told = f"{plan.short()} needs {parts(memory)}, more than the limit of {_mb(limit)} MB"
         raise PlanError(f"{told}; {_instead(session, plan, limit)}")

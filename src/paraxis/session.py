@@ -142,11 +142,14 @@ class Session:
         return program
 
     def memory(self, plan: Plan) -> Memory | None:
-        """What the rank that needs most holds; None for the native engine. Raises PlanError as `program` does."""
+        """What the rank that needs most holds; None where it is not computed (engine=native, tensor parallelism).
+
+        Raises PlanError as `program` does.
+        """
         if plan not in self.memories:
             facts, alike = self.known(), replace(plan, engine="torch") if plan.engine == "plain" else plan
             check_divides(plan, facts.batch, self.spec.bn_group, facts.least)
-            known = facts.sizes is not None and plan.engine != "native"
+            known = facts.sizes is not None and plan.engine != "native" and plan.tp == 1
             program = lower(alike, facts.layout, facts.steps_per_epoch or 1) if known else None
             self.memories[plan] = largest(program, alike, facts.sizes, facts.batch) if program and facts.sizes else None
         return self.memories[plan]

@@ -10,6 +10,7 @@ from rich.console import Console
 from paraxis.errors import TaskError
 from paraxis.fitting import parts, record
 from paraxis.measure.breakdown import events
+from paraxis.measure.facts import Facts
 from paraxis.measure.records import Event, MemoryRecord, Study
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
@@ -17,6 +18,8 @@ from paraxis.program.cut import Layout
 from paraxis.program.grid import blocks, draw, explain, simplify, slot_width
 from paraxis.program.instructions import COMPUTE, Instruction, Program
 from paraxis.program.lower import lower
+from paraxis.program.meetings import kind, reach
+from paraxis.program.shares import Split, chosen, told
 from paraxis.program.simulate import Costs, simulate, uniform
 from paraxis.program.timeline import cells
 from paraxis.progress import err
@@ -29,23 +32,19 @@ LABELS = "digits: forward of that microbatch; letters a, b, ...: backward of 0, 
 
 def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
     """The program, what the checker found, and the simulated step; raises PlanError or TaskError."""
-    plan = Plan() if text == "today" else parse(text)
+    plan, splits = Plan() if text == "today" else parse(text), ""
     memory = None
     if spec is None:
-        program, costs, source = (
-            lower(plan, Layout((1,) * max(plan.stages, sum(plan.split)))),
-            uniform(),
-            "F=1, B=2, links free",
-        )
+        program, costs, source = lower(plan, _textbook(plan)), uniform(), "F=1, B=2, links free"
     else:
         with open_session(spec, {}, {}, None, tell) as session:
             session.begin(("solo",))
             plan = session.settled(plan)
             program, facts = session.program(plan), session.known()
             memory = record(session.memory(plan))
-        costs = measured(
-            program, facts.forward, facts.backward, facts.batch / facts.samples / plan.dp / plan.microbatches
-        )
+            splits = told(plan.tp, facts.layout.splits, facts.layout.modules) if plan.tp > 1 else ""
+        share = facts.batch / facts.samples / plan.dp / plan.microbatches
+        costs = measured(program, *_shared(plan, facts), share)
         source = f"measured layers of {facts.network}, links free"
     found = check(program)
     name = program.period[0][0]
@@ -58,6 +57,7 @@ def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
         "slot_width": slot_width(simplify(program.body(name))),
         "peak_live_microbatches": list(found.peak_live),
         "computed_memory": memory.model_dump() if memory else None,
+        "splits": splits,
         "costs": source,
         "makespan": line.makespan,
         "bubble_fraction": line.bubble_fraction(),
@@ -68,13 +68,32 @@ def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
     }
 
 
+def _textbook(plan: Plan) -> Layout:
+    """A layer a stage, each of which ranks can share."""
+    layers = max(plan.stages, sum(plan.split))
+    meets = [((k, 2 * k, "grad"), (k, 2 * k + 1, "act"))[k == 0 :] for k in range(layers)]
+    splits = [Split("columns", plan.tp, (str(k),), meets[k], (k, k)) for k in range(layers)]
+    return Layout((1,) * layers, splits=tuple(splits))
+
+
+def _shared(plan: Plan, facts: Facts) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Seconds of each layer's forward and backward on one of the ranks that share it."""
+    spans = [split.span for split in chosen(plan.tp, facts.layout.splits)] if plan.tp > 1 else []
+    parts = [plan.tp if any(a <= k <= b for a, b in spans) else 1 for k in range(len(facts.layers))]
+    forward, backward = (
+        tuple(t / n for t, n in zip(seconds, parts, strict=True)) for seconds in (facts.forward, facts.backward)
+    )
+    return forward, backward
+
+
 def measured(program: Program, forward: tuple[float, ...], backward: tuple[float, ...], share: float) -> Costs:
     """Costs of segments from the measured seconds of their layers; `share` is a microbatch's part of what was timed."""
 
     def compute(i: Instruction) -> float:
         if i.op not in COMPUTE:
             return 0.0
-        first, last = program.segments[i.stage][i.segment]
+        segments = program.segments[i.stage]
+        first, last = segments[i.segment][0], segments[reach(kind(i), program.borders(i.stage), i.segment)][1]
         seconds = sum((forward if i.op == "F" else backward)[first:last])
         return share * (seconds / 2 if i.op in "IW" else seconds)
 
@@ -90,6 +109,7 @@ def show_lines(document: dict[str, Any], width: int) -> list[str]:
     return [
         f"{document['plan']}   program {document['program']}",
         document["explained"],
+        *[document["splits"]] * bool(document["splits"]),
         "",
         *blocks(document["grid"], document["slot_width"], width),
         "",

@@ -13,6 +13,7 @@ from paraxis.fitting import record
 from paraxis.plan.plan import Plan
 from paraxis.proof import mean_losses
 from paraxis.run.joined import JoinedPool
+from paraxis.run.shards import together
 from paraxis.session import Session, Tell, check_batch, open_session, writable
 from paraxis.task.spec import TaskSpec
 
@@ -147,15 +148,16 @@ def evaluate(session: Session, plan: Plan, which: str, key: str = KEY, most: int
 
 def _save(session: Session, plan: Plan, out: Path) -> Path:
     """One plain state_dict from the parts of all stages; written whole or not at all."""
-    if plan.processes == 1 or (plan.dp > 1 and not plan.exact):
-        ranks = list(range(plan.processes))  # replicas agree before they are saved, which takes all of them
+    if plan.processes == 1 or plan.zero == 3 or (plan.dp > 1 and not plan.exact):
+        ranks = list(range(plan.processes))  # replicas agree, or gather, before they are saved, which takes all of them
     else:
-        ranks = [plan.mesh.rank(0, stage) for stage in range(plan.pp)]
+        ranks = [rank for stage in range(plan.pp) for rank in plan.mesh.group(plan.mesh.rank(0, stage), "tp")]
     state: dict[str, Any] = {}
     parts = [str(session.folder / f"part-{rank}.safetensors") for rank in range(plan.processes)]
-    session.home(plan).ask({"do": "save", "key": KEY, "files": parts}, ranks)
-    for rank in ranks:
-        state |= load_file(parts[rank])
+    answers = session.home(plan).ask({"do": "save", "key": KEY, "files": parts}, ranks)
+    for place in range(0, len(ranks), plan.tp):
+        own = [load_file(parts[rank]) for rank in ranks[place : place + plan.tp]]
+        state |= together(own, answers[place]["split"])
     path = out / "weights.safetensors"
     draft = path.with_suffix(".part")
     save_file(state, draft, {"plan": plan.text(), "network": session.spec.network, "format": "pt"})

@@ -7,6 +7,7 @@ from paraxis.fitting import record
 from paraxis.measure.machine import usable_cores
 from paraxis.plan.plan import Plan, parse
 from paraxis.plan.space import TRANSPORTS, space
+from paraxis.program.cut import told_of
 from paraxis.proof import Proof, prove, prove_or_tell
 from paraxis.run.joined import JoinedPool
 from paraxis.session import Session, Tell, check_batch, open_session
@@ -53,6 +54,7 @@ def verify_task(
             proofs = [prove(session, session.settled(single), steps, dtype, fault)]
         else:
             proofs = list(_all(session, count, comms, missing, steps, dtype, fault, tell))
+        notes += told_of([proof.plan for proof in proofs if proof.status == "ok"], session.known().layout)
         results = [_record(session, proof) for proof in proofs]
     failed = [r for r in results if r["status"] == "failed" or (r["verified"] and not r["verified"]["passed"])]
     if coupling:

@@ -144,7 +144,7 @@ MORE = (
     "dp=2,microbatches=2,sync=average@2",
     "dp=2,pp=2,microbatches=2,sync=average@4",
 )
-PLANS = [*(plan for plan in space(4, 4, comms=("mpi",)) if plan.threads == 1), *map(parse, MORE)]
+PLANS = [*(plan for plan in space(4, 4, comms=("mpi",)) if plan.threads == plan.tp == 1), *map(parse, MORE)]
 FEW = [*map(parse, ("serial", "dp=2", "pp=2,microbatches=4", "dp=2,pp=2,microbatches=2,bucket_bytes=64"))]
 WITH_AVERAGE = [*FEW, parse("dp=2,sync=average@4")]
 
@@ -201,6 +201,8 @@ def settle(ranks: list[Rank]) -> None:
 def outcome(ranks: list[Rank]) -> Outcome:
     rows = [rank.engine.losses for rank in ranks if rank.engine.losses]
     losses = [sum(loss for loss, _ in step) / sum(weight for _, weight in step) for step in zip(*rows, strict=True)]
+    if "state" in ranks[0].bodies:
+        reference.run_body(ranks, "state")  # as Rank.state does, on all ranks together
     return Outcome(losses, [rank.engine.state() for rank in ranks])
 
 

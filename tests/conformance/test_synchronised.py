@@ -200,8 +200,8 @@ def test_a_failing_layer_is_reported_and_no_thread_is_left(folder: Path) -> None
     for action in body[:middle]:  # one rank stands in the middle of a forward, for ever
         action()
     with pytest.raises(AttributeError, match="no_such"):
-        ranks[1].engine.pausing.run(lambda: torch.no_such)
-    assert ranks[0].engine.pausing.at == 0 and stage_threads() == 2
+        ranks[1].engine.at(0).pausing.run(lambda: torch.no_such)
+    assert ranks[0].engine.at(0).pausing.at == 0 and stage_threads() == 2
     del ranks, body, action
     gc.collect()
     assert stage_threads() == 0

@@ -2,6 +2,7 @@
 
 import json
 from html.parser import HTMLParser
+from itertools import pairwise
 from typing import Any
 
 import jsonschema
@@ -83,6 +84,22 @@ def test_today_and_the_recommendation(explored: Any) -> None:
     assert row["step_seconds"]["median"] == min(r["step_seconds"]["median"] for r in exact)
     assert chosen["command"].startswith("paraxis train mlp --plan ") and chosen["label"] in chosen["sentence"]
     assert study["baseline"]["step_seconds"]["median"] <= study["today"]["step_seconds"]["median"]
+
+
+def test_plans_learn_from_the_same_samples_and_exact_ones_the_same(explored: Any) -> None:
+    study = explored[0].document
+    seen = {r["label"]: r for r in [study["today"], *study["results"]] if r["learned"]}
+    if study["accuracy_skipped"]:  # a machine that others keep busy has spent the budget before
+        assert "--budget" in study["accuracy_skipped"] and not seen and study["held_out"] is None
+        return
+    chosen = study["recommendation"]["label"]
+    assert study["held_out"]["name"] == "test" and 500 <= study["held_out"]["samples"] <= 10_000
+    assert {chosen, study["today"]["label"]} < seen.keys() and any(not r["exact"] for r in seen.values())
+    assert len({tuple(r["learned"]["samples"]) for r in seen.values()}) == 1
+    ours, theirs = seen[chosen]["learned"], study["today"]["learned"]
+    assert ours["accuracy"] == pytest.approx(theirs["accuracy"], abs=2e-3), "another start, or another order of samples"
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert all(0 < a < b for r in seen.values() for a, b in pairwise(r["learned"]["seconds"]))
 
 
 def test_the_study_and_its_page_are_on_disk(explored: Any) -> None:

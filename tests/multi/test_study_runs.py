@@ -71,6 +71,7 @@ def test_a_study_killed_in_the_middle_resumes_to_the_same_records(desk: Any) -> 
     small(desk)
     whole = desk.run("explore", "--study", "native.toml", "--out", "whole", "--json").document
     assert [t["status"] for t in whole["trials"]] == ["ok"] * 8 and whole["finished"]
+    assert (desk.folder / "whole" / "report.html").read_text().count("<figure>") == 5  # every repeat has equal steps
     assert all(t["measures"]["final_accuracy"] is not None for t in whole["trials"])
     running = desk.start("explore", "--study", "native.toml", "--out", "killed")
     running.until(lambda: len(recorded(desk.folder / "killed")) >= 2)
@@ -80,6 +81,7 @@ def test_a_study_killed_in_the_middle_resumes_to_the_same_records(desk: Any) -> 
     before = recorded(desk.folder / "killed")
     done = desk.start("explore", "--study", "native.toml", "--out", "killed").finish()
     assert done.rc == 0 and "their rule" in done.out and "trials.csv" in done.out
+    assert "report.html" in done.out and "gradient" in (desk.folder / "killed" / "report.html").read_text()
     after = recorded(desk.folder / "killed")
     assert after[: len(before)] == before and without_times(after) == without_times(whole["trials"])
 

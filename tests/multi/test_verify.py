@@ -24,8 +24,13 @@ PLAN_OF = {  # a plan that can have the fault
     "early-update": ("mlp", "dp=2,microbatches=2"),
     "stale-bucket": ("mlp", "dp=2,microbatches=2"),
     "untied": ("gpt:2-32-2-16", "pp=2,microbatches=2"),
+    "dropped-output": ("cnn", "tp=2"),
+    "dropped-input-gradient": ("cnn", "tp=2"),
+    "wrong-part": ("cnn", "tp=2"),
+    "summed-whole": ("cnn", "tp=2"),
+    "counted-whole": ("mlp", "tp=2"),
 }
-WHOLE = {"local-moments": ("--batch", 8, "--bn-group", 8)}
+WHOLE = {"local-moments": ("--batch", 8, "--bn-group", 8), "counted-whole": ("--clip", 0.05)}
 PLACE = re.compile(
     r"step (?P<step>\d+): (parameter [\w.]+\.(weight|bias) on rank [01]|the loss of step (?P=step)) differs by \S+$"
 )
@@ -157,7 +162,7 @@ LATER = {"unzeroed": 2, "never-averaged": 2, "summed-weights": 2}  # the step th
 @pytest.mark.slow
 @pytest.mark.parametrize("comm", ["mpi", "gloo"])
 def test_every_seeded_fault_on_the_same_resident_ranks(desk: Any, comm: str) -> None:
-    others = ("local-statistics", "local-moments", "untied")  # the cnn has no batch norm and no tied weights
+    others = ("local-statistics", "local-moments", "untied", "counted-whole")  # what the cnn has not
     names = [name for name in FAULTS if name not in others]
     wanted = {name: f"{PLAN_OF.get(name, ('', 'dp=2'))[1]},comm={comm}" for name in names}
     done = desk.launch("python", desk.write("every.py", EVERY_FAULT), comm, 3, json.dumps(wanted), limit=230)

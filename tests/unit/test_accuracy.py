@@ -20,6 +20,8 @@ from paraxis.recommend import chance_of, recommend
 from paraxis.rounds import Clock, Row
 from paraxis.task.batches import ArraySource
 from paraxis.task.data import Arrays
+from paraxis.task.spec import TaskSpec
+from paraxis.task.task import make_task
 
 PROVED = Verified(against="serial", max_relative_difference=1e-7, tolerance=1e-5, passed=True)
 PLANS = {  # seconds of a step
@@ -44,7 +46,7 @@ class Fake:
     steps: dict[str, int] = field(default_factory=dict)
     plans: dict[str, Any] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
-    spec: Any = field(default_factory=lambda: SimpleNamespace(validation=0.0))
+    spec: Any = field(default_factory=lambda: TaskSpec(data="synthetic:256,6,3"))
 
     def known(self) -> Any:
         return SimpleNamespace(has_test=self.has_test, batch=32, steps_per_epoch=100)
@@ -160,14 +162,29 @@ def test_a_plan_that_fails_is_left_out_and_said(train: Any) -> None:
     ("fake", "budget", "spent", "why"),
     [
         (Fake(has_test=False), 60.0, 0.0, "--validation 0.1"),
+        (Fake(has_test=False, spec=TaskSpec(network="mine.py")), 60.0, 0.0, "--data npz:FILE with a test set"),
         (Fake(), 10.0, 0.0, "--budget 20"),
-        (Fake(), 60.0, 53.9, "raise --budget"),
+        (Fake(), 60.0, 53.9, "have spent the budget; raise --budget"),
+        (Fake(score_seconds=1e-3), 25.0, 16.0, "fewer than 20 tell nothing; raise --budget"),
     ],
 )
 def test_why_there_is_none_is_said(train: Any, fake: Fake, budget: float, spent: float, why: str) -> None:
     study, rows = train(fake, budget, spent)
     assert why in study.accuracy_skipped and study.held_out is None
     assert not any(row.result.learned for row in rows)
+
+
+def test_a_network_too_slow_for_it_is_not_set_up_again(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, seconds in list(PLANS.items()):
+        monkeypatch.setitem(PLANS, text, 50 * seconds)
+    study, _ = train(fake := Fake())
+    assert "fewer than 20 tell nothing" in study.accuracy_skipped and not fake.plans and fake.now == 0
+
+
+def test_nothing_was_measured() -> None:
+    study = sample_study.bare()
+    learn(Fake(), [], study, Clock(54.0), 60.0)  # type: ignore[arg-type]
+    assert "raise --budget" in study.accuracy_skipped  # type: ignore[operator]
 
 
 def test_nothing_is_kept_for_it_where_nothing_can_be_scored() -> None:
@@ -204,3 +221,28 @@ def test_a_thinned_source_is_spread_over_the_set_and_kept() -> None:
     assert few.inputs[:, 0].tolist() == [0, 12, 24, 36] and few.inputs.is_contiguous() and few.targets.is_contiguous()
     assert whole.thinned(4) is few, "engines know its samples by their identity"
     assert whole.thinned(10) is whole and whole.thinned(9).targets.tolist() == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("plan", ["engine=plain,threads=1", "engine=torch", "engine=native"])
+def test_every_engine_scores_the_thinned_set_as_it_scores_the_whole(plan: str) -> None:
+    """One sample in three of 10,000, by hand and by the duty: the same loss and the same hits."""
+    if "native" in plan:
+        pytest.importorskip("paraxis._native")
+    from paraxis.run.duties import Duties
+
+    duties = Duties("solo")
+    cpus: list[Any] = []
+    setup = {"key": "p", "plan": parse(plan).text(), "dtype": "float32", "cpus": cpus}
+    try:
+        duties.take_task({"spec": {"network": "mlp"}}, b"", lambda _: None)
+        duties.setup(setup, b"", lambda _: None)
+        asked = [{"key": "p", "set": "test", "most": most} for most in (4000, 0, 4000)]
+        few, whole, again = (duties.evaluate(request, b"", lambda _: None) for request in asked)
+        task = make_task(duties.spec, {}, torch.float32, plain=True)
+        with torch.no_grad():
+            out, y = task.net(task.test.share(0, 0, 10_000)[0][::3]), task.test.targets[::3]  # type: ignore[union-attr]
+    finally:
+        torch.set_num_threads(duties.default_threads)
+    assert few == again and few["samples"] == 3334 and whole["samples"] == 10_000
+    assert few["hits"] == float((out.argmax(1) == y).sum()) != whole["hits"]
+    assert few["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(out, y, reduction="sum")), rel=1e-5)

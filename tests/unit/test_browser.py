@@ -267,9 +267,15 @@ return told;
 """
 
 
+@pytest.fixture(scope="module")
+def study_html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of trials made by hand."""
+    return study_page.html(document(PIPELINE, tmp_path_factory.mktemp("pipes")))
+
+
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_studys_page_is_drawn_sorted_and_saved(width: int, tmp_path: Path) -> None:
-    told = use(study_page.html(document(PIPELINE, tmp_path)), USE_STUDY, tmp_path, width)
+def test_a_studys_page_is_drawn_sorted_and_saved(study_html: str, width: int, tmp_path: Path) -> None:
+    told = use(study_html, USE_STUDY, tmp_path, width)
     quiet(told)
     found = told.result
     assert found["pictures"] == 2 and found["empty"] == 0 and found["beyond"] == 0

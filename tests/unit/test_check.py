@@ -14,12 +14,14 @@ from paraxis.program.faults import FAULTS, _nothing
 from paraxis.program.grid import draw, explain, simplify
 from paraxis.program.instructions import MOMENTS, Instruction, Program, parse_program
 from paraxis.program.lower import lower
+from paraxis.program.shares import Split
 
 I = Instruction  # noqa: E741
 Row = list[Instruction]
-PLAIN = Layout(parameters=(2, 0, 3, 4))
+SPLITS = (Split("columns", 12, ("0", "3"), ((0, 1, "grad"), (3, 2, "act")), (0, 3)),)
+PLAIN = Layout(parameters=(2, 0, 3, 4), splits=SPLITS)
 TIED = Layout(parameters=(2, 0, 3, 4), clip=True, tied=(("w", (0, 2, 3)),))
-RICH = Layout(parameters=(2, 0, 3, 4), weight_in_data=True, statistics=True, clip=True, tied=TIED.tied)
+RICH = Layout(parameters=(2, 0, 3, 4), splits=SPLITS, weight_in_data=True, statistics=True, clip=True, tied=TIED.tied)
 ODD = (
     "microbatches=3",
     "dp=2,bucket_bytes=8",
@@ -434,7 +436,9 @@ def test_sums_in_the_wrong_place_are_refused(name: str) -> None:
 
 # -- faults ----------------------------------------------------------------------------------------------------
 
-CARRIERS = [*map(parse, ("dp=2", "dp=2,microbatches=2", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@2", "serial"))]
+CARRIERS = [
+    *map(parse, ("dp=2", "dp=2,microbatches=2", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@2", "serial", "tp=2"))
+]
 CARRIERS += [parse("pp=2,microbatches=2,recompute=all")]
 
 
@@ -455,7 +459,7 @@ def test_every_fault_changes_the_program_or_spoils_an_engine(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if not FAULTS[name].needs(Plan())])
 def test_a_plan_that_cannot_have_a_fault_is_told_what_it_needs(name: str) -> None:
-    with pytest.raises(PlanError, match=r"needs (dp > 1|pp > 1|sync=average|recompute=all)"):
+    with pytest.raises(PlanError, match=r"needs (dp > 1|pp > 1|tp > 1|sync=average|recompute=all)"):
         FAULTS[name].mutated(Plan(), lower(Plan(), PLAIN))
 
 

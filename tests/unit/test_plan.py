@@ -156,7 +156,7 @@ def test_a_leading_zero_is_no_other_plan() -> None:
         ("dp=2,dp=4", "gives dp twice"),
         ("", "is empty; try serial"),
         (" , ,", "is empty; try serial"),
-        ("tp=2", "tensor parallelism is not there yet"),
+        ("tp=2,engine=native", "tp=2: engine=native has no tensor parallelism; engine=torch has"),
         ("dp=0", "dp=0: it takes 1 or more"),
         ("threads=-1", "threads=-1: it takes 1 or more"),
         ("dp=two", "dp=two: it takes a whole number"),

@@ -27,7 +27,7 @@ RICH: dict[str, Any] = {"weight_in_data": True, "statistics": True, "clip": True
 NUMBERS = ("stage", "segment", "microbatch", "slice", "peer", "bucket", "token")
 WORDS = ("axis", "buffer", "reduction", "rule")
 PLANS = [
-    *(plan for plan in space(4, 4, comms=("mpi",)) if plan.threads == 1),
+    *(plan for plan in space(4, 4, comms=("mpi",)) if plan.threads == plan.tp == 1),
     *map(parse, ("microbatches=3", "dp=2,bucket_bytes=8", "dp=3,pp=2,microbatches=3,bucket_bytes=8")),
     *map(parse, ("pp=4,schedule=gpipe,microbatches=6", "dp=2,pp=2,microbatches=2,sync=average@3")),
     parse("pp=3,schedule=layerwise,microbatches=2"),

@@ -19,7 +19,9 @@ class Request(Protocol):
 class Comm(Protocol):
     """Some ranks that talk to each other; `rank` is one's own place among them. Buffers are contiguous tensors.
 
-    Peers are named by their rank in this communicator. Collectives sum in place.
+    Peers are named by their rank in this communicator. Collectives work in place, sums and gathers of parts on a flat
+    tensor of `size` equal parts, of which each rank's own is at its place: a reduce-scatter leaves its sum there, other
+    parts are undefined; an all-gather fills in the other ranks'.
     """
 
     rank: int
@@ -35,5 +37,13 @@ class Comm(Protocol):
     def all_reduce(self, tensor: Tensor) -> None: ...
 
     def all_reduce_start(self, tensor: Tensor) -> Request: ...
+
+    def reduce_scatter(self, tensor: Tensor) -> None: ...
+
+    def reduce_scatter_start(self, tensor: Tensor) -> Request: ...
+
+    def all_gather(self, tensor: Tensor) -> None: ...
+
+    def all_gather_start(self, tensor: Tensor) -> Request: ...
 
     def barrier(self) -> None: ...

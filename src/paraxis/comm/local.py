@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from paraxis.comm.exchange import parts
+
 
 @dataclass
 class Post:
@@ -72,6 +74,32 @@ class Summed:
         return len(self.post.sums[self.name]) >= len(self.name[0])
 
 
+@dataclass
+class Scattered(Summed):
+    """A sum of which each rank takes its own part."""
+
+    def wait(self) -> None:
+        """Add up what every rank has put in of one's own part."""
+        posted, ranks = self.post.sums[self.name], len(self.name[0])
+        total = parts(posted[0], ranks)[self.rank].clone()
+        for rank in range(1, ranks):
+            total += parts(posted[rank], ranks)[self.rank]
+        parts(self.tensor, ranks)[self.rank].copy_(total)
+        self.post.forget(self.name, self.rank)
+
+
+@dataclass
+class Gathered(Summed):
+    """Every rank's part, put together."""
+
+    def wait(self) -> None:
+        """Take out the others' parts."""
+        posted = self.post.sums[self.name]
+        for rank, part in enumerate(parts(self.tensor, len(self.name[0]))):
+            part.copy_(posted[rank])
+        self.post.forget(self.name, self.rank)
+
+
 class LocalComm:
     """One rank of a `Post`; `members` are the ranks of the whole that belong to this communicator."""
 
@@ -94,15 +122,34 @@ class LocalComm:
         return Received(self.post.mail[self.members[peer], self.me, tag], tensor)
 
     def all_reduce_start(self, tensor: Tensor) -> Summed:
-        """Put in one's own part."""
+        """Put in one's own summand."""
+        return Summed(self.post, self._put(tensor), self.rank, tensor)
+
+    def _put(self, tensor: Tensor) -> tuple[tuple[int, ...], int]:
         name = self.members, self.count
         self.count += 1
         self.post.sums[name][self.rank] = tensor.detach().clone()
-        return Summed(self.post, name, self.rank, tensor)
+        return name
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Blocking calls cannot be had in one process; start and wait are used instead."""
         self.all_reduce_start(tensor).wait()
+
+    def reduce_scatter_start(self, tensor: Tensor) -> Scattered:
+        """Put in one's own summand, for a part of the sum."""
+        return Scattered(self.post, self._put(tensor), self.rank, tensor)
+
+    def reduce_scatter(self, tensor: Tensor) -> None:
+        """As all_reduce."""
+        self.reduce_scatter_start(tensor).wait()
+
+    def all_gather_start(self, tensor: Tensor) -> Gathered:
+        """Put in one's own part."""
+        return Gathered(self.post, self._put(parts(tensor, self.size)[self.rank]), self.rank, tensor)
+
+    def all_gather(self, tensor: Tensor) -> None:
+        """As all_reduce."""
+        self.all_gather_start(tensor).wait()
 
     def barrier(self) -> None:
         """The reference interpreter runs ranks in turn."""

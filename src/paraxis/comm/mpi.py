@@ -7,6 +7,8 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from paraxis.comm import exchange
+
 TYPES = {
     torch.float32: MPI.FLOAT,
     torch.float64: MPI.DOUBLE,
@@ -69,6 +71,22 @@ class MpiComm:
     def all_reduce_start(self, tensor: Tensor) -> MpiRequest:
         """Begin to sum in place."""
         return MpiRequest(self.comm.Iallreduce(MPI.IN_PLACE, _numbers(tensor)), tensor)
+
+    def reduce_scatter(self, tensor: Tensor) -> None:
+        """Sum, each rank its part; Open MPI's own takes 10 times as long between 100 KB and 10 MB."""
+        exchange.reduce_scatter_start(self, tensor).wait()
+
+    def reduce_scatter_start(self, tensor: Tensor) -> exchange.Exchange:
+        """Begin to sum, each rank its part."""
+        return exchange.reduce_scatter_start(self, tensor)
+
+    def all_gather(self, tensor: Tensor) -> None:
+        """Collect every rank's part."""
+        self.comm.Allgather(MPI.IN_PLACE, _bytes(tensor))
+
+    def all_gather_start(self, tensor: Tensor) -> exchange.Exchange:
+        """Begin to collect every rank's part."""
+        return exchange.all_gather_start(self, tensor)
 
     def barrier(self) -> None:
         """Wait for all, spinning."""

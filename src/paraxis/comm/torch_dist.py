@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from paraxis.comm import exchange
+from paraxis.comm.base import Request
+
 LIMIT = timedelta(minutes=30)
 
 
@@ -60,6 +63,27 @@ class DistComm:
     def all_reduce_start(self, tensor: Tensor) -> DistRequest:
         """Begin to sum in place."""
         return DistRequest(self.handle.allreduce(tensor), tensor)
+
+    def reduce_scatter(self, tensor: Tensor) -> None:
+        """Sum, each rank its part."""
+        self.reduce_scatter_start(tensor).wait()
+
+    def reduce_scatter_start(self, tensor: Tensor) -> Request:
+        """Begin to sum, each rank its part. Gloo's own is an all-reduce of a copy."""
+        if self.root.backend == "gloo":
+            return exchange.reduce_scatter_start(self, tensor)
+        own = exchange.parts(tensor, self.size)[self.rank]
+        return DistRequest(self.handle._reduce_scatter_base(own, tensor), tensor)
+
+    def all_gather(self, tensor: Tensor) -> None:
+        """Collect every rank's part."""
+        self.all_gather_start(tensor).wait()
+
+    def all_gather_start(self, tensor: Tensor) -> Request:
+        """Begin to collect every rank's part. Gloo's own copies it twice."""
+        if self.root.backend == "gloo":
+            return exchange.all_gather_start(self, tensor)
+        return DistRequest(self.handle._allgather_base(tensor, exchange.parts(tensor, self.size)[self.rank]), tensor)
 
     def barrier(self) -> None:
         """Wait for all."""

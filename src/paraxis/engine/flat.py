@@ -1,6 +1,6 @@
 """Parameters and gradients of one stage as views of flat buffers, so that a reduction or an update is one call."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,8 @@ TOTALS = 2  # loss sum and weight stand in front of the gradients, so that one r
 class Flat:
     """`params` (n,) and `grads` (2 + n,) with the segments one after the other; `bounds`: each segment in `params`.
 
-    `runs` are maximal ranges [first, last) of `params` with one parameter group each: (group, first, last).
+    `runs` are maximal ranges [first, last) of `params` with one parameter group each: (group, first, last). `members`
+    are the parameters with their ranges. A segment may end with padding, of zeros.
     """
 
     params: Tensor
@@ -21,6 +22,7 @@ class Flat:
     bounds: tuple[tuple[int, int], ...]
     runs: tuple[tuple[int, int, int], ...]
     names: tuple[tuple[str, int, int], ...]
+    members: tuple[tuple[nn.Parameter, int, int], ...] = ()
 
     def gradients(self, bucket: int) -> Tensor:
         """What a reduction of a bucket sends: bucket 0 carries the totals in front; -1: all there is."""
@@ -40,10 +42,13 @@ def flatten(
     groups: Sequence[Iterable[nn.Parameter]],
     names: dict[int, str],
     dtype: torch.dtype,
+    parts: int = 1,
+    ends: Collection[int] = (),
 ) -> Flat:
     """Move the trainable parameters of the segments into flat buffers, in place; a shared one counts once.
 
-    Within a segment parameters of one group stand together, so that an update has few ranges.
+    Within a segment parameters of one group stand together, so that an update has few ranges. Behind the segments
+    `ends` they are padded to a multiple of `parts`.
     """
     group_of = {id(p): index for index, group in enumerate(groups) for p in group}
     seen: set[int] = set()
@@ -55,14 +60,15 @@ def flatten(
         ordered.append(sorted(fresh, key=lambda p: group_of.get(id(p), len(groups))))
     every = [p for own in ordered for p in own]
     like = every[0] if every else torch.zeros(0, dtype=dtype)
-    size = sum(p.numel() for p in every)
-    params = torch.empty(size, dtype=like.dtype, device=like.device)
+    size = _padded(ordered, parts, ends)
+    params = torch.zeros(size, dtype=like.dtype, device=like.device)
     grads = torch.zeros(TOTALS + size, dtype=like.dtype, device=like.device)
     bounds: list[tuple[int, int]] = []
     runs: list[tuple[int, int, int]] = []
     places: list[tuple[str, int, int]] = []
+    members: list[tuple[nn.Parameter, int, int]] = []
     at = 0
-    for own in ordered:
+    for number, own in enumerate(ordered):
         first = at
         for p in own:
             last = at + p.numel()
@@ -75,6 +81,18 @@ def flatten(
             else:
                 runs.append((group, at, last))
             places.append((names[id(p)], at, last))
+            members.append((p, at, last))
             at = last
+        at = _padded(ordered[: number + 1], parts, ends)
         bounds.append((first, at))
-    return Flat(params, grads, tuple(bounds), tuple(runs), tuple(places))
+    return Flat(params, grads, tuple(bounds), tuple(runs), tuple(places), tuple(members))
+
+
+def _padded(segments: Sequence[Sequence[nn.Parameter]], parts: int, ends: Collection[int]) -> int:
+    """Numbers that so many segments take, padding included."""
+    at = first = 0
+    for number, own in enumerate(segments):
+        at += sum(p.numel() for p in own)
+        if number in ends:
+            at = first = first + -(-(at - first) // parts) * parts
+    return at

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paraxis.engine.native_engine import extension, stages_of
+from paraxis.engine.native_engine import extension, stages_of, tokens_of
 from paraxis.engine.native_task import Feed, feed_of, get_weights, hyper_of, put_weights
 from paraxis.errors import PlanError
 from paraxis.program.instructions import MOMENTS, Program
@@ -41,6 +41,8 @@ class NativeEngine:
         put_weights(self.ensemble, task, [0])
         self.flat = SimpleNamespace(params=self._view("params"), grads=self._view("grads"))
         self.running, self.statistics = self._view("running"), self._view("statistics")
+        copies = [n for n, tie in program.ties_of(rank).items() if tie.stages[0] != self.stage]
+        self.elsewhere = [self.ensemble.tied(0, n) for n in copies]  # what another stage counts in the norm
         self.norm = torch.zeros(1, dtype=torch.float64)
         self.score = torch.zeros(3, dtype=torch.float64)
         self.source: Source = task.train
@@ -58,7 +60,7 @@ class NativeEngine:
         return make(
             dp=self.threads,
             pp=1,
-            stages=[stages_of(self.task, program.stages, self.slice_size)[self.stage]],
+            stages=[stages_of(self.task, program, self.slice_size)[self.stage]],
             slice=self.slice_size // self.threads,
             microbatches=program.microbatches,
             bodies=[],
@@ -68,6 +70,7 @@ class NativeEngine:
             seed=self.task.spec.seed,
             naive=False,
             whole=(self.stage, len(program.stages)),
+            tokens=tokens_of(self.task),
         )
 
     def _view(self, name: str) -> Tensor:
@@ -147,6 +150,9 @@ class NativeEngine:
         """A declared flat buffer."""
         if name in MOMENTS.values():
             return torch.from_numpy(self.ensemble.moments(0, bucket))
+        if name == "tied":
+            first, last = self.ensemble.tied(0, bucket)
+            return self.flat.grads[first:last]
         named = {"grads": self.flat.grads, "params": self.flat.params, "running": self.running}
         return (named | {"statistics": self.statistics, "norm": self.norm, "score": self.score})[name]
 
@@ -156,7 +162,10 @@ class NativeEngine:
 
     def gradient_norm(self) -> None:
         """Square of the gradient's norm on this stage."""
-        self.norm[0] = float(self.flat.grads.double().square().sum()) / self.weight**2
+        squares = self.flat.grads.double().square()
+        for first, last in self.elsewhere:
+            squares[first:last] = 0
+        self.norm[0] = float(squares.sum()) / self.weight**2
 
     def update(self) -> None:
         """One optimiser step."""
@@ -179,6 +188,10 @@ class NativeEngine:
     def state(self) -> dict[str, Tensor]:
         """This stage's part of the network's state_dict."""
         return get_weights(self.ensemble, self.task, [0], self.done)
+
+    def square_sum(self) -> float:
+        """Of the parameters."""
+        return float(self.flat.params.square().sum())
 
     def bytes_held(self) -> int:
         """Bytes of weights, gradients and the optimiser's state."""

@@ -30,14 +30,19 @@ class Feed:
 def feed_of(task: Task, source: Source, step: int, steps: int, cache: dict[int, np.ndarray]) -> Feed:
     """Up to `steps` steps from `step` on; arrays in memory are made channels-last once and kept in `cache`."""
     if isinstance(source, ArraySource):
-        key, kept = id(source.inputs), source.inputs
-        if key not in cache:
-            cache[key] = channels_last(kept if kept.dtype == torch.uint8 else kept.to(task.dtype))
         if source.shuffled:
             index, size = source.numbers(step, steps), ALL
         else:
             numbers = np.arange(step * source.batch, (step + steps) * source.batch)
             index, size = np.minimum(numbers, source.size - 1).reshape(steps, -1), source.size - step * source.batch
+        if source.tokens:  # bytes in memory: only those of these steps are made wide
+            inputs, targets = (
+                part.numpy()[index.reshape(-1)].astype(np.int64) for part in (source.inputs, source.targets)
+            )
+            return Feed(inputs, targets, np.arange(index.size).reshape(index.shape), size, 1.0)
+        key, kept = id(source.inputs), source.inputs
+        if key not in cache:
+            cache[key] = channels_last(kept if kept.dtype == torch.uint8 else kept.to(task.dtype))
         return Feed(cache[key], source.targets.numpy(), index, size, 1 / 255)
     inputs, targets = source.share(step, 0, source.batch)
     data = channels_last(inputs.to(task.dtype)), targets.contiguous().numpy()

@@ -10,10 +10,14 @@ from torch import Tensor
 from paraxis.engine.flat import Flat, flatten
 from paraxis.engine.pausing import pausing_for
 from paraxis.engine.rules import RULES, State
+from paraxis.engine.sharding import Shards, ends, shard
 from paraxis.engine.statistics import joined
 from paraxis.engine.torch_stage import Step, TorchStage
-from paraxis.program.instructions import MOMENTS, Program
+from paraxis.errors import PlanError, ProgramError
+from paraxis.program.instructions import MOMENTS, REDUCES, Program
+from paraxis.program.shares import chosen
 from paraxis.task.batches import Source
+from paraxis.task.shared import Shard, loss_of_parts, split
 from paraxis.task.task import Task
 
 
@@ -24,6 +28,7 @@ class TorchEngine:
         self.task = task
         own = program.stages_of(rank)
         self.score = torch.zeros(3, dtype=torch.float64)
+        self.shards = _share(task, program, rank)
         self.now = Step(task.train, torch.ones((), dtype=task.dtype), self.score)
         self.stages = {stage: TorchStage(self.now, task, program, stage) for stage in own}
         self.last_stage = own[-1] == len(program.stages) - 1
@@ -33,27 +38,37 @@ class TorchEngine:
         self.hyper = task.hyper()
         unreached = task.keyed.unreached  # an optimiser leaves parameters alone that never get a gradient
         groups = [[p for p in g["params"] if id(p) not in unreached] for g in self.hyper.groups]
-        self.flat: Flat = flatten(self.segments, groups, task.names, task.dtype)
+        self.shares: Shards | None = None
+        apart = program.zero > 0 or program.common()
+        padded = (program.mesh.dp, ends(program, rank, places)) if apart else (1, ())
+        self.flat: Flat = flatten(self.segments, groups, task.names, task.dtype, *padded)
+        if apart:
+            self.shares = shard(self.flat, program, rank, places)
+            self.flat = self.shares.flat
         for p in (p for g in self.hyper.groups for p in g["params"] if id(p) in unreached):
             p.grad = None
         for stage in self.stages.values():
             stage.pausing = pausing_for(stage, program, self.flat.grads.device)
         self._keep_own_parameters(task, first=own[0] == 0)
         self.gradients_flat = self.flat.grads[len(self.flat.totals) :]
-        # Cut once: every tensor operation, be it a mere slice, costs microseconds of a step.
-        self.runs: list[tuple[Tensor, Tensor, State, dict[str, Any]]] = [
-            (self.flat.params[a:b], self.gradients_flat[a:b], {}, self.hyper.groups[group])
-            for group, a, b in self.flat.runs
-            if group >= 0
-        ]
-        self.part = 0, 1  # of the parameters, that this rank updates
+        owned = self.shares.own_gradients() if self.shares else [(0, self.gradients_flat)]
+        self.runs = self._runs()
+        self.copies: dict[int, Tensor] = {}  # of parameters that no rank has whole
         self.totals = self.flat.totals
         self.rule: Callable[..., None] | None = RULES.get(self.hyper.rule)
+        if program.zero and self.rule is None:
+            kind = type(self.hyper.optimizer).__name__
+            raise PlanError(f"zero={program.zero}: {kind} needs whole parameters; SGD, Adam and AdamW take shares")
         self.now.unit = self.now.unit.to(self.flat.params.device)
         named = {name: (first, last) for name, first, last in self.flat.names}
         self.tied = {number: named[tie.parameter] for number, tie in program.ties_of(rank).items()}
-        elsewhere = [self.tied[n] for n, tie in program.ties_of(rank).items() if tie.stages[0] not in own]
-        self.counted = _without(elsewhere, len(self.gradients_flat))  # in the norm: one copy of what is tied
+        elsewhere = {self.tied[n] for n, tie in program.ties_of(rank).items() if tie.stages[0] not in own}
+        if program.mesh.coordinates(rank)[2]:  # what is whole on every rank of its group is counted on the first
+            elsewhere |= {range_ for name, range_ in named.items() if name not in self.shards}
+        counted = _without(list(elsewhere), max(at + len(own) for at, own in owned))  # in the norm: one copy of each
+        self.counted = [
+            own[max(a - at, 0) : b - at] for at, own in owned for a, b in counted if a < at + len(own) and b > at
+        ]
         self.norm = torch.zeros(1, dtype=torch.float64)
         self.running, self.collected = joined([stage.statistics for stage in self.stages.values()])
         replicas = program.mesh.dp if program.epilogue else 1  # those that agree later each train on their own batch
@@ -98,12 +113,14 @@ class TorchEngine:
 
     def buffer(self, name: str, bucket: int, stage: int = -1) -> Tensor:
         """A declared flat buffer, or a segment's part of the gradients."""
+        if self.shares and name in ("grads", "params"):
+            return self.shares.buffer(name, bucket, stage)
         if name == "grads":
             return self.flat.gradients(bucket if bucket < 0 else self.places[stage, bucket])
         if name == "tied":
             first, last = self.tied[bucket]
             return self.gradients_flat[first:last]
-        if name in MOMENTS.values():
+        if name in (*MOMENTS.values(), *REDUCES):
             pausing = self.stages[stage].pausing
             assert pausing is not None, "only a stage that pauses has moments"
             return pausing.moments[bucket]
@@ -116,28 +133,34 @@ class TorchEngine:
             "running": self.running,
         }[name]
 
-    def keep_to(self, part: int, parts: int) -> None:
-        """Update only one of `parts` equal shares of the parameters from now on."""
-        if self.part != (part, parts):
-            self.part = part, parts
-            first, last = self._own_part()
-            cut = [(max(a, first), min(b, last), group) for group, a, b in self.flat.runs if group >= 0]
-            self.runs = [
-                (self.flat.params[a:b], self.gradients_flat[a:b], {}, self.hyper.groups[group])
-                for a, b, group in cut
-                if a < b
-            ]
+    def reserve(self, name: str, bucket: int, stage: int) -> None:
+        """Memory for a bucket's parameters or gradients."""
+        self._shares().reserve(name, bucket, stage)
 
-    def only_own_part(self, part: int, parts: int) -> None:
-        """Clear the parameters of the other shares, before they are gathered."""
-        first, last = self._own_part()
-        self.flat.params[:first].zero_()
-        self.flat.params[last:].zero_()
+    def release(self, name: str, bucket: int, stage: int) -> None:
+        """Let it go."""
+        self._shares().release(name, bucket, stage)
 
-    def _own_part(self) -> tuple[int, int]:
-        part, parts = self.part
-        each = -(-self.flat.params.numel() // parts)
-        return min(part * each, self.flat.params.numel()), min((part + 1) * each, self.flat.params.numel())
+    def take_share(self, bucket: int, stage: int) -> None:
+        """Keep one's own part of gradients that have been reduced."""
+        self._shares().take_share(bucket, stage)
+
+    def copy(self, bucket: int, stage: int) -> None:
+        """Keep a copy of a bucket's parameters while they are whole."""
+        self.copies |= {id(p): p.detach().clone() for p in self._shares().members(bucket, stage)}
+
+    def _shares(self) -> Shards:
+        if self.shares is None:
+            raise ProgramError("this program shards nothing")
+        return self.shares
+
+    def _runs(self) -> list[tuple[Tensor, Tensor, State, dict[str, Any]]]:
+        """What an update goes over, cut once: every tensor operation, be it a mere slice, costs microseconds."""
+        if self.shares:
+            found = self.shares.own_runs()
+        else:
+            found = [(group, self.flat.params[a:b], self.gradients_flat[a:b]) for group, a, b in self.flat.runs]
+        return [(weights, grads, {}, self.hyper.groups[group]) for group, weights, grads in found if group >= 0]
 
     def zero(self) -> None:
         """Begin a step."""
@@ -150,11 +173,7 @@ class TorchEngine:
 
     def gradient_norm(self) -> None:
         """Square of the gradient's norm on this rank."""
-        first, last = self._own_part()
-        own = [
-            self.gradients_flat[max(a, first) : min(b, last)] for a, b in self.counted if max(a, first) < min(b, last)
-        ]
-        self.norm[0] = sum(float(torch.dot(g, g)) for g in own) * self.scale() ** 2
+        self.norm[0] = sum(float(torch.dot(g, g)) for g in self.counted) * self.scale() ** 2
 
     def update(self) -> None:
         """One optimiser step on the flat buffers."""
@@ -196,18 +215,44 @@ class TorchEngine:
     # -- in and out --------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's part of the network's state_dict."""
+        """This rank's part of the network's state_dict; of stage 3 of ZeRO, what the body `state` has just copied."""
+        copies, self.copies = self.copies, {}
         for stage in self.stages.values():
             stage.statistics.restore()
-        return {name: value.detach().clone() for name, value in self.named.items()}
+        return {name: copies.get(id(value), value).detach().clone() for name, value in self.named.items()}
+
+    def square_sum(self) -> float:
+        """Of the parameters; as `state`."""
+        copies, self.copies = self.copies, {}
+        return sum(float(t.square().sum()) for t in copies.values() or [self.flat.params])
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes of parameters and gradients, whole or in shares as they are now, and of the optimiser's state."""
+        whole = self.shares.transient if self.shares else lambda name: 0
+        return {
+            "params": self.flat.params.nbytes + whole("params"),
+            "grads": self.flat.grads.nbytes + whole("grads"),
+            "state": sum(t.nbytes for run in self.runs for t in run[2].values()),
+        }
 
     def bytes_held(self) -> int:
         """Bytes of the flat buffers and the optimiser's state."""
-        kept = [self.flat.params, self.flat.grads, *(t for run in self.runs for t in run[2].values())]
-        return sum(t.nbytes for t in kept)
+        return sum(self.bytes_by_kind().values())
 
 
 def _without(parts: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
     """The ranges of [0, size) that are left without some parts."""
     edges = [0, *(edge for part in sorted(parts) for edge in part), size]
     return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _share(task: Task, program: Program, rank: int) -> dict[str, Shard]:
+    """Keep this rank's part of what the ranks of its `tp` group share; of which tensors that leaves which part."""
+    tp, index = program.mesh.tp, program.mesh.coordinates(rank)[2]
+    if tp == 1:
+        return {}
+    own = chosen(tp, task.splits)
+    shards = split(task.net, own, task.draw, index, tp)
+    task.shared_loss = loss_of_parts(task.net, own, index, tp)
+    every = task.net.state_dict(keep_vars=True).items()
+    return {name: shards[id(value)] for name, value in every if id(value) in shards}

@@ -16,6 +16,7 @@ from paraxis.engine.parted import Parting, parting_for
 from paraxis.engine.pausing import Pausing
 from paraxis.engine.statistics import StageStatistics
 from paraxis.program.instructions import Program
+from paraxis.program.meetings import reach
 from paraxis.task.batches import Nest, Source, leaves, map_nest, samples
 from paraxis.task.task import Task
 
@@ -68,6 +69,7 @@ class TorchStage:
         self.parting: Parting | None = parting_for(program, stage, self.segments)
         self.calls = [[task.callable(layer) for layer in segment] for segment in self.segments]
         self.altered = [first in task.altering for first, _ in cuts]
+        self.words = program.borders(stage)
         self.pausing: Pausing | None = None
         self.statistics = StageStatistics(self.segments)
         self.clear()
@@ -95,7 +97,6 @@ class TorchStage:
 
     def forward(self, segment: int, microbatch: int, part: int) -> None:
         """F of one segment: keeps what its backward needs, and hands the output on."""
-        last = segment == len(self.segments) - 1
         if self.pausing is None:
             x, entering = self._enter(segment, microbatch, part)
             made = _through(self.calls[segment], x, self._loss(segment, self._targets(segment, microbatch)))
@@ -109,11 +110,12 @@ class TorchStage:
             self.pausing.forward(partial(_through, calls, x, self._loss(whole, self._targets(whole, microbatch))))
         else:
             self.pausing.resume()
-        self.pausing.check_forward(None if last else segment)
-        if last:
+        ends = reach("F", self.words, segment)
+        self.pausing.check_forward(ends if ends < len(self.words) else None)
+        if ends == len(self.words):
             made = self.pausing.end()
-            self._leave(segment, microbatch, made)
-            self._keep(segment, microbatch, self.entering, made)
+            self._leave(ends, microbatch, made)
+            self._keep(ends, microbatch, self.entering, made)
 
     def light(self, segment: int, microbatch: int, part: int) -> None:
         """F that keeps only what the segment is called with; autograd notes operations, for they tell what needs a
@@ -153,7 +155,7 @@ class TorchStage:
 
     def _loss(self, segment: int, batch: Nest) -> Callable[[Nest], Any] | None:
         """Of the last segment's output."""
-        loss = self.task.recipe.loss
+        loss = self.task.shared_loss or self.task.recipe.loss
         return (lambda x: loss(x, batch)) if self._ends(segment) else None
 
     def _leave(self, segment: int, microbatch: int, made: Any) -> None:
@@ -198,10 +200,11 @@ class TorchStage:
             entering, descend = self._descent(segment, microbatch)
             descend()
         else:
-            if segment == len(self.segments) - 1:
-                self.entering, descend = self._descent(segment, microbatch)
+            above = reach("B", self.words, segment)
+            if above == len(self.words):
+                self.entering, descend = self._descent(above, microbatch)
                 self.pausing.backward(descend)
-            elif self.pausing.at == segment:
+            elif self.pausing.at == above:
                 self.pausing.resume()
             self.pausing.check_backward(segment)
             if segment:
@@ -236,18 +239,26 @@ class TorchStage:
 
     def evaluate(self, segment: int, microbatch: int, part: int) -> None:
         """Forward only, without noise; the last stage adds loss, weight and hits of the samples that are no padding."""
-        self.apart(partial(self._evaluate, segment, microbatch, part))
+        if self.pausing is None or "norm" in self.words:
+            self.apart(partial(self._evaluate, (segment,), microbatch, part))
+            return
+        if segment == 0:
+            every = range(len(self.segments))
+            self.pausing.forward(partial(self._evaluate, every, microbatch, part), "E")
+        else:
+            self.pausing.resume()
+        ends = reach("E", self.words, segment)
+        self.pausing.check_forward(ends if ends < len(self.words) else None)
 
     def apart(self, compute: Callable[[], None]) -> None:
         """In the one thread that computes this stage."""
         compute() if self.pausing is None else self.pausing.run(compute)
 
-    def _evaluate(self, segment: int, microbatch: int, part: int) -> None:
+    def _evaluate(self, segments: Sequence[int], microbatch: int, part: int) -> None:
         self.draw.at(self.now.number, part * self.slice_size, self.slice_size)
         with torch.no_grad():
-            x, _ = self._opened(segment, self._taken(segment, microbatch))
-            for call in self.calls[segment]:
-                x = call(x)
+            x, _ = self._opened(segments[0], self._taken(segments[0], microbatch))
+            x, segment = _through([call for k in segments for call in self.calls[k]], x, None), segments[-1]
             if segment < len(self.segments) - 1:
                 self.between[segment + 1, microbatch] = x
             elif not self.last:

@@ -6,6 +6,7 @@ from typing import Any
 from paraxis.measure.roofline import LayerWork, work_of
 from paraxis.program.cut import Layout
 from paraxis.program.memory import Sizes, sizes_of
+from paraxis.program.shares import split_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def facts_of(document: dict[str, Any]) -> Facts:
         key: tuple(value) if isinstance(value, list) else value for key, value in document["layout"].items()
     }
     layout["tied"] = tuple((name, tuple(layers)) for name, layers in layout["tied"])
+    layout["splits"] = tuple(split_of(split) for split in layout["splits"])
     work = tuple(work_of(layer) for layer in document.get("work", ()))
     sizes = sizes_of(document["sizes"]) if document.get("sizes") else None
     return Facts(**(lists | {"layout": Layout(**layout), "work": work, "sizes": sizes}))

@@ -11,6 +11,7 @@ from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES, parted
 ENGINES = ("torch", "native", "plain")
 COMMS = ("openmp", "mpi", "gloo", "nccl")
 GRADIENTS = ("private", "owner")
+SHARDED_BUCKET = 512 << 10  # bytes of a bucket of ZeRO 2 and 3 by default: below it messages cost more than memory
 SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -61,6 +62,8 @@ class Plan:
     samples, then summed) or "owner" (each its own block, over all).
     Stages that `recompute` names ("all", or numbers such as "0+2") keep only what their segments are called with, and
     compute forwards again before the backwards.
+    `zero` is the stage of ZeRO (Rajbhandari et al. 2020): of optimizer state (1), gradients too (2) and parameters too
+    (3), each replica keeps only its share.
     Raises PlanError for values that no network could meet.
     """
 
@@ -77,6 +80,7 @@ class Plan:
     threads: int = 1
     bucket_bytes: int = 0
     gradients: str = "private"
+    zero: int = 0
     recompute: str = ""
 
     def __post_init__(self) -> None:
@@ -85,8 +89,6 @@ class Plan:
                 raise PlanError(f"{key}={getattr(self, key)}: it takes 1 or more")
         if self.bucket_bytes < 0:
             raise PlanError(f"bucket_bytes={self.bucket_bytes}: it takes 0 (all at once) or more, such as 1M")
-        if self.tp > 1:
-            raise PlanError(f"tp={self.tp}: tensor parallelism is not there yet; dp and pp are")
         self._check_words()
         if self.interleave == 1 and self._ordered():
             object.__setattr__(self, "interleave", STAGES.get(self.schedule, 1))
@@ -105,6 +107,7 @@ class Plan:
                 raise PlanError(f"{key}={value}: {_suggest(value, [w for w in allowed if w])}")
         period(self.sync, steps_per_epoch=1)
         self._check_engine()
+        self._check_zero()
         self._check_threads()
         self._check_interleave()
         self.recomputed()
@@ -112,6 +115,8 @@ class Plan:
     def _check_engine(self) -> None:
         if self.engine == "plain" and (self.mesh.size > 1 or self.microbatches > 1):
             raise PlanError("engine=plain is the framework's own loop in one process; parallel plans take engine=torch")
+        if self.tp > 1 and self.engine == "native":
+            raise PlanError(f"tp={self.tp}: engine=native has no tensor parallelism; engine=torch has")
         if self.comm == "openmp" and self.engine != "native":
             raise PlanError(
                 f"comm=openmp: only engine=native has threads as ranks; engine={self.engine} takes mpi or gloo"
@@ -121,6 +126,18 @@ class Plan:
         threaded = self.engine == "native" and (self.comm or "openmp") == "openmp" and self.sync == "gradient"
         if self.gradients == "owner" and not (threaded and self.microbatches == self.pp == 1):
             raise PlanError("gradients=owner needs dp=N,engine=native,comm=openmp, sync=gradient, microbatches=1, pp=1")
+
+    def _check_zero(self) -> None:
+        if not 0 <= self.zero <= 3:
+            raise PlanError(f"zero={self.zero}: it takes 0 (nothing sharded), 1, 2 or 3")
+        if self.zero == 0 or self.dp == 1:
+            return
+        if self.engine == "native" and (self.comm or "openmp") == "openmp":
+            raise PlanError(f"zero={self.zero}: with comm=openmp replicas share one copy of the weights already")
+        if self.engine == "native":
+            raise PlanError(f"zero={self.zero}: engine=native keeps its weights whole; engine=torch can shard them")
+        if self.sync != "gradient":
+            raise PlanError(f"zero={self.zero}: with sync={self.sync} replicas differ; shares take sync=gradient")
 
     def _check_interleave(self) -> None:
         if self.interleave > 1 and self.microbatches > 1 and (self.schedule or "1f1b") in ONE_STAGE:
@@ -153,7 +170,9 @@ class Plan:
         if self.dp == 1 or self.sync != "gradient":
             quiet["bucket_bytes"] = 0
         if self.dp == 1:
-            quiet["gradients"] = "private"
+            quiet |= {"gradients": "private", "zero": 0}
+        elif self.zero > 1 and not self.bucket_bytes:
+            quiet["bucket_bytes"] = SHARDED_BUCKET
         if self.recompute and self.recomputed() == set(range(self.stages)):
             quiet["recompute"] = "all"
         elif self.recompute:
@@ -209,8 +228,9 @@ class Plan:
     def short(self) -> str:
         """Only the keys that differ from their default, as one types it."""
         differ = [f for f in fields(self) if getattr(self, f.name) != f.default]
-        implied = "layerwise" if self.microbatches == 1 else "1f1b"
-        shown = [f for f in differ if not (f.name == "schedule" and self.schedule == implied)]
+        implied: dict[str, object] = {"schedule": "layerwise" if self.microbatches == 1 else "1f1b"}
+        implied |= {"bucket_bytes": SHARDED_BUCKET} if self.zero > 1 else {}
+        shown = [f for f in differ if implied.get(f.name) != getattr(self, f.name)]
         return ",".join(f"{f.name}={_show(getattr(self, f.name))}" for f in shown) or "serial"
 
     def label(self) -> str:
@@ -223,9 +243,11 @@ class Plan:
         words += [f"{self.interleave} stages a rank"] * (self.interleave > 1)
         words += [self.sync] * (self.sync != "gradient")
         words += [f"{self.gradients} gradients"] * (self.gradients != "private")
+        words += [f"zero={self.zero}"] * (self.zero > 0)
         words += [f"recompute={self.recompute}"] * bool(self.recompute)
         words += [f"threads={self.threads}"] * (self.threads > 1)
-        words += [f"bucket={_bytes(self.bucket_bytes)}"] * (self.bucket_bytes > 0)
+        usual = SHARDED_BUCKET if self.zero > 1 else 0
+        words += [f"bucket={_bytes(self.bucket_bytes)}"] * (self.bucket_bytes != usual)
         words += ["serial"] * (not words)
         words += ["native"] * (self.engine == "native" and self.comm != "openmp")
         return " ".join([*words, self.comm]).strip()

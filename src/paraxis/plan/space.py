@@ -54,6 +54,9 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
     processes = [comm for comm in comms if comm != "openmp"]
     if not processes:
         return
+    yield Plan(tp=workers, comm=processes[0])
+    if workers >= 4 and workers % 2 == 0:
+        yield Plan(dp=workers // 2, tp=2, comm=processes[0])
     yield Plan(threads=workers)
     for ranks in rungs(workers // 2)[1:]:
         if workers % ranks == 0:

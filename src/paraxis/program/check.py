@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from paraxis.errors import ProgramError
+from paraxis.program.check_shards import Shards
 from paraxis.program.grid import point_at
 from paraxis.program.hang import check_hang
 from paraxis.program.instructions import (
@@ -17,11 +18,19 @@ from paraxis.program.instructions import (
     COMPUTE,
     MOMENTS,
     RECEIVES,
+    REDUCES,
     SENDS,
     Instruction,
     Program,
 )
+from paraxis.program.meetings import awaited, begins, kind, reach
 
+SUMS = {
+    "moments": "the replicas' sums of batch norm {}",
+    "moment_grads": "the replicas' sums of batch norm {}'s gradient",
+    "ReduceAct": "the summed outputs of segment {}",
+    "ReduceGrad": "the summed gradients behind segment {}",
+}
 Fail = Callable[[int, str], NoReturn]
 
 
@@ -46,7 +55,8 @@ class _Rank:
     received: set[tuple[str, int, int]] = field(default_factory=set)
     open: dict[int, Instruction] = field(default_factory=dict)
     reduced: set[tuple[int, int]] = field(default_factory=set)  # (stage, bucket)
-    met: set[tuple[str, int, int]] = field(default_factory=set)  # (buffer, stage, batch norm) of known sums
+    met: set[tuple[str, int, int, int]] = field(default_factory=set)  # (buffer or op, stage, border, microbatch)
+    midway: dict[int, Instruction] = field(default_factory=dict)  # of each stage, what stands still in the middle of it
     tied: set[int] = field(default_factory=set)  # ties whose copies have been added up
     parted: set[tuple[int, int, int]] = field(default_factory=set)  # I whose W is still to come
     light: dict[tuple[int, int, int], int] = field(default_factory=dict)  # slices of forwards that kept nothing more
@@ -58,7 +68,7 @@ class _Rank:
 def check(program: Program) -> Checked:
     """Raises ProgramError or Deadlock with the grid and an arrow at the fault; else tells the peak of live work."""
     peaks = [0] * program.mesh.size
-    for part in (*_unrolled(program), *(name for name, _ in program.epilogue), "evaluate", "score"):
+    for part in (*_unrolled(program), *_apart(program)):
         body = program.body(part)
         if len(body) != program.mesh.size:
             raise ProgramError(f"body {part} has {len(body)} ranks, but the mesh has {program.mesh.size}")
@@ -67,7 +77,7 @@ def check(program: Program) -> Checked:
             peaks[rank] = max(peaks[rank], peak)
         _check_slices(program, part)
     check_hang(program.mesh, [program.body(part) for part in _unrolled(program)])
-    for name in ("evaluate", "score", *(name for name, _ in program.epilogue)):
+    for name in _apart(program):
         check_hang(program.mesh, [program.body(name)])
     return Checked(tuple(peaks))
 
@@ -78,13 +88,19 @@ def _unrolled(program: Program) -> list[str]:
     return [*names, names[0]]
 
 
+def _apart(program: Program) -> list[str]:
+    """Bodies that run by themselves."""
+    shared = {name for name, _ in program.bodies} & {"evaluate", "score", "state"}
+    return [*(name for name, _ in program.epilogue), *sorted(shared)]
+
+
 def _check_slices(program: Program, part: str) -> None:
-    """Every stage computes every slice of the global batch, each once."""
-    wanted = list(range(program.mesh.dp * program.microbatches))
-    for stage in range(len(program.stages)):
-        cells = [i for row in program.body(part) for i in row if _computes(i, stage)]
-        if cells and sorted(i.slice for i in cells) != wanted:
-            found = sorted(i.slice for i in cells)
+    """Every stage computes every slice of the global batch, each once (on every rank that shares its layers)."""
+    wanted, tp = list(range(program.mesh.dp * program.microbatches)), program.mesh.tp
+    for stage, own in ((stage, own) for stage in range(len(program.stages)) for own in range(tp)):
+        rows = program.body(part)[own::tp]
+        found = sorted(i.slice for row in rows for i in row if _computes(i, stage))
+        if found and found != wanted:
             raise ProgramError(f"stage {stage} of {part} computes slices {found} of the batch instead of {wanted}")
 
 
@@ -95,17 +111,20 @@ def _computes(i: Instruction, stage: int) -> bool:
 
 def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[Instruction]) -> int:
     """What one rank can violate alone, in one body. Returns the peak of live microbatches."""
-    state, body = _Rank(), program.body(part)
+    state, body, shards = _Rank(), program.body(part), Shards(program.zero)
 
     def fail(slot: int, why: str) -> NoReturn:
         raise ProgramError(f"rank {rank}, slot {slot} of {part}: {why}\n{point_at(body, rank, slot)}")
 
     for slot, i in enumerate(instructions):
         _check_token(state, i, slot, fail)
+        shards.see(i, slot, fail)
         if i.op in COMPUTE and not (0 <= i.microbatch < program.microbatches and i.stage in program.stages_of(rank)):
             own, stages = ", ".join(map(str, program.stages_of(rank))), len(program.stages)
             known = f"there are {program.microbatches} microbatches and {stages} stages, of which {own} here"
             fail(slot, f"{i.label()} of stage {i.stage}: {known}")
+        if i.op in MOMENTS:
+            _check_midway(program, state, i, slot, fail)
         if i.op == "F" and i.rule == "again":
             _check_again(state, i, slot, fail)
         elif i.op == "F":
@@ -120,8 +139,8 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             _check_send(program, state, i, slot, fail)
         elif i.waits and i.base in RECEIVES:
             state.received.add((i.base, i.stage, i.microbatch))
-        elif i.buffer in MOMENTS.values():
-            _check_moments(program, state, i, slot, fail)
+        elif i.buffer in MOMENTS.values() or i.base in REDUCES:
+            _check_meeting(program, state, i, slot, fail)
         elif i.buffer == "tied":
             _check_tie(program, rank, state, i, slot, fail)
         elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm"):
@@ -130,6 +149,7 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
     if state.open:
         token, i = next(iter(state.open.items()))
         fail(len(instructions) - 1, f"{i.op} {i.label()} (token {token}) is never awaited")
+    shards.end(set(_buckets(program, rank)), len(instructions) - 1, fail)
     if any(i.op in BACKWARD for row in body for i in row):
         _check_complete(program, state, rank, fail, len(instructions) - 1)
         _check_shared(program, state, instructions, fail)
@@ -153,18 +173,11 @@ def _check_forward(program: Program, state: _Rank, i: Instruction, slot: int, fa
         fail(slot, f"{i.label()} runs twice")
     if i.segment > 0 and (i.stage, i.segment - 1, i.microbatch) not in state.forward:
         fail(slot, f"{i.label()} before the segment in front of it")
-    if (
-        i.segment > 0
-        and program.synchronised()
-        and i.rule != "evaluate"
-        and ("moments", i.stage, i.segment - 1) not in state.met
-    ):
-        fail(slot, f"{i.label()} before the replicas' sums of batch norm {i.segment - 1} are there")
     if i.segment == 0 and i.stage > 0 and ("RecvAct", i.stage, i.microbatch) not in state.received:
         fail(slot, f"{i.label()} before its activation has arrived")
     if i.stage in (0, len(program.stages) - 1) and (i.stage, i.microbatch) not in state.loaded:
         fail(slot, f"{i.label()} before its samples are loaded")
-    state.forward.add(key)
+    state.forward |= {(i.stage, k, i.microbatch) for k in _covered(program, i)}
     if i.rule == "light":
         state.light[key] = i.slice
 
@@ -182,22 +195,21 @@ def _check_again(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
 def _check_backward(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
     key = (i.stage, i.segment, i.microbatch)
     last_segment = len(program.segments[i.stage]) - 1
+    own = _covered(program, i)
     if key in state.backward:
         fail(slot, f"{i.label()} runs twice")
-    if key not in state.forward:
+    if any((i.stage, k, i.microbatch) not in state.forward for k in own):
         fail(slot, f"{i.label()} before its forward")
     if key in state.light:
         fail(slot, f"{i.label()} before its forward, which has kept nothing, is computed again")
-    if i.segment < last_segment and (i.stage, i.segment + 1, i.microbatch) not in state.backward:
+    if own[-1] < last_segment and (i.stage, own[-1] + 1, i.microbatch) not in state.backward:
         fail(slot, f"{i.label()} before the segment behind it")
-    if i.segment < last_segment and program.synchronised() and ("moment_grads", i.stage, i.segment) not in state.met:
-        fail(slot, f"{i.label()} before the replicas' sums of batch norm {i.segment}'s gradient are there")
-    needs = i.segment == last_segment and i.stage < len(program.stages) - 1
+    needs = own[-1] == last_segment and i.stage < len(program.stages) - 1
     if needs and ("RecvGrad", i.stage, i.microbatch) not in state.received:
         fail(slot, f"{i.label()} before its gradient has arrived")
     if (i.stage, i.segment) in state.reduced:
         fail(slot, f"{i.label()} adds to bucket {i.segment} after its reduction has started")
-    state.backward.add(key)
+    state.backward |= {(i.stage, k, i.microbatch) for k in own}
     if i.op == "I":
         state.parted.add(key)
 
@@ -209,17 +221,46 @@ def _check_send(program: Program, state: _Rank, i: Instruction, slot: int, fail:
         fail(slot, f"{i.label()} before {'F' if act else 'B'}{i.microbatch} has made it")
 
 
-def _check_moments(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
-    """What replicas add up in the middle of a batch norm has just been measured, and is used by what comes next."""
-    stage, forward = i.stage, i.buffer == "moments"
-    if not 0 <= i.bucket < len(program.segments[stage]) - 1:
-        fail(slot, f"{i.label()}: stage {stage} has {len(program.segments[stage]) - 1} batch norms")
-    done = {segment for s, segment, _ in (state.forward if forward else state.backward) if s == stage}
-    before, behind = (i.bucket, i.bucket + 1) if forward else (i.bucket + 1, i.bucket)
-    if before not in done or behind in done:
+def _covered(program: Program, i: Instruction) -> range:
+    """The segments that a computation covers."""
+    return range(i.segment, reach(kind(i), program.borders(i.stage), i.segment) + 1)
+
+
+def _check_midway(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    """What stands still where ranks meet goes on before its stage computes anything else, and once they have met."""
+    words, op = program.borders(i.stage), kind(i)
+    if i.segment not in begins(op, words):
+        fail(slot, f"{i.label()}: nothing stops a computation in front of segment {i.segment} of stage {i.stage}")
+    before = state.midway.pop(i.stage, None)
+    if before and (kind(before), before.microbatch) != (op, i.microbatch):
+        fail(slot, f"{i.label()} while {before.label()} stands still in the middle of stage {i.stage}")
+    wanted = awaited(i, words)
+    if wanted and (wanted[1], i.stage, wanted[0], _of_microbatch(i, wanted[1])) not in state.met:
+        fail(slot, f"{i.label()} before {SUMS[wanted[1]].format(wanted[0])} are there")
+    ends = i.segment - 1 if op == "B" else reach(op, words, i.segment)
+    if 0 <= ends < len(words) and words[ends] != "cut":
+        state.midway[i.stage] = i
+
+
+def _of_microbatch(i: Instruction, met: str) -> int:
+    """Batch norms over all ranks have but one."""
+    return i.microbatch if met in REDUCES else -1
+
+
+def _check_meeting(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    """What ranks add up in the middle of a stage has just been made, and is used by what comes next."""
+    stage, forward = i.stage, i.buffer == "moments" or i.base == "ReduceAct"
+    words, border = program.borders(stage), i.segment if i.base in REDUCES else i.bucket
+    word = {"ReduceAct": "act", "ReduceGrad": "grad"}.get(i.base, "norm")
+    if not 0 <= border < len(words) or words[border] != word:
+        found = f"{sum(w == word for w in words)} batch norms" if word == "norm" else f"borders {', '.join(words)}"
+        fail(slot, f"{i.label()}: stage {stage} has {found}")
+    mine = {(s, k) for s, k, m in (state.forward if forward else state.backward) if m == max(i.microbatch, 0)}
+    before, behind = (border, border + 1) if forward else (border + 1, border)
+    if (stage, before) not in mine or (stage, behind) in mine:
         fail(slot, f"{i.label()} must stand between segments {before} and {behind}")
     if i.waits:
-        state.met.add((i.buffer, stage, i.bucket))
+        state.met.add((i.buffer or i.base, stage, border, i.microbatch))
 
 
 def _check_weight_gradient(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
@@ -258,11 +299,14 @@ def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: 
 def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
     """Reductions and updates: complete gradients only, and no write between F and B of a microbatch."""
     live = state.forward - state.backward
-    if (i.rule in ("step", "hogwild") or i.buffer == "params") and live:
+    writes = i.rule in ("step", "hogwild") or (i.buffer == "params" and program.zero < 3)
+    if writes and live:
         fail(slot, f"{i.label()} writes parameters while microbatch {min(live)[2]} is between F and B")
     if i.starts and i.buffer == "grads":
         for stage, bucket in _buckets(program, rank) if i.bucket < 0 else [(i.stage, i.bucket)]:
             done = sum(1 for s, k, _ in state.backward - state.parted if (s, k) == (stage, bucket))
+            if done < program.microbatches and program.zero > 1:
+                return  # reduced microbatch by microbatch
             if done < program.microbatches:
                 fail(slot, f"bucket {bucket} is reduced after {done} of {program.microbatches} microbatches")
             state.reduced.add((stage, bucket))
@@ -270,7 +314,7 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
         fail(slot, f"{i.label()} before every microbatch has made its part")
     if i.waits and i.base == "AllGather":
         state.factors |= i.buffer == "factors"
-        state.gathered |= i.buffer == "params"
+        state.gathered |= i.buffer == "params" and program.zero < 3
     if i.rule in ("step", "norm") and (missing := program.ties_of(rank).keys() - state.tied):
         fail(slot, f"{i.label()} before the copies of {program.ties[min(missing)].parameter} have been added up")
     if i.rule == "step":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from paraxis.errors import PlanError
 from paraxis.plan.plan import Plan
 from paraxis.program.instructions import Tie
+from paraxis.program.shares import Split, chosen, told, words_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Layout:
     cuttable: str = ""
     tied: tuple[tuple[str, tuple[int, ...]], ...] = ()  # a parameter, and the layers that share it
     norms: tuple[int, ...] = ()
+    splits: tuple[Split, ...] = ()  # what tensor parallelism can share, in the order of a forward
+    modules: tuple[str, ...] = ()  # names of those that have parameters of their own
     unkeyed: tuple[str, ...] = ()
 
 
@@ -92,6 +95,8 @@ def synchronised(plan: Plan, layout: Layout) -> bool:
         return False
     if plan.microbatches > 1 or plan.sync != "gradient":
         raise PlanError("batch norm over the whole batch needs microbatches=1 and sync=gradient; or a smaller bn_group")
+    if plan.zero > 1:
+        raise PlanError(f"zero={plan.zero}: batch norm over the whole batch cuts layers in two; zero=1 does not mind")
     if plan.bucket_bytes:
         raise PlanError(
             "bucket_bytes: synchronised batch norm cuts stages where its layers are; leave bucket_bytes out"
@@ -99,8 +104,30 @@ def synchronised(plan: Plan, layout: Layout) -> bool:
     return True
 
 
-def norm_by_norm(stage: tuple[int, int], layout: Layout, bucket_bytes: int) -> tuple[tuple[int, int], ...]:
-    """Segments of a stage: each ends in the middle of a batch norm, whose layer counts to the one it begins in."""
+def words(plan: Plan, layout: Layout) -> tuple[tuple[str, ...], ...]:
+    """Of each layer, what its ranks meet for, in the order of a forward; none at all: nothing. Raises PlanError."""
+    meets = synchronised(plan, layout)
+    if plan.tp == 1:
+        return tuple(("norm",) * count for count in layout.norms) if meets else ()
+    if meets:
+        raise PlanError(f"tp={plan.tp}: batch norm over all ranks cannot be had with it; set bn_group lower")
+    if plan.bucket_bytes:
+        raise PlanError("bucket_bytes: tensor parallelism cuts stages where its layers are; leave bucket_bytes out")
+    return words_of(chosen(plan.tp, layout.splits), len(layout.parameters))
+
+
+def met(stage: tuple[int, int], words: Sequence[Sequence[str]]) -> tuple[tuple[int, int], ...]:
+    """Segments of a stage: each ends where ranks meet, and the layer in whose middle that is counts to the one it
+    begins in; a gradient is met in front of a layer."""
     first, last = stage
-    cuts = [layer + 1 for layer in range(first, last) for _ in range(layout.norms[layer])]
+    cuts = [layer + (own[0] != "grad" or n > 0) for layer, own in _numbered(stage, words) for n in range(len(own))]
     return tuple(zip([first, *cuts], [*cuts, last], strict=True))
+
+
+def told_of(plans: Sequence[Plan], layout: Layout) -> list[str]:
+    """For people: what each of these plans splits over the ranks of a `tp` group, and what it leaves whole."""
+    return [told(tp, layout.splits, layout.modules) for tp in sorted({plan.tp for plan in plans} - {1})]
+
+
+def _numbered(stage: tuple[int, int], words: Sequence[Sequence[str]]) -> list[tuple[int, Sequence[str]]]:
+    return [(layer, words[layer]) for layer in range(*stage)]

@@ -119,6 +119,33 @@ def _other_rate(engine: Any) -> None:
         group["lr"] *= 1.01
 
 
+def _first_masks(engine: Any) -> None:
+    """Of what is split, the masks of the first rank's part."""
+    parts = engine.task.draw.parts
+    parts.update({call: (dim, 0, count) for call, (dim, _, count) in parts.items()})
+
+
+def _whole(engine: Any) -> list[tuple[int, int]]:
+    """Ranges of the flat gradients that belong to tensors which every rank of a `tp` group has whole."""
+    return [(first, last) for name, first, last in engine.flat.names if name not in engine.shards]
+
+
+def _summed_whole(engine: Any) -> None:
+    """What every rank has whole is added up over the ranks all the same."""
+    update, ranks = engine.update, {shard.parts for shard in engine.shards.values()}.pop()
+
+    def updated() -> None:
+        for first, last in _whole(engine):
+            engine.gradients_flat[first:last].mul_(ranks)
+        update()
+
+    engine.update = updated
+
+
+def _counted_whole(engine: Any) -> None:
+    engine.counted = [(0, len(engine.gradients_flat))]
+
+
 def _of(op: str, **wanted: object) -> Callable[[Instruction], bool]:
     return lambda i: i.base == op and all(getattr(i, key) == value for key, value in wanted.items())
 
@@ -145,6 +172,10 @@ def _pipelined(p: Plan) -> bool:
 
 def _recomputing(p: Plan) -> bool:
     return bool(p.recompute)
+
+
+def _shared(p: Plan) -> bool:
+    return p.tp > 1
 
 
 def _any(p: Plan) -> bool:
@@ -216,4 +247,21 @@ FAULTS: dict[str, Fault] = {
         _without(lambda i: i.buffer == "tied"),
     ),
     "never-averaged": Fault("replicas never agree", _averaging, "sync=average@H", _without(PARAMS)),
+    "dropped-output": Fault("parts of outputs are not added up", _shared, "tp > 1", _without(_of("ReduceAct"))),
+    "dropped-input-gradient": Fault(
+        "gradients of an input that ranks share are not added up",
+        _shared,
+        "tp > 1 and a split layer whose input needs a gradient",
+        _without(_of("ReduceGrad")),
+    ),
+    "wrong-part": Fault(
+        "dropout masks of another rank's part",
+        _shared,
+        "tp > 1 and dropout between two layers that are split",
+        spoil=_first_masks,
+    ),
+    "summed-whole": Fault("gradients that every rank has whole are added up", _shared, "tp > 1", spoil=_summed_whole),
+    "counted-whole": Fault(
+        "what every rank has whole counts twice in the norm", _shared, "tp > 1 and --clip", spoil=_counted_whole
+    ),
 }

@@ -16,11 +16,15 @@ BACKWARD = ("B", "I")  # what makes the gradient of a stage's input
 GRADIENT = ("B", "I", "W")  # what adds to the gradients of weights
 SENDS = ("SendAct", "SendGrad")
 RECEIVES = ("RecvAct", "RecvGrad")
-COLLECTIVES = ("AllReduce", "ReduceScatter", "AllGather")
+REDUCES = ("ReduceAct", "ReduceGrad")  # what ranks that share layers add up in the middle of a stage
+COLLECTIVES = ("AllReduce", "ReduceScatter", "AllGather", *REDUCES)
+MEMORY = ("Reserve", "Release")  # of a bucket that is whole only while it is needed (ZeRO)
 MOMENTS = {"F": "moments", "B": "moment_grads"}  # what replicas add up where a batch norm cuts a stage
+HEAD = ("mesh", "microbatches", "stage", "meets", "buffer", "tie", "prologue", "period", "epilogue")  # of a program
 OPS = (
     *("Load", "F", "B", "I", "W", "Update"),
     *(f"{op}{end}" for op in (*SENDS, *RECEIVES, *COLLECTIVES) for end in ("Start", "Wait")),
+    *MEMORY,
 )
 
 
@@ -35,7 +39,10 @@ class Instruction:
     from that, right before the backward. A `W` with rule "owner" computes the rank's own block of the weights'
     gradient, over the samples of all replicas.
     Of buffers `moments` (in a forward) and `moment_grads` (in a backward), `bucket` is the batch norm between segments
-    `bucket` and `bucket` + 1; of buffer `tied` it is the number of a tie.
+    `bucket` and `bucket` + 1; of buffer `tied` it is the number of a tie. A `ReduceAct` or `ReduceGrad` stands between
+    segments `segment` and `segment` + 1. An F or B covers segments from `segment` on; see program.meetings.
+    What shards a bucket's memory names the `segment`, microbatch and op (as `rule`) that it
+    is made whole for.
     """
 
     op: str
@@ -72,9 +79,10 @@ class Instruction:
         return self.stage - (self.base in ("RecvAct", "SendGrad"))
 
     @property
-    def meeting(self) -> tuple[str, str, str, int, int]:
+    def meeting(self) -> tuple[str | int, ...]:
         """Of a collective: what the ranks of its group must have in common."""
-        return self.base, self.axis, self.buffer, -1 if self.axis.startswith("pp") else self.stage, self.bucket
+        place = -1 if self.axis.startswith("pp") else self.stage
+        return self.base, self.axis, self.buffer, place, self.bucket, self.segment, self.microbatch, self.rule
 
     def text(self) -> str:
         """`F stage=0 segment=1 microbatch=2`; `parse_instruction` gives the same back."""
@@ -91,19 +99,26 @@ class Instruction:
         if self.op == "Update":
             return {"zero": "zero", "step": "step"}.get(self.rule, self.rule)
         short = {"SendAct": "sA", "SendGrad": "sG", "RecvAct": "rA", "RecvGrad": "rG", "AllReduce": "AR", "Load": "L"}
-        short |= {"ReduceScatter": "RS", "AllGather": "AG"}
+        short |= {"ReduceScatter": "RS", "AllGather": "AG", "ReduceAct": "RA", "ReduceGrad": "RG"}
         mark = "<" if self.starts else ">" if self.waits else ""
-        number = self.microbatch if self.microbatch >= 0 else self.bucket
+        if self.base in REDUCES:
+            return f"{short[self.base]}{self.microbatch}.{self.segment}{mark}"
         if self.buffer in MOMENTS.values():
             return f"ARm{self.bucket}{mark}"
         if self.buffer == "tied":
             return f"ARt{self.bucket}{mark}"
+        if self.op in MEMORY:
+            return f"{'+' if self.op == 'Reserve' else '-'}{self.buffer[:1]}{self.bucket}"
+        number = self.bucket if self.base in COLLECTIVES else self.microbatch
         return f"{short[self.base]}{number if number >= 0 else self.buffer[:1]}{mark}"
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """A named flat buffer of every rank; `shared` is one copy that several ranks see."""
+    """A named flat buffer of every rank; `shared` is one copy that several ranks see, `sharded` each replica's share.
+
+    The buffer `state` is what the optimiser keeps of every parameter; it is declared only where it is sharded.
+    """
 
     name: str
     scope: str = "private"
@@ -126,6 +141,7 @@ class Program:
 
     `stages` are layer ranges [first, last); `segments` cut each stage in turn. `period` and `epilogue` name
     bodies with the number of times they run. Body `evaluate` is forward only. `ties` are added up before an update.
+    `words`: of every stage, what is met at each border between two segments (none: nothing); see program.meetings.
     """
 
     mesh: Mesh
@@ -138,6 +154,11 @@ class Program:
     prologue: tuple[tuple[str, int], ...] = ()
     epilogue: tuple[tuple[str, int], ...] = ()
     ties: tuple[Tie, ...] = ()
+    words: tuple[tuple[str, ...], ...] = ()
+
+    def borders(self, stage: int) -> tuple[str, ...]:
+        """What is met at each border between two segments of a stage."""
+        return self.words[stage] if self.words else ("cut",) * (len(self.segments[stage]) - 1)
 
     def body(self, name: str) -> Body:
         """The instructions of a named body, one tuple a rank."""
@@ -155,6 +176,11 @@ class Program:
     def common(self) -> bool:
         """Whether replicas have one copy of the weights."""
         return any(b.name == "params" and b.scope == "shared" for b in self.buffers)
+
+    @property
+    def zero(self) -> int:
+        """The stage of ZeRO: how many of optimizer state, gradients and parameters replicas shard, in this order."""
+        return sum(b.scope == "sharded" for b in self.buffers)
 
     def synchronised(self) -> bool:
         """Whether replicas have batch norms in common, which cut their stages into segments."""
@@ -177,6 +203,7 @@ class Program:
         """The whole program as text; `parse_program` gives the same program back."""
         lines = [f"mesh dp={self.mesh.dp} pp={self.mesh.pp} tp={self.mesh.tp}", f"microbatches {self.microbatches}"]
         lines += [f"stage {a}-{b} segments {' '.join(f'{c}-{d}' for c, d in cuts)}" for (a, b), cuts in self._cuts()]
+        lines += [" ".join(["meets", *words]) for words in self.words]
         lines += [f"buffer {b.name} {b.scope}" for b in self.buffers]
         lines += [f"tie {t.parameter} {'+'.join(map(str, t.stages))}" for t in self.ties]
         for part in ("prologue", "period", "epilogue"):
@@ -226,7 +253,7 @@ def parse_program(text: str) -> Program:
         elif words[:1] == ["body"] and len(words) == 4:
             current = []
             bodies.setdefault(words[1], []).append(current)
-        elif words and words[0] in ("mesh", "microbatches", "stage", "buffer", "tie", "prologue", "period", "epilogue"):
+        elif words and words[0] in HEAD:
             head.setdefault(words[0], []).append(words[1:])
         else:
             raise ProgramError(f"this line of a program cannot be read: {line!r}")
@@ -256,4 +283,5 @@ def _assemble(head: dict[str, list[list[str]]], bodies: dict[str, list[list[Inst
         prologue=runs("prologue"),
         epilogue=runs("epilogue"),
         ties=tuple(Tie(name, tuple(map(int, stages.split("+")))) for name, stages in head.get("tie", [])),
+        words=tuple(map(tuple, head.get("meets", []))),
     )

@@ -6,33 +6,39 @@ Read `lower` first: it is the table of contents.
 from collections.abc import Sequence
 
 from paraxis.plan.plan import Plan, period
-from paraxis.program.cut import Layout, bucketed, cut, norm_by_norm, synchronised, ties
+from paraxis.program.cut import Layout, bucketed, cut, met, synchronised, ties, words
 from paraxis.program.instructions import MOMENTS, Buffer, Program, Tie
-from paraxis.program.passes import averaging, evaluation, scoring, training
+from paraxis.program.passes import averaging, evaluation, scoring, state, training
 from paraxis.program.recompute import check_recompute, sublinear
+from paraxis.program.zero import check_zero
 
 
 def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
     """The complete program of every rank; raises PlanError if the network cannot be cut as the plan asks."""
     stages = cut(plan, layout)
-    check_recompute(plan, layout)
-    split = norm_by_norm if synchronised(plan, layout) else bucketed
-    segments = tuple(split(stage, layout, plan.bucket_bytes) for stage in stages)
+    meets = words(plan, layout)
+    check_recompute(plan, layout, bool(meets))
+    segments = tuple(met(stage, meets) if meets else bucketed(stage, layout, plan.bucket_bytes) for stage in stages)
     segments = tuple(sublinear(own) if s in plan.recomputed() else own for s, own in enumerate(segments))
+    borders = tuple(tuple(w for own in meets[first:last] for w in own) for first, last in stages) if meets else ()
+    cuts = segments, borders or tuple(("cut",) * (len(own) - 1) for own in segments)
     tied = ties(plan, layout, stages)
+    check_zero(plan, bool(meets), tied)
     every = period(plan.sync, steps_per_epoch)
     bodies, runs = {}, []
     if plan.sync in ("gradient", "hogwild"):
         agree = plan.gradients if plan.gradients == "owner" else "shared" if shared(plan) else plan.sync
-        bodies["step"] = [training(plan, layout, segments, tied, rank, agree) for rank in range(plan.mesh.size)]
+        bodies["step"] = [training(plan, layout, cuts, tied, rank, agree) for rank in range(plan.mesh.size)]
         runs = [("step", 1)]
     else:
-        bodies["local"] = [training(plan, layout, segments, tied, rank, "none") for rank in range(plan.mesh.size)]
-        bodies["average"] = [training(plan, layout, segments, tied, rank, "average") for rank in range(plan.mesh.size)]
+        bodies["local"] = [training(plan, layout, cuts, tied, rank, "none") for rank in range(plan.mesh.size)]
+        bodies["average"] = [training(plan, layout, cuts, tied, rank, "average") for rank in range(plan.mesh.size)]
         bodies["settle"] = [averaging(layout, first_token=0) for _ in range(plan.mesh.size)]
         runs = [("local", every - 1)] * (every > 1) + [("average", 1)]
-    bodies["evaluate"] = [evaluation(plan, rank, segments) for rank in range(plan.mesh.size)]
+    bodies["evaluate"] = [evaluation(plan, layout, rank, cuts) for rank in range(plan.mesh.size)]
     bodies["score"] = [scoring(plan, rank) for rank in range(plan.mesh.size)]
+    if plan.zero == 3:
+        bodies["state"] = [state(plan, rank, cuts) for rank in range(plan.mesh.size)]
     return Program(
         mesh=plan.mesh,
         stages=stages,
@@ -43,6 +49,7 @@ def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
         period=tuple(runs),
         epilogue=(("settle", 1),) if "settle" in bodies else (),
         ties=tied,
+        words=borders,
     )
 
 
@@ -58,5 +65,7 @@ def buffers(layout: Layout, plan: Plan, tied: Sequence[Tie] = ()) -> list[Buffer
     names += list(MOMENTS.values()) * synchronised(plan, layout)
     names += ["tied"] * bool(tied)
     names += ["factors"] * (plan.gradients == "owner")
+    names += ["state"] * (plan.zero > 0)
+    scopes = dict.fromkeys(names, "private") | dict.fromkeys(("state", "grads", "params")[: plan.zero], "sharded")
     common = ("params", "running", "factors") if shared(plan) or plan.sync == "hogwild" else ()
-    return [Buffer(name, "shared" if name in common else "private") for name in names]
+    return [Buffer(name, "shared" if name in common else scopes[name]) for name in names]

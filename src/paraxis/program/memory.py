@@ -85,7 +85,7 @@ def largest(program: Program, plan: Plan, sizes: Sizes, batch: int) -> Memory:
 
 
 def _of_rank(program: Program, plan: Plan, sizes: Sizes, samples: int, rank: int) -> Memory:
-    zero, stages = getattr(plan, "zero", 0), program.stages_of(rank)
+    zero, stages = plan.zero, program.stages_of(rank)
     buckets = [cut for stage in stages for cut in program.segments[stage]]
     frozen = sum(sum(sizes.frozen[first:last]) for first, last in buckets)
 

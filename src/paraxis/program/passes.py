@@ -8,33 +8,41 @@ from dataclasses import replace
 
 from paraxis.plan.plan import Plan
 from paraxis.plan.schedules import SCHEDULES, Order
-from paraxis.program.cut import Layout, synchronised
-from paraxis.program.instructions import MOMENTS, Instruction, Tie
-from paraxis.program.recompute import compute_again, keep_inputs
+from paraxis.program.cut import Layout
+from paraxis.program.instructions import Instruction, Tie
+from paraxis.program.meetings import Words, add_meetings, begins
+from paraxis.program.recompute import recompute
+from paraxis.program.zero import copying, gather_parameters, shard_gradients, shard_parameters, used_buckets
 
 Body = list[Instruction]
-Cuts = Sequence[Sequence[tuple[int, int]]]  # of every stage, its segments
+Cuts = tuple[Sequence[Sequence[tuple[int, int]]], Sequence[Words]]  # of every stage, its segments and their borders
 I = Instruction  # noqa: E741  (the passes below are tables of instructions)
 
 
-def training(plan: Plan, layout: Layout, segments: Cuts, ties: Sequence[Tie], rank: int, agree: str) -> Body:
+def training(plan: Plan, layout: Layout, cuts: Cuts, ties: Sequence[Tie], rank: int, agree: str) -> Body:
     """One optimiser step of one rank; `agree`: how replicas do (gradient, shared, owner, hogwild, average, none)."""
     dp, place, _ = plan.mesh.coordinates(rank)
     order = SCHEDULES[plan.schedule or "layerwise"](plan.pp, plan.microbatches, place, plan.interleave)
-    body = keep_inputs(expand(order, plan, dp, segments), plan.recomputed())
-    meets = synchronised(plan, layout)
+    body = recompute(expand(order, plan, dp, cuts), plan.recomputed())
+    meets = any(word != "cut" for own in cuts[1] for word in own)
     if agree == "gradient" and plan.dp > 1:
         whole = meets or ((plan.interleave > 1 or plan.recompute) and not plan.bucket_bytes)
-        body = add_reductions(body, _whole(body) if whole else _each(segments, body))
+        buckets = _whole(body) if whole else _each(cuts, body)
+        if plan.zero < 2:
+            body = add_reductions(body, buckets, "ReduceScatter" if plan.zero else "AllReduce")
+        else:
+            body = shard_gradients(body, used_buckets(cuts[0], layout))
+    if plan.zero == 3:
+        body = shard_parameters(body, used_buckets(cuts[0], layout))
     body = add_totals(body, plan, layout, place)
     body = add_transfers(body, plan, rank)  # last, so that a gradient is on its way before a reduction begins
-    body = compute_again(body)
-    if meets:
-        body = add_moments(body, segments)
+    body = add_meetings(body, cuts[1])
     if agree == "owner":
         body = part_weight_gradients(body)
     body = [I("Update", stage=place, rule="zero"), *body]
     body += finish(plan, layout, place, agree, add_ties(plan, ties, place))
+    if plan.zero in (1, 2):
+        body += gather_parameters((stage, bucket) for (stage, _), bucket in buckets.items())
     return pair_tokens(body)
 
 
@@ -44,20 +52,20 @@ def _whole(body: Body) -> dict[tuple[int, int], int]:
     return {(last.stage, last.segment): -1}
 
 
-def _each(segments: Cuts, body: Body) -> dict[tuple[int, int], int]:
+def _each(cuts: Cuts, body: Body) -> dict[tuple[int, int], int]:
     """A bucket for every segment of the stages that a body computes."""
-    return {(s, k): k for s in sorted({i.stage for i in body}) for k in range(len(segments[s]))}
+    return {(s, k): k for s in sorted({i.stage for i in body}) for k in range(len(cuts[0][s]))}
 
 
-def expand(order: Order, plan: Plan, dp: int, segments: Cuts, rule: str = "") -> Body:
+def expand(order: Order, plan: Plan, dp: int, cuts: Cuts, rule: str = "") -> Body:
     """F and B over a stage's segments, with the samples loaded where the first or the last stage needs them."""
     body = []
     for op, stage, microbatch in order:
         part = dp * plan.microbatches + microbatch
         if op == "F" and stage in (0, plan.stages - 1):
             body.append(I("Load", stage=stage, microbatch=microbatch, slice=part, rule=rule))
-        cuts = range(len(segments[stage]))
-        run = cuts if op == "F" else reversed(cuts)
+        own = begins("E" if rule == "evaluate" else WAYS.get(op, "B"), cuts[1][stage])
+        run = own if op == "F" else reversed(own)
         body += [I(op, stage=stage, segment=k, microbatch=microbatch, slice=part, rule=rule) for k in run]
     return body
 
@@ -67,16 +75,21 @@ EDGES = {"F": ("RecvAct", -1, "SendAct", +1), "B": ("RecvGrad", +1, "SendGrad", 
 WAYS = {"F": "F", "B": "B", "I": "B"}
 
 
+def _way(i: Instruction) -> str:
+    """Whether it goes forward or back through the stages; what is computed again has been sent the first time."""
+    return WAYS.get(i.op, "") if i.rule != "again" else ""
+
+
 def add_transfers(body: Body, plan: Plan, rank: int) -> Body:
     """Sends never block and receives are posted one ahead; a send's buffer is kept until the next one of its kind."""
     dp, _, tp = plan.mesh.coordinates(rank)
     out: Body = []
-    ends = {(WAYS[i.op], i.stage): i.segment for i in body if i.op in WAYS}  # with which each stage's F and B end
-    begins = {(op, s): 0 if op == "F" else ends["F", s] for op, s in ends}
+    ends = {(_way(i), i.stage): i.segment for i in body if _way(i)}  # with which each stage's F and B end
+    fronts = {(_way(i), i.stage): i.segment for i in reversed(body) if _way(i)}  # ... and begin
     todo: dict[tuple[str, int], list[int]] = {key: [] for key in ends}
     for i in body:
-        if i.op in WAYS and i.segment == begins[WAYS[i.op], i.stage]:
-            todo[WAYS[i.op], i.stage].append(i.microbatch)
+        if _way(i) and i.segment == fronts[_way(i), i.stage]:
+            todo[_way(i), i.stage].append(i.microbatch)
     sending: dict[tuple[str, int], Instruction] = {}
 
     def transfer(op: str, stage: int, away: int, microbatch: int) -> Instruction:
@@ -91,9 +104,9 @@ def add_transfers(body: Body, plan: Plan, rank: int) -> Body:
     for op, stage in ends:
         post(op, stage)
     for i in body:
-        key = op, stage = WAYS.get(i.op, ""), i.stage
+        key = op, stage = _way(i), i.stage
         receive, source, send, target = EDGES.get(op, ("", 0, "", 0))
-        if source and i.segment == begins[key] and 0 <= stage + source < plan.stages:
+        if source and i.segment == fronts[key] and 0 <= stage + source < plan.stages:
             out.append(transfer(receive + "Wait", stage, source, i.microbatch))
             post(op, stage)
         out.append(i)
@@ -105,7 +118,7 @@ def add_transfers(body: Body, plan: Plan, rank: int) -> Body:
     return out + list(sending.values())
 
 
-def add_reductions(body: Body, buckets: dict[tuple[int, int], int]) -> Body:
+def add_reductions(body: Body, buckets: dict[tuple[int, int], int], op: str = "AllReduce") -> Body:
     """A bucket's reduction starts as soon as its last gradient is there; all are awaited before the update.
 
     `buckets`: the bucket that is complete with the last B (or W) of a (stage, segment); -1: all of the rank's.
@@ -115,19 +128,8 @@ def add_reductions(body: Body, buckets: dict[tuple[int, int], int]) -> Body:
     for index, i in enumerate(body):
         out.append(i)
         if i.op in ("B", "W") and ends[i.stage, i.segment] == index and (i.stage, i.segment) in buckets:
-            out.append(_reduce("Start", i.stage, "grads", buckets[i.stage, i.segment]))
-    return out + [_reduce("Wait", stage, "grads", buckets[stage, k]) for stage, k in reversed(buckets)]
-
-
-def add_moments(body: Body, segments: Cuts) -> Body:
-    """Between two segments of a stage replicas add up what they have measured: of samples, then of gradients."""
-    out: Body = []
-    for i in body:
-        out.append(i)
-        number = i.segment if i.op == "F" else i.segment - 1
-        if i.op in MOMENTS and 0 <= number < len(segments[i.stage]) - 1:
-            out += [_reduce(end, i.stage, MOMENTS[i.op], number) for end in ("Start", "Wait")]
-    return out
+            out.append(_reduce("Start", i.stage, "grads", buckets[i.stage, i.segment], op))
+    return out + [_reduce("Wait", stage, "grads", buckets[stage, k], op) for stage, k in reversed(buckets)]
 
 
 def part_weight_gradients(body: Body) -> Body:
@@ -164,12 +166,17 @@ def finish(plan: Plan, layout: Layout, stage: int, agree: str, tied: Body) -> Bo
     common = agree in ("shared", "owner")
     if agree == "shared":
         body += _both("dp", "grads", "sum", "ReduceScatter")
+    apart = common or plan.zero > 0  # of reduced gradients, each replica has its own share
+    if apart and layout.weight_in_data:
+        body += _both("dp", "totals", "sum")
     if layout.clip:
         body.append(I("Update", stage=stage, rule="norm"))
-        if common:
+        if apart:
             body += _both("dp", "norm", "sum")
         if plan.pp > 1:
             body += _both("pp", "norm", "sum")
+        if plan.tp > 1:
+            body += _both("tp", "norm", "sum")
     if layout.statistics:
         body += _both("dp", "statistics", "mean") if (common or agree == "gradient") and plan.dp > 1 else []
         body.append(I("Update", stage=stage, rule="statistics"))
@@ -185,18 +192,26 @@ def averaging(layout: Layout, first_token: int | None) -> Body:
     return body if first_token is None else pair_tokens(body)
 
 
-def evaluation(plan: Plan, rank: int, segments: Cuts) -> Body:
+def evaluation(plan: Plan, layout: Layout, rank: int, cuts: Cuts) -> Body:
     """Forward only over the same stages; scores add up on the last one."""
     dp, place, _ = plan.mesh.coordinates(rank)
     own = range(place, plan.stages, plan.pp)
-    body = expand([("F", s, i) for s in own for i in range(plan.microbatches)], plan, dp, segments, rule="evaluate")
-    return pair_tokens(add_transfers(body, plan, rank))
+    body = expand([("F", s, i) for s in own for i in range(plan.microbatches)], plan, dp, cuts, rule="evaluate")
+    if plan.zero == 3:
+        body = shard_parameters(body, used_buckets(cuts[0], layout))
+    return pair_tokens(add_meetings(add_transfers(body, plan, rank), cuts[1]))
 
 
 def scoring(plan: Plan, rank: int) -> Body:
     """Replicas of the last stage add up loss, weight and hits; the others have nothing to say."""
     last = plan.mesh.coordinates(rank)[1] == plan.pp - 1
     return pair_tokens(_both("dp", "score", "sum")) if last and plan.dp > 1 else []
+
+
+def state(plan: Plan, rank: int, cuts: Cuts) -> Body:
+    """How the weights that no rank has whole come to be read."""
+    own = range(plan.mesh.coordinates(rank)[1], plan.stages, plan.pp)
+    return pair_tokens(copying((s, k) for s in own for k in range(len(cuts[0][s]))))
 
 
 def pair_tokens(body: Body) -> Body:
@@ -219,5 +234,5 @@ def _both(axis: str, buffer: str, reduction: str, op: str = "AllReduce") -> Body
     return [I(f"{op}{end}", axis=axis, buffer=buffer, reduction=reduction) for end in ("Start", "Wait")]
 
 
-def _reduce(end: str, stage: int, buffer: str, bucket: int) -> Instruction:
-    return I(f"AllReduce{end}", stage=stage, axis="dp", buffer=buffer, bucket=bucket, reduction="sum")
+def _reduce(end: str, stage: int, buffer: str, bucket: int, op: str = "AllReduce") -> Instruction:
+    return I(f"{op}{end}", stage=stage, axis="dp", buffer=buffer, bucket=bucket, reduction="sum")

@@ -9,20 +9,22 @@ from math import sqrt
 
 from paraxis.errors import PlanError
 from paraxis.plan.plan import Plan
-from paraxis.program.cut import Layout, synchronised
-from paraxis.program.instructions import BACKWARD, COMPUTE, Instruction
+from paraxis.program.cut import Layout
+from paraxis.program.instructions import BACKWARD, Instruction
 
 Body = list[Instruction]
 
 
-def check_recompute(plan: Plan, layout: Layout) -> None:
-    """Raises PlanError where a second forward would not be the first one over again."""
+def check_recompute(plan: Plan, layout: Layout, meets: bool) -> None:
+    """Raises PlanError where a second forward would not be the first one over again; `meets`: ranks meet inside it."""
     if not plan.recompute:
         return
     if layout.unkeyed:
         names = ", ".join(name or "the network" for name in layout.unkeyed)
         raise PlanError(f"recompute: {names} would draw other random numbers than the first time; leave it out")
-    if synchronised(plan, layout):
+    if plan.tp > 1:
+        raise PlanError(f"recompute: tp={plan.tp} reduces inside a forward, which runs once; leave one of both out")
+    if meets:
         raise PlanError("recompute: batch norm over all ranks is measured once; leave it out, or a smaller bn_group")
 
 
@@ -36,35 +38,23 @@ def sublinear(segments: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], .
     return tuple(pairwise(ends))
 
 
-def keep_inputs(body: Body, stages: set[int]) -> Body:
-    """The forwards of these stages become light; not one whose backward comes next, which gains nothing by it."""
-    light = [
-        i.op == "F" and i.stage in stages and not (after and after.op in BACKWARD and _cell(after) == _cell(i))
-        for i, after in zip(body, [*body[1:], None], strict=True)
-    ]
-    return [replace(i, rule="light") if keeps else i for i, keeps in zip(body, light, strict=True)]
+def recompute(body: Body, stages: set[int]) -> Body:
+    """The forwards of these stages keep their input, and stand again right before the backward.
 
-
-def compute_again(body: Body) -> Body:
-    """A second forward stands right before the backward, and before it waits for its gradient, to use that time."""
-    light = {_cell(i): replace(i, rule="again") for i in body if i.rule == "light"}
+    Not those whose backward comes next, which gain nothing by it. Transfers are still to come: the second forward then
+    runs before the wait for the gradient, and uses that time.
+    """
+    light = {
+        _cell(i): replace(i, rule="light")
+        for i, after in pairwise(body)
+        if i.op == "F" and i.stage in stages and not (after.op in BACKWARD and _cell(after) == _cell(i))
+    }
     out: Body = []
     for i in body:
-        again = light.pop(_cell(i), None) if i.op in BACKWARD else None
-        if again is not None:
-            out.insert(_before_its_gradient(out, i), again)
-        out.append(i)
+        if i.op in BACKWARD and _cell(i) in light:
+            out.append(replace(light[_cell(i)], rule="again"))
+        out.append(light.get(_cell(i), i) if i.op == "F" else i)
     return out
-
-
-def _before_its_gradient(body: Body, i: Instruction) -> int:
-    """Where the backward that comes next begins to wait for its gradient, or the end, if it does not."""
-    for n in range(len(body) - 1, -1, -1):
-        if body[n].op in COMPUTE:
-            break
-        if body[n].op == "RecvGradWait" and (body[n].stage, body[n].microbatch) == (i.stage, i.microbatch):
-            return n
-    return len(body)
 
 
 def _cell(i: Instruction) -> tuple[int, int, int]:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from paraxis.program.instructions import COLLECTIVES, RECEIVES, SENDS, Instruction, Program
+from paraxis.program.instructions import COLLECTIVES, MEMORY, RECEIVES, SENDS, Instruction, Program
 
 KINDS = ("compute", "optimizer", "communication", "pipeline_wait", "straggler_wait", "data")
 
@@ -90,6 +90,8 @@ def _kind(i: Instruction) -> tuple[str, str]:
         return "communication", "pipeline_wait" if i.axis.startswith("pp") else "straggler_wait"
     if i.base in (*SENDS, *RECEIVES):
         return "communication", "pipeline_wait"
+    if i.op in MEMORY:
+        return "communication", ""
     return {"Load": "data", "Update": "optimizer"}.get(i.op, "compute"), ""
 
 

@@ -29,8 +29,10 @@ from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
+from paraxis.run.weights import compare, difference, untied
 from paraxis.run.window import record_cost, traceable, window_of
 from paraxis.task.batches import digest
+from paraxis.task.shared import Shard
 from paraxis.task.spec import TaskSpec
 from paraxis.task.task import Task, keep_data, make_task
 from paraxis.task.trial import evaluating
@@ -130,13 +132,13 @@ class Duties:
             serial.average([c.task.net for c in copies])
         after = {k: v.clone().contiguous() for k, v in copies[0].task.net.state_dict().items()}
         changes = [float((after[k] - before[k]).abs().max()) for k in after if after[k].is_floating_point()]
-        save_file(_untied(after), request["file"])
+        save_file(untied(after), request["file"])
         return {"losses": losses, "change": max(changes, default=0.0)}
 
     def compare_files(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """The largest relative difference of two weight files."""
         a, b = load_file(request["a"]), load_file(request["b"])
-        return max(_difference(a[k], b[k], request["change"]) for k in b if b[k].is_floating_point())
+        return max(difference(a[k], b[k], request["change"]) for k in b if b[k].is_floating_point())
 
     def prove(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Train the first steps of a plan and compare this rank's weights with those of the file."""
@@ -145,12 +147,7 @@ class Duties:
         if running.rank is not None and request["steps"] % running.rank.program.steps_in_period():
             running.rank.settle()
         wanted, state = load_file(request["file"]), self._state(running)
-        worst, where = 0.0, ""
-        for name, value in state.items():
-            if name in wanted and value.is_floating_point():
-                difference = _difference(value, wanted[name], request["change"])
-                if not difference <= worst:
-                    worst, where = difference, name
+        worst, where = compare(state, wanted, _shards(running), request["change"])
         return {"difference": worst, "where": where, "losses": self._losses(running), "compared": list(state)}
 
     # -- running plans -----------------------------------------------------------------------------------------
@@ -222,8 +219,7 @@ class Duties:
 
     def norm(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """Sum of squares of this rank's parameters."""
-        rank = _some(self._ready(request["key"]).rank)
-        return rank.square_sum() if isinstance(rank, Team) else float(rank.engine.flat.params.square().sum())
+        return float(_some(self._ready(request["key"]).rank).square_sum())
 
     def drop(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Forget a plan."""
@@ -283,8 +279,8 @@ class Duties:
         running = self._ready(request["key"])
         with _agreed(running.rank) if running.rank is not None else nullcontext():
             state = self._state(running)
-        save_file(_untied({k: v.contiguous() for k, v in state.items()}), request["files"][self.rank])
-        return {}
+        save_file(untied({k: v.contiguous() for k, v in state.items()}), request["files"][self.rank])
+        return {"split": {name: (shard.dim, shard.blocks) for name, shard in _shards(running).items()}}
 
     # -- what they share ---------------------------------------------------------------------------------------
 
@@ -333,11 +329,14 @@ class Duties:
         return out
 
     def _state(self, running: Running) -> dict[str, Tensor]:
-        if isinstance(running.rank, Team):
-            return running.rank.state()
         if running.rank is not None:
-            return dict(running.rank.engine.state())
+            return running.rank.state()
         return {k: v.detach().clone() for k, v in _some(running.plain).task.net.state_dict().items()}
+
+
+def _shards(running: Running) -> dict[str, Shard]:
+    """Of which tensors this rank has but a part."""
+    return getattr(running.rank.engine, "shards", {}) if isinstance(running.rank, Rank) else {}
 
 
 class _Alone:
@@ -369,19 +368,6 @@ def _some(value: Any) -> Any:
     if value is None:
         raise RankError("the plan is not set up on this rank")
     return value
-
-
-def _difference(a: Tensor, b: Tensor, change: float) -> float:
-    """The design's equality: max|a-b| / max(max|b|, the largest weight change in the model); infinite for NaN."""
-    if not a.numel():
-        return 0.0
-    difference = float((a.double() - b.double()).abs().max()) / max(float(b.abs().max()), change, 1e-30)
-    return difference if math.isfinite(difference) else math.inf
-
-
-def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors wants every tensor to have memory of its own."""
-    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def _reset_peak() -> int:

@@ -69,7 +69,9 @@ class Count:
         sizes = {at: size for at, (size, _) in self.saved.items()}
         for t in self._stored():
             sizes[_address(t)] = t.untyped_storage().nbytes()
-        self.peak = max(self.peak, sum(size for at, size in sizes.items() if at not in self.ignored))
+        shares = self.rank.engine.shares  # which may have made buckets whole for a while
+        whole = sum(shares.transient(name) for name in ("params", "grads")) if shares else 0
+        self.peak = max(self.peak, whole + sum(size for at, size in sizes.items() if at not in self.ignored))
 
     def _stored(self) -> Iterable[Tensor]:
         for stage in self.rank.engine.stages.values():
@@ -92,6 +94,7 @@ def counting(rank: Rank) -> Any:
     own = [engine.flat.params, engine.flat.grads, engine.running, engine.collected, engine.norm, engine.score]
     modules = [m for stage in engine.stages.values() for segment in stage.segments for m in segment]
     own += [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    own += [p.grad for m in modules for p in m.parameters() if p.grad is not None]
     count = Count(rank, {_address(t) for t in own})
     before, source = rank.bodies, engine.source
     engine.source = Watched(source, count.ignored)
@@ -118,7 +121,7 @@ def _counted(count: Count, i: Instruction, act: Callable[[], None]) -> None:
 
 
 def held(rank: Rank, peak: int) -> dict[str, int]:
-    """Bytes of the flat buffers, the optimiser's state and the counted peak."""
+    """Bytes of the flat buffers (of ZeRO the shares), the optimiser's state and the counted peak of all else."""
     engine = rank.engine
     inside = [t for segment in engine.segments for m in segment for t in (*m.parameters(), *m.buffers())]
     frozen = {id(t): t.nbytes for t in inside if not t.requires_grad}
@@ -134,4 +137,5 @@ def held(rank: Rank, peak: int) -> dict[str, int]:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Of the storage itself, not of its memory, which ZeRO takes and gives back."""
+    return int(tensor.untyped_storage()._cdata)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from paraxis.comm.base import Comm, Request
-from paraxis.program.instructions import Instruction, Program
+from paraxis.program.instructions import COLLECTIVES, REDUCES, Instruction, Program
 
 Action = Callable[[], None]
 KINDS = ("SendAct", "RecvAct", "SendGrad", "RecvGrad")
@@ -63,6 +63,8 @@ def _weight_gradient(i: Instruction, c: Context) -> Action:
 
 def _update(i: Instruction, c: Context) -> Action:
     rules = {"zero": "zero", "step": "update", "norm": "gradient_norm", "statistics": "update_statistics"}
+    if i.rule == "copy":
+        return partial(c.engine.copy, i.bucket, i.stage)
     action: Action = getattr(c.engine, rules[i.rule])
     return action
 
@@ -108,74 +110,97 @@ def _wait(i: Instruction, c: Context) -> Action:
     return wait
 
 
-def _reduce_start(i: Instruction, c: Context) -> Action:
+def _collective(i: Instruction) -> str:
+    """What a communicator calls it."""
+    return {"ReduceScatter": "reduce_scatter", "AllGather": "all_gather"}.get(i.base, "all_reduce")
+
+
+def _tensor(i: Instruction, c: Context) -> Tensor:
+    """What a collective is about: a buffer, or what a stage that stands still in its middle has just made."""
+    found: Tensor = (
+        c.engine.buffer(i.base, i.segment, i.stage)
+        if i.base in REDUCES
+        else c.engine.buffer(i.buffer, i.bucket, i.stage)
+    )
+    return found
+
+
+def _collect_start(i: Instruction, c: Context) -> Action:
     comm = c.axes[i.axis]
+    begin = getattr(comm, _collective(i) + "_start")
 
     def start() -> None:
-        tensor = c.engine.buffer(i.buffer, i.bucket, i.stage)
-        c.open[i.token] = [comm.all_reduce_start(tensor)]
-        c.sent[0] += _reduced_bytes(tensor, comm.size)
+        tensor = _tensor(i, c)
+        c.open[i.token] = [begin(tensor)]
+        c.sent[0] += _collected_bytes(i, tensor, comm.size)
 
     return start
 
 
-def _reduce_wait(i: Instruction, c: Context) -> Action:
-    comm, mean = c.axes[i.axis], i.reduction == "mean"
+def _collect_wait(i: Instruction, c: Context) -> Action:
+    finish = _finish(i, c)
 
     def wait() -> None:
         for request in c.open.pop(i.token):
             request.wait()
-        if mean:
-            c.engine.buffer(i.buffer, i.bucket, i.stage).div_(comm.size)
+        finish()
 
     return wait
 
 
-def _reduce_at_once(i: Instruction, c: Context) -> Action:
+def _collect_at_once(i: Instruction, c: Context) -> Action:
     """Start and wait next to each other: the blocking call, which is faster."""
-    comm, mean = c.axes[i.axis], i.reduction == "mean"
-    tensor = c.engine.buffer(i.buffer, i.bucket, i.stage)
-    count = _reduced_bytes(tensor, comm.size)
+    comm, finish = c.axes[i.axis], _finish(i, c)
+    collect = getattr(comm, _collective(i))
 
-    def reduce() -> None:
-        comm.all_reduce(tensor)
-        if mean:
-            tensor.div_(comm.size)
+    def meet() -> None:
+        tensor = _tensor(i, c)
+        collect(tensor)
+        c.sent[0] += _collected_bytes(i, tensor, comm.size)
+
+    if i.base in REDUCES:
+        return meet
+    tensor = _tensor(i, c)
+    count = _collected_bytes(i, tensor, comm.size)
+
+    def at_once() -> None:
+        collect(tensor)
+        finish()
         c.sent[0] += count
 
-    return reduce
+    return at_once
 
 
-def _reduced_bytes(tensor: Tensor, ranks: int) -> int:
-    """What each rank sends in a bandwidth-optimal all-reduce: 2(p-1)/p of the bytes."""
-    return 2 * (ranks - 1) * tensor.nbytes // ranks
+def _finish(i: Instruction, c: Context) -> Action:
+    """What remains to be done with what a collective has brought."""
+    if i.reduction == "mean":
+        return lambda: c.engine.buffer(i.buffer, i.bucket, i.stage).div_(c.axes[i.axis].size)
+    if i.base == "ReduceScatter":
+        return partial(c.engine.take_share, i.bucket, i.stage)
+    return lambda: None
 
 
-def _scatter(i: Instruction, c: Context) -> Action:
-    """Here every rank receives the whole sum and uses its own part; the engine's update keeps to that part."""
-    begin = _reduce_start(i, c)
-
-    def start() -> None:
-        c.engine.keep_to(c.axes[i.axis].rank, c.axes[i.axis].size)
-        begin()
-
-    return start
+def _collected_bytes(i: Instruction, tensor: Tensor, ranks: int) -> int:
+    """What each rank sends in a bandwidth-optimal collective: (p-1)/p of the bytes, in an all-reduce twice."""
+    return (1 if i.base in ("ReduceScatter", "AllGather") else 2) * (ranks - 1) * tensor.nbytes // ranks
 
 
 def _gather(i: Instruction, c: Context) -> Action:
-    """Parts that are zero everywhere else add up to the whole.
+    """Of weight gradients' factors an engine without I and W apart has but their products: it adds those up."""
+    return _collect_start(_as_sum(i), c)
 
-    Of weight gradients' factors an engine without I and W apart has but their products: it adds those up.
-    """
-    if i.buffer == "factors":
-        return _scatter(replace(i, buffer="grads"), c)
-    begin = _reduce_start(i, c)
 
-    def start() -> None:
-        c.engine.only_own_part(c.axes[i.axis].rank, c.axes[i.axis].size)
-        begin()
+def _gathered(i: Instruction, c: Context) -> Action:
+    return _collect_wait(_as_sum(i), c)
 
-    return start
+
+def _as_sum(i: Instruction) -> Instruction:
+    return replace(i, op=i.op.replace("AllGather", "ReduceScatter"), buffer="grads") if i.buffer == "factors" else i
+
+
+def _memory(i: Instruction, c: Context) -> Action:
+    act = c.engine.reserve if i.op == "Reserve" else c.engine.release
+    return partial(act, i.buffer, i.bucket, i.stage)
 
 
 BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
@@ -193,12 +218,18 @@ BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
     "RecvGradStart": _receive,
     "RecvActWait": _received,
     "RecvGradWait": _received,
-    "AllReduceStart": _reduce_start,
-    "AllReduceWait": _reduce_wait,
-    "ReduceScatterStart": _scatter,
-    "ReduceScatterWait": _reduce_wait,
+    "AllReduceStart": _collect_start,
+    "AllReduceWait": _collect_wait,
+    "ReduceActStart": _collect_start,
+    "ReduceActWait": _wait,
+    "ReduceGradStart": _collect_start,
+    "ReduceGradWait": _wait,
+    "ReduceScatterStart": _collect_start,
+    "ReduceScatterWait": _collect_wait,
     "AllGatherStart": _gather,
-    "AllGatherWait": _reduce_wait,
+    "AllGatherWait": _gathered,
+    "Reserve": _memory,
+    "Release": _memory,
 }
 
 
@@ -233,10 +264,11 @@ class Rank:
         actions: list[Action] = []
         for n, i in enumerate(instructions):
             before, behind = instructions[n - 1 : n], instructions[n + 1 : n + 2]
-            if self.blocking and i.base == "AllReduce" and i.starts and behind and behind[0].token == i.token:
+            joins = self.blocking and i.base in COLLECTIVES and i.buffer != "factors"
+            if joins and i.starts and behind and behind[0].token == i.token:
                 actions.append(lambda: None)
-            elif self.blocking and i.base == "AllReduce" and i.waits and before and before[0].token == i.token:
-                actions.append(_reduce_at_once(i, self.context))
+            elif joins and i.waits and before and before[0].token == i.token:
+                actions.append(_collect_at_once(i, self.context))
             else:
                 actions.append(bind(i, self.context))
         return actions
@@ -292,6 +324,18 @@ class Rank:
         for name, times in self.program.epilogue:
             for _ in range(times):
                 self.run(name)
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's part of the network's state_dict; where no rank has it whole, all must ask."""
+        if "state" in self.bodies:
+            self.run("state")
+        return dict(self.engine.state())
+
+    def square_sum(self) -> float:
+        """Of the parameters of this rank, shares of others included; all must ask."""
+        if "state" in self.bodies:
+            self.run("state")
+        return float(self.engine.square_sum())
 
     def evaluate(self, source: Any) -> list[float]:
         """[loss sum, weight, hits] over all of a source's samples, on ranks of the last stage."""

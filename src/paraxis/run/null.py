@@ -55,10 +55,12 @@ class NullComm:
         """Done at once."""
         return Sent()
 
-    receive = all_reduce_start = send
+    receive = all_reduce_start = reduce_scatter_start = all_gather_start = send
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Nothing to add."""
+
+    reduce_scatter = all_gather = all_reduce
 
     def barrier(self) -> None:
         """Nobody to wait for."""

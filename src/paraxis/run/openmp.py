@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paraxis.engine.native_engine import extension, stages_of
+from paraxis.engine.native_engine import extension, stages_of, tokens_of
 from paraxis.engine.native_task import feed_of, get_weights, hyper_of, put_weights
 from paraxis.engine.rules import Hyper
 from paraxis.errors import PlanError
@@ -144,7 +144,7 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
     ensemble = make(
         dp=mesh.dp,
         pp=mesh.pp,
-        stages=stages_of(task, program.stages, samples),
+        stages=stages_of(task, program, samples),
         slice=samples,
         microbatches=program.microbatches,
         bodies=words,
@@ -154,6 +154,7 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
         seed=task.spec.seed,
         naive=False,
         whole=(0, mesh.pp),
+        tokens=tokens_of(task),
     )
     team = Team(task, program, ensemble, hyper, [name for name, _ in program.bodies])
     put_weights(ensemble, task, range(mesh.size))
@@ -161,7 +162,8 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
 
 
 def _words(i: Instruction) -> tuple[Any, ...]:
-    return i.op, i.microbatch, i.slice, i.peer, i.axis, i.buffer, i.rule, i.reduction == "mean", i.segment, i.bucket
+    axis = i.axis.partition(":")[0]  # which places of a pipeline C++ knows from the tie
+    return i.op, i.microbatch, i.slice, i.peer, axis, i.buffer, i.rule, i.reduction == "mean", i.segment, i.bucket
 
 
 @lru_cache(maxsize=1)

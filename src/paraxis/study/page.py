@@ -19,6 +19,7 @@ from paraxis.study.table import (
     HEADS,
     HIDDEN,
     SCALE,
+    SCORES,
     Row,
     as_grid,
     differing,
@@ -176,6 +177,8 @@ def told(grid: Grid, rows: list[Row], measure: str) -> str:
     said = f"{HEADS.get(measure, measure)}: from {ends[0]} to {ends[1]}."
     if number(ranked[0][0], measure) == number(ranked[-1][0], measure):
         said = f"{HEADS.get(measure, measure)}: {number(ranked[0][0], measure)} throughout, to the digits shown."
+    if measure in SCORES:
+        said += " The axis does not begin at 0."
     if measure != "bubble":
         return said
     apart = [

@@ -17,7 +17,7 @@ from paraxis.report.charts import Row as Line
 from paraxis.report.curves import LINES
 from paraxis.report.study_charts import domain, ticks
 from paraxis.study.axes import Axes
-from paraxis.study.table import HEADS, PERCENT, SCALE, Row, level, samples_of
+from paraxis.study.table import HEADS, PERCENT, SCALE, SCORES, Row, level, samples_of
 from paraxis.study.trial import Trial
 
 ROOM = 12  # pixels between the labels of an axis and its title
@@ -99,8 +99,9 @@ def _up(field: str, measure: str, points: list[Line]) -> alt.Y:
         edges = domain([least, most], 1.25)
         axis = ms_axis(values=ticks(edges), labelOverlap=True, titlePadding=ROOM, format="~g")
         return alt.Y(f"{field}:Q", title=title, axis=axis, scale=alt.Scale(type="log", domain=edges, nice=False))
-    scores = measure in ("final_accuracy", "final_loss", "mean_accuracy", "alone_accuracy")
-    return alt.Y(f"{field}:Q", title=title, axis=ms_axis(titlePadding=ROOM, **form), scale=alt.Scale(zero=not scores))
+    return alt.Y(
+        f"{field}:Q", title=title, axis=ms_axis(titlePadding=ROOM, **form), scale=alt.Scale(zero=measure not in SCORES)
+    )
 
 
 def _fill(names: list[str], width: int) -> Any:

@@ -32,6 +32,7 @@ HEADS = {
 }
 HIDDEN = {"epoch_projected", "steps_trained"}
 PERCENT = {"final_accuracy", "mean_accuracy", "alone_accuracy", "bubble", "bubble_uniform", "bubble_replayed"}
+SCORES = {"final_accuracy", "final_loss", "mean_accuracy", "alone_accuracy"}
 SCALE = {"step_seconds": 1e3, "bytes": 1e-6, "memory": 1e-6}
 Row = tuple[Factors, list[Trial]]
 

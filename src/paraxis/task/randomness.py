@@ -57,11 +57,32 @@ def _columns(words: int) -> np.ndarray:
 
 def kept(key: int, first: int, samples: int, elements: int, p: float) -> np.ndarray:
     """Which elements of samples [first, first + samples) survive dropout p: bool (samples, elements)."""
+    return _survivors(key, first, samples, _columns((elements + 1) // 2), p)[:, :elements]
+
+
+def kept_of_part(
+    key: int, first: int, samples: int, outer: int, run: int, index: int, parts: int, p: float
+) -> np.ndarray:
+    """The same of a tensor of which one of `parts` ranks has its part: bool (samples, outer x run).
+
+    The whole has (outer, parts, run) elements a sample, of which the rank has [:, index].
+    """
+    if run % 2:  # one draw serves two elements, and here the two may lie on different ranks
+        whole = kept(key, first, samples, outer * parts * run, p)
+        return whole.reshape(samples, outer, parts, run)[:, :, index].reshape(samples, -1)
+    return _survivors(key, first, samples, _columns_of_part(outer, run // 2, index, parts), p)
+
+
+@lru_cache(maxsize=64)
+def _columns_of_part(outer: int, words: int, index: int, parts: int) -> np.ndarray:
+    return np.ascontiguousarray(_columns(outer * parts * words).reshape(outer, parts, words)[:, index]).reshape(-1)
+
+
+def _survivors(key: int, first: int, samples: int, columns: np.ndarray, p: float) -> np.ndarray:
     low, high = np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32)
     rows = mix32(np.arange(first, first + samples, dtype=np.uint32) + low) ^ high
-    bits = mix32(rows[:, None] + _columns((elements + 1) // 2)[None, :])
-    halves = bits.view(np.uint16).reshape(samples, -1)[:, :elements]
-    return np.asarray(halves >= threshold(p))
+    bits = mix32(rows[:, None] + columns[None, :])
+    return np.asarray(bits.view(np.uint16).reshape(samples, -1) >= threshold(p))
 
 
 def threshold(p: float) -> int:
@@ -81,7 +102,8 @@ class Draw:
     """Which samples are being computed: set before each forward by whoever runs it, read by the keyed layers.
 
     `calls` counts how often each place has drawn in this forward; `dims` is the dimension of a call's tensor that
-    counts samples (-1: none, one mask for all), learned by `key_randomness`.
+    counts samples (-1: none, one mask for all), learned by `key_randomness`. `parts`: of calls whose tensor is split
+    over ranks, (the dimension from the end, this rank's part, of how many).
     """
 
     seed: int = 0
@@ -92,6 +114,7 @@ class Draw:
     calls: dict[str, int] = field(default_factory=dict)
     dims: dict[Call, int] = field(default_factory=dict)
     shapes: dict[Call, tuple[int, ...]] = field(default_factory=dict)  # as last seen
+    parts: dict[Call, tuple[int, int, int]] = field(default_factory=dict)
     backward: bool = False
 
     def at(self, step: int, first: int, samples: int) -> None:
@@ -117,8 +140,16 @@ class Draw:
         samples, first = (self.samples, self.first) if dim >= 0 else (1, 0)
         key = dropout_key(self.seed, self.step, crc32(f"{name}#{number}".encode()))
         moved = x.movedim(dim, 0) if dim > 0 else x
-        mask = torch.from_numpy(kept(key, first, samples, x.numel() // samples, p)).to(x.device).view(moved.shape)
+        mask = torch.from_numpy(self._mask(call, key, first, samples, moved, p)).to(x.device).view(moved.shape)
         return x * (mask.movedim(0, dim) if dim > 0 else mask) * (65536 / (65536 - cut))
+
+    def _mask(self, call: Call, key: int, first: int, samples: int, x: Tensor, p: float) -> np.ndarray:
+        """Bool, as many as x has: of its elements within the whole tensor if x is a rank's part of it."""
+        if call not in self.parts:
+            return kept(key, first, samples, x.numel() // samples, p)
+        dim, index, parts = self.parts[call]
+        run = math.prod(x.shape[dim:])
+        return kept_of_part(key, first, samples, x.numel() // samples // run, run, index, parts, p)
 
 
 class KeyedDropout(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from paraxis.engine.rules import Hyper, of_optimizer
 from paraxis.errors import TaskError
 from paraxis.program.cut import Layout
+from paraxis.program.shares import Split
 from paraxis.task import data as data_module
 from paraxis.task.batches import ArraySource, Nest, Source, StreamSource, leaves, map_nest, seed_everything
 from paraxis.task.gpt import shape_of
@@ -22,6 +23,7 @@ from paraxis.task.norm import GroupedNorm, group_norms, resting
 from paraxis.task.randomness import Draw, Keyed, KeyedFunctions, key_randomness
 from paraxis.task.recipe import Recipe, from_file, from_objects
 from paraxis.task.spec import DEFAULT_BATCH, TaskSpec
+from paraxis.task.tensor import find
 from paraxis.task.text import in_windows_of, is_text
 from paraxis.task.trial import apply, check_composition, least_samples, one_line, running, try_forward, try_loss
 
@@ -51,6 +53,8 @@ class Task:
     altering: frozenset[int] = frozenset()  # places of layers that change their input
     least: int = 1  # samples without which its batch norms have no statistics
     norms: list[list[int]] = field(default_factory=list)  # how long the sums of each layer's whole batch norms are
+    splits: tuple[Split, ...] = ()  # what several ranks can share
+    shared_loss: Callable[..., Any] | None = None  # in a forward, where they share the classes too
 
     @property
     def batch(self) -> int:
@@ -148,6 +152,8 @@ class Task:
             tied=tuple((self.names[key], tuple(at)) for key, at in owners.items() if len(at) > 1),
             norms=tuple(map(len, self.norms)),
             unkeyed=self.keyed.unkeyed,
+            splits=self.splits,
+            modules=tuple(n for n, m in self.net.named_modules() if any(True for _ in m.parameters(recurse=False))),
         )
 
 
@@ -180,6 +186,10 @@ def make_task(
         task.altering = check_composition(net, recipe, chain, task.call, names, batch)
     if spec.bn_group == train.batch and not plain:
         task.norms = _whole_norms(task, batch, count)
+    if not plain:
+        draw.at(0, 0, count)
+        labels = None if "loss" in recipe.own else _targets(batch)
+        task.splits = find(net, chain, task.call, recipe.inputs(batch), draw, labels)
     task.weight_in_data = "loss" in recipe.own or any(t.is_floating_point() for t in leaves(_targets(batch)))
     return task
 
