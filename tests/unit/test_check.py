@@ -122,6 +122,7 @@ def test_a_long_period_is_checked_as_fast_as_a_short_one() -> None:
 
 PIPE, GPIPE, DATA = "pp=2,microbatches=3", "pp=2,schedule=gpipe,microbatches=3", "dp=2,bucket_bytes=16,microbatches=2"
 OWNER = "dp=2,engine=native,gradients=owner"
+LIGHT = "pp=2,schedule=gpipe,microbatches=3,recompute=all"
 SEEDED = {
     "lost activation": (PIPE, 1, without("RecvAct", microbatch=1), "F1 before its activation has arrived"),
     "lost gradient": (PIPE, 0, without("RecvGrad", microbatch=2), "B2 before its gradient has arrived"),
@@ -143,6 +144,36 @@ SEEDED = {
     "wait without start": (PIPE, 0, without("SendActStart", microbatch=0), "SendActWait of token 1 has no start"),
     "token used twice": (PIPE, 0, lambda row: [replace(i, token=1) if i.starts else i for i in row], "already open"),
     "update too early": ("microbatches=2", 0, moved("Update", "B", rule="step"), "while microbatch 1 is between F and"),
+    "never computed again": (
+        LIGHT,
+        0,
+        without("F", rule="again", microbatch=1),
+        "B1 before its forward, which has kept",
+    ),
+    "computed again twice": (
+        LIGHT,
+        0,
+        lambda row: [i for i in row for _ in range(1 + (i.rule == "again" and i.microbatch == 1))],
+        "F1' computes again a forward that has kept everything",
+    ),
+    "computed again before the first time": (
+        LIGHT,
+        0,
+        lambda row: [replace(i, rule={"light": "again", "again": "light"}.get(i.rule, i.rule)) for i in row],
+        "F0' computes again a forward before it runs for the first time",
+    ),
+    "computed again though all was kept": (
+        LIGHT,
+        0,
+        lambda row: [replace(i, rule="" if i.rule == "light" else i.rule) for i in row],
+        "F0.1' computes again a forward that has kept everything",
+    ),
+    "computed again with other masks": (
+        LIGHT,
+        0,
+        lambda row: [replace(i, slice=0) if i.rule == "again" else i for i in row],
+        "F1.1' is of slice 0, but its first forward was of slice 1",
+    ),
     "weight gradients forgotten": (OWNER, 0, without("W"), "the update comes without W0"),
     "weight gradients without factors": (
         OWNER,
