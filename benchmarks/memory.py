@@ -1,4 +1,6 @@
-"""Is the computed memory of a plan what it holds? Counted by hooks and flat buffers while it trains, resident set beside.
+"""Is the computed memory of a plan what it holds? Counted by hooks and flat buffers while it trains.
+
+How far the resident set of its processes has grown stands beside it: there the framework's working memory comes on top.
 
     python benchmarks/memory.py [NETWORK] [--batch N]
 
@@ -48,7 +50,7 @@ def compare(session: Session, network: str, text: str) -> list[dict[str, Any]]:
     computed = memory(lower(plan, facts.layout, facts.steps_per_epoch or 1), plan, facts.sizes, facts.batch)
     session.setup("memory", plan)
     counted = session.ask("memory", plan, {"do": "held"})
-    session.ask("memory", plan, {"do": "drop"})
+    session.close()  # the next plan's processes grow from nothing
     rows = []
     for rank, (mine, theirs) in enumerate(zip(computed, counted, strict=True)):
         grown = theirs.pop("grown")

@@ -143,8 +143,8 @@ def explore(
 
     require(export or [])
     spec, folder = _spec(network, task), out or STUDY
-    found = _explored(spec, workers, 60.0 if budget is None else budget, engine, folder, resume, _bytes(memory_limit))
-    return deliver(found, folder, export, json_)
+    seconds, limit = 60.0 if budget is None else budget, _bytes(memory_limit)
+    return deliver(_explored(spec, workers, seconds, engine, folder, resume, limit), folder, export, json_)
 
 
 def _bytes(limit: str | None) -> int | None:

@@ -166,13 +166,13 @@ SEEDED = {
         LIGHT,
         0,
         lambda row: [replace(i, rule="" if i.rule == "light" else i.rule) for i in row],
-        "F0.1' computes again a forward that has kept everything",
+        "F0' computes again a forward that has kept everything",
     ),
     "computed again with other masks": (
         LIGHT,
         0,
         lambda row: [replace(i, slice=0) if i.rule == "again" else i for i in row],
-        "F1.1' is of slice 0, but its first forward was of slice 1",
+        "F1' is of slice 0, but its first forward was of slice 1",
     ),
     "weight gradients forgotten": (OWNER, 0, without("W"), "the update comes without W0"),
     "weight gradients without factors": (

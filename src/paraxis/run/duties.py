@@ -5,13 +5,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,8 +29,8 @@ from paraxis.run import openmp, serial
 from paraxis.run.held import counting, held
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
-from paraxis.run.weights import compare, difference, untied
 from paraxis.run.resident import peak_bytes, reset_peak
+from paraxis.run.weights import compare, difference, untied
 from paraxis.run.window import record_cost, traceable, window_of
 from paraxis.task.batches import digest
 from paraxis.task.shared import Shard
