@@ -142,9 +142,8 @@ def explore(
     from paraxis.showing import deliver
 
     require(export or [])
-    spec, folder = _spec(network, task), out or STUDY
-    seconds, limit = 60.0 if budget is None else budget, _bytes(memory_limit)
-    return deliver(_explored(spec, workers, seconds, engine, folder, resume, limit), folder, export, json_)
+    spec, folder, limit = _spec(network, task), out or STUDY, _bytes(memory_limit)
+    return deliver(_explored(spec, workers, budget, engine, folder, resume, limit), folder, export, json_)
 
 
 def _bytes(limit: str | None) -> int | None:
@@ -154,14 +153,14 @@ def _bytes(limit: str | None) -> int | None:
 
 
 def _explored(
-    spec: Any, workers: int | None, budget: float, engine: str, out: Path, resume: bool, limit: int | None
+    spec: Any, workers: int | None, budget: float | None, engine: str, out: Path, resume: bool, limit: int | None
 ) -> Any:
     from paraxis.experiment import explore_task, save_to
     from paraxis.measure.samples import open_book
     from paraxis.session import writable
 
     save = save_to(writable(out))
-    comms = COMMS[engine]
+    comms, budget = COMMS[engine], 60.0 if budget is None else budget
     with joined_ranks() as joined, progress() as tell:
         return explore_task(spec, {}, workers, budget, comms, tell, save, joined, open_book(out, resume), limit=limit)
 
