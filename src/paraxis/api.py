@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from paraxis.errors import TaskError
+from paraxis.fitting import bytes_of
 from paraxis.measure.records import Study, write
 from paraxis.plan.plan import Plan, parse
 from paraxis.session import Tell, writable
@@ -39,6 +40,7 @@ def explore(
     workers: int | None = None,
     budget: float = 60.0,
     comms: tuple[str, ...] = ("openmp", "mpi", "gloo"),
+    memory_limit: str | None = None,
     out: str | Path | None = None,
     tell: Tell = silent,
     **settings: Any,
@@ -55,7 +57,7 @@ def explore(
     spec, objects = _task(network, batches, settings)
     folder = writable(Path(out)) if out else None
     save, book = (save_to(folder), open_book(folder)) if folder else (lambda _: None, None)
-    study = explore_task(spec, objects, workers, budget, comms, tell, save, book=book)
+    study = explore_task(spec, objects, workers, budget, comms, tell, save, book=book, limit=_bytes(memory_limit))
     if folder:
         from paraxis.report.page import write as write_page
 
@@ -72,6 +74,7 @@ def verify(
     workers: int | None = None,
     steps: int = 20,
     dtype: str = "float64",
+    memory_limit: str | None = None,
     tell: Tell = silent,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def verify(
     from paraxis.verification import verify_task
 
     spec, objects = _task(network, batches, settings)
-    return verify_task(spec, objects, plan, workers, steps, dtype, tell)
+    return verify_task(spec, objects, plan, workers, steps, dtype, tell, limit=_bytes(memory_limit))
 
 
 def train(
@@ -91,6 +94,7 @@ def train(
     steps: int | None = None,
     target: float | None = None,
     out: str | Path = "paraxis-run",
+    memory_limit: str | None = None,
     tell: Tell = silent,
     each_epoch: Callable[[dict[str, Any]], None] = lambda _: None,
     **settings: Any,
@@ -100,7 +104,12 @@ def train(
 
     spec, objects = _task(network, batches, settings)
     chosen = parse(plan) if isinstance(plan, str) else plan
-    return train_task(spec, objects, chosen, Length(epochs, steps, target), Path(out), tell, each_epoch)
+    length, limit = Length(epochs, steps, target), _bytes(memory_limit)
+    return train_task(spec, objects, chosen, length, Path(out), tell, each_epoch, limit=limit)
+
+
+def _bytes(limit: str | None) -> int | None:
+    return None if limit is None else bytes_of(limit)
 
 
 def _task(network: Any, batches: Any, settings: dict[str, Any]) -> tuple[TaskSpec, dict[str, Any]]:
@@ -117,12 +126,14 @@ def _task(network: Any, batches: Any, settings: dict[str, Any]) -> tuple[TaskSpe
     return spec, objects
 
 
-def read_recommendation(folder: Path, network: str) -> str | None:
-    """The plan that an earlier exploration of the same network recommends, if there is one."""
+def read_recommendation(folder: Path, network: str, limit: int | None = None) -> str | None:
+    """The plan that an earlier exploration of the same network recommends, if there is one and it fits into a limit."""
     try:
         document = json.loads((folder / "study.json").read_text())
         if document["task"]["network"] == network and document["recommendation"]:
-            return str(document["recommendation"]["plan"])
+            plan = str(document["recommendation"]["plan"])
+            own = [r["computed_memory"] for r in document["results"] if r["plan"] == plan and limit is not None]
+            return plan if all(memory and memory["total"] <= limit for memory in own) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return None

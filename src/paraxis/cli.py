@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from rich.console import Console
 
 from paraxis import __version__
 from paraxis.errors import ParaxisError
+from paraxis.options import Exports, Json, Limit, TaskOptions
 from paraxis.plan.own import Asked
 from paraxis.progress import err, progress
 from paraxis.run.joined import JoinedPool, joined_ranks, let_the_first_speak
@@ -28,58 +29,8 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 STUDY = Path("paraxis-study")
-
-
-@Parameter(name="*")
-@dataclass(frozen=True)
-class TaskOptions:
-    """The task: data, batch, optimiser.
-
-    Parameters
-    ----------
-    data
-        mnist, idx:DIR, npz:FILE, text[:FILES] or synthetic:N,SHAPE,CLASSES (default: mnist, for gpt Python's own
-        sources, or batches() of your file).
-    batch
-        Samples per optimiser step over all replicas (default 128, for gpt 32, or what batches() yields).
-    bn_group
-        Samples that batch-norm statistics cover (default: those that a plan computes at once).
-    optimizer
-        Default: sgd, for gpt adamw.
-    lr
-        Learning rate (default 0.05, for gpt 0.001).
-    momentum
-        Of sgd (default 0.9).
-    clip
-        Largest global norm of the gradient.
-    warmup
-        Steps over which the learning rate rises.
-    horizon
-        Steps over which a cosine falls (default for train: the whole run).
-    validation
-        Fraction of the training samples held out.
-    """
-
-    data: str | None = None
-    batch: int | None = None
-    bn_group: int | None = None
-    optimizer: Literal["sgd", "adam", "adamw"] | None = None
-    lr: float | None = None
-    momentum: float | None = None
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    clip: float | None = None
-    lr_schedule: Literal["constant", "warmup", "cosine"] = "constant"
-    warmup: int = 0
-    horizon: int = 0
-    validation: float = 0.0
-    seed: int = 0
-
-
 DEFAULT, AS_IT_IS = TaskOptions(), Asked()
 COMMS = {"all": ("openmp", "mpi", "gloo"), "native": ("openmp",), "torch": ("mpi", "gloo")}  # of every engine
-Exports = Annotated[list[Literal["csv", "tensorboard"]] | None, Parameter(negative="")]
-Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON document on standard output.")]
 
 
 def _spec(network: str, options: TaskOptions) -> Any:
@@ -96,6 +47,7 @@ def explore(
     workers: int | None = None,
     budget: float | None = None,
     engine: Literal["all", "native", "torch"] = "all",
+    memory_limit: Limit = None,
     out: Path | None = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
     study: str | None = None,
@@ -141,19 +93,27 @@ def explore(
     from paraxis.showing import deliver
 
     require(export or [])
-    spec, folder = _spec(network, task), out or STUDY
-    found = _explored(spec, workers, 60.0 if budget is None else budget, engine, folder, resume)
-    return deliver(found, folder, export, json_)
+    spec, folder, limit = _spec(network, task), out or STUDY, _bytes(memory_limit)
+    return deliver(_explored(spec, workers, budget, engine, folder, resume, limit), folder, export, json_)
 
 
-def _explored(spec: Any, workers: int | None, budget: float, engine: str, out: Path, resume: bool) -> Any:
+def _bytes(limit: str | None) -> int | None:
+    from paraxis.fitting import bytes_of
+
+    return None if limit is None else bytes_of(limit)
+
+
+def _explored(
+    spec: Any, workers: int | None, budget: float | None, engine: str, out: Path, resume: bool, limit: int | None
+) -> Any:
     from paraxis.experiment import explore_task, save_to
     from paraxis.measure.samples import open_book
     from paraxis.session import writable
 
     save = save_to(writable(out))
+    comms, budget = COMMS[engine], 60.0 if budget is None else budget
     with joined_ranks() as joined, progress() as tell:
-        return explore_task(spec, {}, workers, budget, COMMS[engine], tell, save, joined, open_book(out, resume))
+        return explore_task(spec, {}, workers, budget, comms, tell, save, joined, open_book(out, resume), limit=limit)
 
 
 @app.command
@@ -166,6 +126,7 @@ def verify(
     steps: int = 20,
     dtype: str = "float64",
     fault: str | None = None,
+    memory_limit: Limit = None,
     json_: Json = False,
     task: TaskOptions = DEFAULT,
 ) -> int:
@@ -188,7 +149,7 @@ def verify(
 
     spec = _spec(network, task)
     with joined_ranks() as joined, progress() as tell:
-        document = verify_task(spec, {}, plan, workers, steps, dtype, tell, joined, fault)
+        document = verify_task(spec, {}, plan, workers, steps, dtype, tell, joined, fault, _bytes(memory_limit))
     if json_:
         print(json.dumps(document, indent=1))
     else:
@@ -208,6 +169,7 @@ def train(
     steps: int | None = None,
     target: float | None = None,
     out: Path = Path("paraxis-run"),
+    memory_limit: Limit = None,
     json_: Json = False,
     task: TaskOptions = DEFAULT,
 ) -> int:
@@ -230,11 +192,11 @@ def train(
     """
     from paraxis.training import Length, train_task
 
-    spec, length = _spec(network, task), Length(epochs, steps, target)
+    spec, length, limit = _spec(network, task), Length(epochs, steps, target), _bytes(memory_limit)
     with joined_ranks() as joined, progress() as tell:
-        chosen = _choose(plan, spec, tell, joined)
+        chosen = _choose(plan, spec, tell, joined, limit)
         news = lambda epoch: tell(_epoch_line(epoch), -2)  # noqa: E731
-        document = train_task(spec, {}, chosen, length, out, tell, news, joined)
+        document = train_task(spec, {}, chosen, length, out, tell, news, joined, limit)
     if json_:
         print(json.dumps(document, indent=1))
         return 0
@@ -247,7 +209,7 @@ def train(
     return 0
 
 
-def _choose(plan: str, spec: Any, tell: Tell, joined: JoinedPool | None) -> Any:
+def _choose(plan: str, spec: Any, tell: Tell, joined: JoinedPool | None, limit: int | None) -> Any:
     from paraxis.api import read_recommendation
     from paraxis.measure.machine import usable_cores
     from paraxis.plan.plan import Plan, parse
@@ -256,11 +218,12 @@ def _choose(plan: str, spec: Any, tell: Tell, joined: JoinedPool | None) -> Any:
         return Plan(engine="plain", threads=usable_cores())
     if plan != "best":
         return parse(plan)
-    known = read_recommendation(STUDY, spec.network)
+    known = read_recommendation(STUDY, spec.network, limit)
     if known is None:
         from paraxis.experiment import explore_task
 
-        study = explore_task(spec, {}, None, 30.0, COMMS["all"], tell, lambda _: None, joined, accuracy=False)
+        words: Any = {"accuracy": False, "limit": limit}
+        study = explore_task(spec, {}, None, 30.0, COMMS["all"], tell, lambda _: None, joined, **words)
         known = study.recommendation.plan if study.recommendation else "serial"
     tell(f"best plan: {parse(known).short()}", -2)
     return parse(known)

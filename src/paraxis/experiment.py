@@ -8,6 +8,7 @@ from typing import Any
 from paraxis import __version__
 from paraxis.accuracy import learn, reserve
 from paraxis.errors import MissingError, ParaxisError, TaskError
+from paraxis.fitting import record
 from paraxis.measure import records
 from paraxis.measure.explain import explain_today, fill
 from paraxis.measure.machine import describe, pinned, usable_cores
@@ -43,12 +44,13 @@ def explore_task(
     joined: JoinedPool | None = None,
     book: Book | None = None,
     accuracy: bool = True,
+    limit: int | None = None,
 ) -> Study:
     """Find out what each plan buys. `save` is called with every better version of the study, the last one whole.
 
     Samples go into `book` as they come; what it holds already is gone on with. `accuracy` says whether a share of the
-    budget goes into what plans learn. Raises TaskError for a task that cannot be trained at all, or is not that of the
-    book; a plan that fails is a row, not an error.
+    budget goes into what plans learn; `limit` are the bytes that a rank may hold. Raises TaskError for a task that
+    cannot be trained at all, or is not that of the book; a plan that fails is a row, not an error.
     """
     book = book or Book()
     if not budget > 0 or (workers is not None and workers < 1):
@@ -58,6 +60,7 @@ def explore_task(
     comms = (joined.transport,) if joined else comms
     started = [comm for comm in comms if comm != "openmp" and count > 1]
     with open_session(spec, objects, dict.fromkeys(started, count), joined, tell) as session:
+        session.limit = limit
         session.patience = max(60.0, budget)  # beyond it, ranks wait for each other: no plan may cost more than all
         missing = session.begin(("solo", *started))
         facts = session.known()
@@ -113,14 +116,15 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
     facts = session.known()
     layers = 2 if facts.layout.cuttable else len(facts.layers)  # so that the refusal is listed once a kind
     rows = []
-    for plan in space(workers, layers, comms):
+    for plan in space(workers, layers, comms, recompute=session.limit is not None):
         row = Row(plan, plan.text(), blank(plan))
         try:
             if plan.comm in missing and plan.processes > 1:
                 raise MissingError(missing[plan.comm])
             row.plan = book.cut(plan) or session.settled(plan)
-            row.result.program = session.program(row.plan).digest()
             row.result.plan = row.plan.text()
+            row.result.computed_memory = record(session.memory(row.plan))
+            row.result.program = session.program(row.plan).digest()
         except ParaxisError as error:
             row.result.status, row.result.reason = failure(error)
         rows.append(row)
@@ -148,7 +152,9 @@ def _today(session: Session) -> Row:
     """The user's own way: one process, the framework's default threads."""
     threads = session.pool("solo").facts["threads"]
     plan = Plan(engine="plain", threads=threads)
-    return Row(plan, "today", blank(plan))
+    row = Row(plan, "today", blank(plan))
+    row.result.computed_memory = record(session.memory(plan))
+    return row
 
 
 def _set_up(session: Session, rows: list[Row], clock: Clock, publish: Callable[[], None]) -> None:

@@ -4,13 +4,14 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 
 from paraxis.errors import MissingError, ParaxisError, PlanError, TaskError
+from paraxis.fitting import check_fits
 from paraxis.measure.facts import Facts, facts_of
 from paraxis.measure.machine import ForeignLoad, pinning, usable_cores
 from paraxis.measure.records import Status
@@ -19,6 +20,7 @@ from paraxis.program.check import check
 from paraxis.program.cut import balanced
 from paraxis.program.instructions import Program
 from paraxis.program.lower import lower
+from paraxis.program.memory import Memory, largest
 from paraxis.run.joined import JoinedPool
 from paraxis.run.launch import Pool, Starting, start, task_request
 from paraxis.task.spec import DEFAULT_BATCH, SHIPPED, TaskSpec
@@ -43,6 +45,8 @@ class Session:
     quiet: bool = True
     patience: float = math.inf  # seconds a request may take
     oracles: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
+    limit: int | None = None  # bytes that a rank may hold
+    memories: dict[Plan, Memory | None] = field(default_factory=dict)  # computed so far
 
     def known(self) -> Facts:
         """The task's facts, measured once by the rank that works alone."""
@@ -106,6 +110,7 @@ class Session:
     def respec(self, spec: TaskSpec) -> None:
         """Go on with a changed task; what was set up is forgotten."""
         self.spec = spec
+        self.memories.clear()
         blob = cloudpickle.dumps(self.objects) if self.objects else b""
         for pool in self.pools.values():
             pool.ask(task_request(spec), range(pool.size), blob=blob)
@@ -134,7 +139,21 @@ class Session:
             )
         program = lower(plan, facts.layout, facts.steps_per_epoch or 1)
         check(program)
+        check_fits(self, plan, self.memory(plan))
         return program
+
+    def memory(self, plan: Plan) -> Memory | None:
+        """What the rank that needs most holds; None where it is not computed (engine=native, tensor parallelism).
+
+        Raises PlanError as `program` does.
+        """
+        if plan not in self.memories:
+            facts, alike = self.known(), replace(plan, engine="torch") if plan.engine == "plain" else plan
+            check_divides(plan, facts.batch, self.spec.bn_group, facts.least)
+            known = facts.sizes is not None and plan.engine != "native" and plan.tp == 1
+            program = lower(alike, facts.layout, facts.steps_per_epoch or 1) if known else None
+            self.memories[plan] = largest(program, alike, facts.sizes, facts.batch) if program and facts.sizes else None
+        return self.memories[plan]
 
     def setup(self, key: str, plan: Plan, dtype: str = "float32", fault: str | None = None) -> list[Any]:
         """Set a plan up on all its ranks under a key."""

@@ -8,9 +8,10 @@ from typing import Any, Literal
 from rich.console import Console
 
 from paraxis.errors import TaskError
+from paraxis.fitting import parts, record
 from paraxis.measure.breakdown import events
 from paraxis.measure.facts import Facts
-from paraxis.measure.records import Event, Study
+from paraxis.measure.records import Event, MemoryRecord, Study
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
 from paraxis.program.cut import Layout
@@ -33,6 +34,7 @@ APART = "small letters: its I, the input's gradient; capitals: its W, the weight
 def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
     """The program, what the checker found, and the simulated step; raises PlanError or TaskError."""
     plan, splits = Plan() if text == "today" else parse(text), ""
+    memory: dict[str, Any] | None = None
     if spec is None:
         program, costs, source = lower(plan, _textbook(plan)), uniform(), "F=1, B=2, links free"
     else:
@@ -40,11 +42,13 @@ def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
             session.begin(("solo",))
             plan = session.settled(plan)
             program, facts = session.program(plan), session.known()
+            found = record(session.memory(plan))
+            memory = found.model_dump() if found else None
             splits = told(plan.tp, facts.layout.splits, facts.layout.modules) if plan.tp > 1 else ""
         share = facts.batch / facts.samples / plan.dp / plan.microbatches
         costs = measured(program, *_shared(plan, facts), share)
         source = f"measured layers of {facts.network}, links free"
-    return drawn(plan, program, costs, source) | {"splits": splits}
+    return drawn(plan, program, costs, source) | {"splits": splits, "computed_memory": memory}
 
 
 def drawn(plan: Plan, program: Program, costs: Costs, source: str) -> dict[str, Any]:
@@ -60,6 +64,7 @@ def drawn(plan: Plan, program: Program, costs: Costs, source: str) -> dict[str, 
         "slot_width": slot_width(simplify(program.body(name))),
         "peak_live_microbatches": list(found.peak_live),
         "splits": "",
+        "computed_memory": None,
         "costs": source,
         "makespan": line.makespan,
         "bubble_fraction": line.bubble_fraction(),
@@ -107,6 +112,7 @@ def show_lines(document: dict[str, Any], width: int) -> list[str]:
     drawn = document["drawn"]["100" if width >= 110 else "60"]
     seconds = document["makespan"]
     shown = f"{seconds * 1e3:.3g} ms" if document["costs"].startswith("measured") else f"{seconds:g} units"
+    memory = document["computed_memory"]
     return [
         f"{document['plan']}   program {document['program']}",
         document["explained"],
@@ -116,6 +122,7 @@ def show_lines(document: dict[str, Any], width: int) -> list[str]:
         "",
         f"simulated ({document['costs']}): {shown} a step, bubble {document['bubble_fraction']:.1%}, "
         f"at most {max(document['peak_live_microbatches'])} live microbatches",
+        *([f"memory, computed: {parts(MemoryRecord(**memory))}"] if memory else []),
         *drawn,
         LABELS,
         *[APART] * (" W0" in "".join(document["grid"])),

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.numpy import load_file, save_file
 
 from paraxis.errors import PlanError, TaskError
+from paraxis.fitting import record
 from paraxis.plan.plan import Plan
 from paraxis.proof import mean_losses
 from paraxis.run.joined import JoinedPool
@@ -55,14 +56,19 @@ def train_task(
     tell: Tell,
     each_epoch: Callable[[Epoch], None],
     joined: JoinedPool | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
-    """Train and return {plan, epochs, losses, test, weights, seconds}; raises PlanError, TaskError, RankError."""
+    """Train and return {plan, epochs, losses, test, weights, seconds, computed_memory}.
+
+    `limit` are the bytes that a rank may hold. Raises PlanError, TaskError, RankError.
+    """
     if joined and joined.size != plan.processes:
         raise PlanError(f"{plan.short()} fills {plan.processes} of the {joined.size} ranks that were started")
     check_batch(spec, plan)
     sizes = {plan.comm: plan.processes} if plan.processes > 1 else {}
     writable(out)
     with open_session(spec, objects, sizes, joined, tell) as session:
+        session.limit = limit
         missing = session.begin(("solo", *sizes))
         if plan.comm in missing:
             raise PlanError(missing[plan.comm])
@@ -75,6 +81,7 @@ def train_task(
         plan = session.settled(plan)
         if plan.engine != "plain":
             session.program(plan)
+        memory = record(session.memory(plan))
         session.setup(KEY, plan)
         begun = time.monotonic()
         epochs, losses = _epochs(session, plan, total, length.target, out, each_epoch)
@@ -82,6 +89,7 @@ def train_task(
         test = evaluate(session, plan, "test") if facts.has_test else None
     seconds = time.monotonic() - begun
     document = {"plan": plan.text(), "label": plan.label(), "epochs": epochs, "losses": losses, "seconds": seconds}
+    document["computed_memory"] = memory.model_dump() if memory else None
     return document | {"test": test, "weights": str(weights), "notes": list(facts.notes)}
 
 

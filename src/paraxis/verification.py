@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from paraxis.errors import PlanError, TaskError
+from paraxis.errors import ParaxisError, PlanError, TaskError
+from paraxis.fitting import record
 from paraxis.measure.machine import usable_cores
 from paraxis.plan.plan import Plan, parse
 from paraxis.plan.space import TRANSPORTS, space
@@ -25,6 +26,7 @@ def verify_task(
     tell: Tell,
     joined: JoinedPool | None = None,
     fault: str | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Prove one plan, or all of the space. The document has `passed`, `results` and `notes`.
 
@@ -44,6 +46,7 @@ def verify_task(
         check_batch(spec, single)
     started = [comm for comm in comms if comm != "openmp" and count > 1]
     with open_session(spec, objects, dict.fromkeys(started, count), joined, tell) as session:
+        session.limit = limit
         missing = session.begin(("solo", *started))
         notes = list(session.known().notes)
         coupling = session.pool("solo").ask({"do": "coupling"})[0]
@@ -52,7 +55,7 @@ def verify_task(
         else:
             proofs = list(_all(session, count, comms, missing, steps, dtype, fault, tell))
         notes += told_of([proof.plan for proof in proofs if proof.status == "ok"], session.known().layout)
-    results = [_record(proof) for proof in proofs]
+        results = [_record(session, proof) for proof in proofs]
     failed = [r for r in results if r["status"] == "failed" or (r["verified"] and not r["verified"]["passed"])]
     if coupling:
         notes.append(coupling)
@@ -92,7 +95,8 @@ def _all(
     tell: Tell,
 ) -> list[Proof]:
     facts = session.known()
-    plans = space(count, 2 if facts.layout.cuttable else len(facts.layers), comms)
+    layers = 2 if facts.layout.cuttable else len(facts.layers)
+    plans = space(count, layers, comms, recompute=session.limit is not None)
     proofs = []
     for number, plan in enumerate(plans):
         if plan.processes > 1 and plan.comm in missing:
@@ -103,7 +107,11 @@ def _all(
     return proofs
 
 
-def _record(proof: Proof) -> dict[str, Any]:
+def _record(session: Session, proof: Proof) -> dict[str, Any]:
+    try:
+        memory = record(session.memory(proof.plan))
+    except ParaxisError:  # a plan that the task cannot meet
+        memory = None
     return {
         "plan": proof.plan.text(),
         "label": proof.plan.label(),
@@ -111,5 +119,6 @@ def _record(proof: Proof) -> dict[str, Any]:
         "exact": proof.plan.exact,
         "status": proof.status,
         "reason": proof.reason,
+        "computed_memory": memory.model_dump() if memory else None,
         "verified": proof.verified.model_dump() if proof.verified else None,
     }

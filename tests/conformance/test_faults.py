@@ -17,6 +17,7 @@ MUTABLE = [
     parse("dp=2,sync=diloco@2"),
     parse("dp=2,microbatches=2,sync=compressed"),
     parse("dp=4,sync=diloco@3:bf16:fragments=2"),
+    *map(parse, ("recompute=all", "pp=2,microbatches=4,recompute=all")),
 ]
 
 
@@ -48,7 +49,8 @@ def test_every_fault_fails_the_comparison(fault: str, plan: Plan, folder: Path) 
     assert fails(spec_of(folder, "tiny", *TASKS["tiny"]), plan, fault)
 
 
-OWN_LOSS = (parse("dp=2,pp=2,microbatches=2"), parse("dp=2,sync=average@4"), parse("dp=2,sync=diloco@2"))
+OWN_LOSS = [*map(parse, ("dp=2,pp=2,microbatches=2", "dp=2,sync=average@4", "pp=2,microbatches=2,recompute=all"))]
+OWN_LOSS.append(parse("dp=2,sync=diloco@2"))
 
 
 ABLE = [fault for fault in FAULTS if any(FAULTS[fault].needs(plan) for plan in OWN_LOSS)]

@@ -21,7 +21,7 @@ LAYERS = [
     {"comm"},
     {"engine", "task"},
     {"run", "measure"},
-    {"session", "proof", "recommend", "report", "progress"},
+    {"session", "fitting", "proof", "recommend", "report", "progress", "options"},
     {"rounds", "accuracy", "experiment", "study", "verification", "training", "showing", "scheduling", "doctor"},
     {"api", "cli", "__init__", "__main__"},
 ]

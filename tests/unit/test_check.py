@@ -130,6 +130,7 @@ def test_a_long_period_is_checked_as_fast_as_a_short_one() -> None:
 
 PIPE, GPIPE, DATA = "pp=2,microbatches=3", "pp=2,schedule=gpipe,microbatches=3", "dp=2,bucket_bytes=16,microbatches=2"
 OWNER = "dp=2,engine=native,gradients=owner"
+LIGHT = "pp=2,schedule=gpipe,microbatches=3,recompute=all"
 SEEDED = {
     "lost activation": (PIPE, 1, without("RecvAct", microbatch=1), "F1 before its activation has arrived"),
     "lost gradient": (PIPE, 0, without("RecvGrad", microbatch=2), "B2 before its gradient has arrived"),
@@ -156,6 +157,36 @@ SEEDED = {
     "wait without start": (PIPE, 0, without("SendActStart", microbatch=0), "SendActWait of token 1 has no start"),
     "token used twice": (PIPE, 0, lambda row: [replace(i, token=1) if i.starts else i for i in row], "already open"),
     "update too early": ("microbatches=2", 0, moved("Update", "B", rule="step"), "while microbatch 1 is between F and"),
+    "never computed again": (
+        LIGHT,
+        0,
+        without("F", rule="again", microbatch=1),
+        "B1 before its forward, which has kept",
+    ),
+    "computed again twice": (
+        LIGHT,
+        0,
+        lambda row: [i for i in row for _ in range(1 + (i.rule == "again" and i.microbatch == 1))],
+        "F1' computes again a forward that has kept everything",
+    ),
+    "computed again before the first time": (
+        LIGHT,
+        0,
+        lambda row: [replace(i, rule={"light": "again", "again": "light"}.get(i.rule, i.rule)) for i in row],
+        "F0' computes again a forward before it runs for the first time",
+    ),
+    "computed again though all was kept": (
+        LIGHT,
+        0,
+        lambda row: [replace(i, rule="" if i.rule == "light" else i.rule) for i in row],
+        "F0' computes again a forward that has kept everything",
+    ),
+    "computed again with other masks": (
+        LIGHT,
+        0,
+        lambda row: [replace(i, slice=0) if i.rule == "again" else i for i in row],
+        "F1' is of slice 0, but its first forward was of slice 1",
+    ),
     "weight gradients forgotten": (OWNER, 0, without("W"), "the update comes without W0"),
     "weight gradients without factors": (
         OWNER,
@@ -461,6 +492,7 @@ CARRIERS = [
 ]
 CARRIERS.append(parse("dp=2,sync=diloco@2"))
 CARRIERS += map(parse, ("dp=2,zero=1", "dp=2,zero=3,microbatches=2,bucket_bytes=8"))
+CARRIERS += [parse("pp=2,microbatches=2,recompute=all")]
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -480,7 +512,7 @@ def test_every_fault_changes_the_program_or_spoils_an_engine(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if not FAULTS[name].needs(Plan())])
 def test_a_plan_that_cannot_have_a_fault_is_told_what_it_needs(name: str) -> None:
-    with pytest.raises(PlanError, match=r"needs (dp > 1|pp > 1|tp > 1|sync=(average|diloco)@H|zero)"):
+    with pytest.raises(PlanError, match=r"needs (dp > 1|pp > 1|tp > 1|sync=(average|diloco)@H|zero|recompute=all)"):
         FAULTS[name].mutated(Plan(), lower(Plan(), PLAIN))
 
 

@@ -132,15 +132,20 @@ def parting_for(program: Program, stage: int, segments: Sequence[Sequence[nn.Mod
     return parting
 
 
+def can_part(module: Any) -> bool:
+    """Whether it is a linear layer or a convolution that nobody watches."""
+    if type(module) is not nn.Linear and type(module) not in CONVOLUTIONS:
+        return False
+    parameters = [p for p in (module.weight, module.bias) if p is not None]
+    watched = any(getattr(module, name) for name in HOOKS) or "forward" in vars(module)
+    watched |= any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
+    return not watched and all(type(p) is nn.Parameter for p in parameters)
+
+
 def part(module: Any, parting: Parting) -> None:
     """Replace the forward of a layer that can part its backward; leave any other, and one that others watch, alone."""
     kind: type = type(module)
-    if kind is not nn.Linear and kind not in CONVOLUTIONS:
-        return
-    watched = any(getattr(module, name) for name in HOOKS) or "forward" in vars(module)
-    parameters = [p for p in (module.weight, module.bias) if p is not None]
-    watched |= any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
-    if watched or any(type(p) is not nn.Parameter for p in parameters):
+    if not can_part(module):
         return
     if kind is nn.Linear:
         module.forward = _Layer(module, parting, module.forward, F.linear, _linear, dims=0)

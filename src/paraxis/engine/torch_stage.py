@@ -46,6 +46,15 @@ class Step:
             self.totals[0], self.totals[1] = self.loss_sum, self.loss_weight
 
 
+@dataclass(frozen=True)
+class Light:
+    """What a segment was called with: enough to compute it again. `counts`: how often its modules had drawn masks."""
+
+    nest: Nest
+    batch: Nest
+    counts: dict[str, int]
+
+
 class TorchStage:
     """A run of layers on a rank, which shares its `now` with them. Not safe to share by threads."""
 
@@ -76,6 +85,7 @@ class TorchStage:
         self.stash: dict[Key, tuple[list[Tensor], list[Tensor]]] = {}
         self.gradients: dict[Key, list[Tensor | None]] = {}
         self.leaving: dict[int, list[Tensor]] = {}
+        self.kept: dict[Key, Light] = {}
 
     # -- computing ---------------------------------------------------------------------------------------------
 
@@ -88,66 +98,100 @@ class TorchStage:
     def forward(self, segment: int, microbatch: int, part: int) -> None:
         """F of one segment: keeps what its backward needs, and hands the output on."""
         if self.pausing is None:
-            last = segment == len(self.segments) - 1
             x, entering = self._enter(segment, microbatch, part)
-            self._leave(segment, microbatch, entering, _through(self.calls[segment], x, self._loss(last, microbatch)))
+            made = _through(self.calls[segment], x, self._loss(segment, self._targets(segment, microbatch)))
+            self._leave(segment, microbatch, made)
+            self._keep(segment, microbatch, entering, made)
             return
         if segment == 0:
             x, self.entering = self._enter(segment, microbatch, part)
             calls = [call for own in self.calls for call in own]
-            self.pausing.forward(partial(_through, calls, x, self._loss(True, microbatch)))
+            whole = len(self.segments) - 1
+            self.pausing.forward(partial(_through, calls, x, self._loss(whole, self._targets(whole, microbatch))))
         else:
             self.pausing.resume()
         ends = reach("F", self.words, segment)
         self.pausing.check_forward(ends if ends < len(self.words) else None)
         if ends == len(self.words):
-            self._leave(ends, microbatch, self.entering, self.pausing.end())
+            made = self.pausing.end()
+            self._leave(ends, microbatch, made)
+            self._keep(ends, microbatch, self.entering, made)
+
+    def light(self, segment: int, microbatch: int, part: int) -> None:
+        """F that keeps only what the segment is called with; autograd notes operations, for they tell what needs a
+        gradient, but not their tensors."""
+        self._draw_at(segment, microbatch, part)
+        if segment == 0:
+            self.statistics.restore()
+        kept = Light(self._taken(segment, microbatch), self._targets(segment, microbatch), self._before)
+        self.kept[segment, microbatch] = kept
+        x, _ = self._opened(segment, kept.nest)
+        with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: torch.empty(0)):
+            self._leave(segment, microbatch, _through(self.calls[segment], x, self._loss(segment, kept.batch)))
+
+    def again(self, segment: int, microbatch: int, part: int) -> None:
+        """F once more, from what the first one has kept: the same masks; statistics and the loss have been counted."""
+        kept = self.kept.pop((segment, microbatch))
+        self.draw.at(self.now.number, part * self.slice_size, self.slice_size)
+        self.draw.calls = dict(kept.counts)
+        self.statistics.restore()
+        x, entering = self._opened(segment, kept.nest)
+        made = _through(self.calls[segment], x, self._loss(segment, kept.batch))
+        self._keep(segment, microbatch, entering, made)
 
     def _enter(self, segment: int, microbatch: int, part: int) -> tuple[Nest, list[Tensor]]:
         self._draw_at(segment, microbatch, part)
-        x, entering = self._input(segment, microbatch)
         if segment == 0:
             self.statistics.restore()
-        return x, entering
+        return self._opened(segment, self._taken(segment, microbatch))
 
-    def _loss(self, last: bool, microbatch: int) -> Callable[[Nest], Any] | None:
+    def _ends(self, segment: int) -> bool:
+        """Whether the network ends with it."""
+        return self.last and segment == len(self.segments) - 1
+
+    def _targets(self, segment: int, microbatch: int) -> Nest:
+        """The batch, of which the last segment's loss takes its targets; nothing more is wanted of it."""
+        return self.batches.pop(microbatch) if self._ends(segment) else None
+
+    def _loss(self, segment: int, batch: Nest) -> Callable[[Nest], Any] | None:
         """Of the last segment's output."""
-        if not (last and self.last):
-            return None
-        loss, batch = self.task.shared_loss or self.task.recipe.loss, self.batches.pop(microbatch)
-        return lambda x: loss(x, batch)
+        loss = self.task.shared_loss or self.task.recipe.loss
+        return (lambda x: loss(x, batch)) if self._ends(segment) else None
 
-    def _leave(self, segment: int, microbatch: int, entering: list[Tensor], made: Any) -> None:
+    def _leave(self, segment: int, microbatch: int, made: Any) -> None:
+        """Hand on what a segment has made, the first time."""
         if segment == len(self.segments) - 1:
             self.statistics.collect()
         if segment < len(self.segments) - 1:
-            self.stash[segment, microbatch] = entering, leaves(made)
             self.between[segment + 1, microbatch] = made
         elif self.last:
             loss, weight = made
-            self.stash[segment, microbatch] = entering, [loss]
             self.now.add(loss.item(), float(weight))
         else:
-            outputs = leaves(made)
-            self.stash[segment, microbatch] = entering, outputs
-            self.leaving[microbatch] = [t.detach().contiguous() for t in outputs]
+            self.leaving[microbatch] = [t.detach().contiguous() for t in leaves(made)]
+
+    def _keep(self, segment: int, microbatch: int, entering: list[Tensor], made: Any) -> None:
+        """Where a backward begins and where it ends."""
+        self.stash[segment, microbatch] = entering, [made[0]] if self._ends(segment) else leaves(made)
 
     def _draw_at(self, segment: int, microbatch: int, part: int) -> None:
         """The masks of a microbatch; a module that is computed again later goes on counting where it was."""
-        before = self.counts.pop(microbatch) if segment else self.entry_counts
+        self._before = self.counts.pop(microbatch) if segment else self.entry_counts
         self.draw.at(self.now.number, part * self.slice_size, self.slice_size)
-        self.draw.calls = self.counts[microbatch] = dict(before)
+        self.draw.calls = self.counts[microbatch] = dict(self._before)
 
-    def _input(self, segment: int, microbatch: int) -> tuple[Nest, list[Tensor]]:
-        """(what a segment is called with, its tensors that collect a gradient)."""
+    def _taken(self, segment: int, microbatch: int) -> Nest:
+        """What a segment is to be called with, which nobody else keeps."""
         if segment == 0 and self.stage == 0:
             batch = self.batches[microbatch] if self.last else self.batches.pop(microbatch)
-            inputs = self.task.recipe.inputs(batch)
-            return map_nest(inputs, Tensor.clone) if self.altered[0] else inputs, []
-        nest = map_nest(self.between.pop((segment, microbatch)), leaf) if segment else self.arrived.pop(microbatch)
-        entering = [t for t in leaves(nest) if t.requires_grad]
-        if self.altered[segment]:  # its first layer works in place, which a leaf does not bear
-            nest = map_nest(nest, lambda t: t.clone() if t.requires_grad else t)
+            return self.task.recipe.inputs(batch)
+        return map_nest(self.between.pop((segment, microbatch)), leaf) if segment else self.arrived.pop(microbatch)
+
+    def _opened(self, segment: int, nest: Nest) -> tuple[Nest, list[Tensor]]:
+        """(what a segment is called with, the tensors that collect a gradient)."""
+        entering = [] if segment == self.stage == 0 else [t for t in leaves(nest) if t.requires_grad]
+        if self.altered[segment]:  # its first layer works in place, which a leaf does not bear, nor a second forward
+            nest = map_nest(nest, Tensor.clone)
         return nest, entering
 
     def backward(self, segment: int, microbatch: int) -> None:
@@ -213,7 +257,7 @@ class TorchStage:
     def _evaluate(self, segments: Sequence[int], microbatch: int, part: int) -> None:
         self.draw.at(self.now.number, part * self.slice_size, self.slice_size)
         with torch.no_grad():
-            x, _ = self._input(segments[0], microbatch)
+            x, _ = self._opened(segments[0], self._taken(segments[0], microbatch))
             x, segment = _through([call for k in segments for call in self.calls[k]], x, None), segments[-1]
             if segment < len(self.segments) - 1:
                 self.between[segment + 1, microbatch] = x

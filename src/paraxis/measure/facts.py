@@ -5,6 +5,7 @@ from typing import Any
 
 from paraxis.measure.roofline import LayerWork, work_of
 from paraxis.program.cut import Layout
+from paraxis.program.memory import Sizes, sizes_of
 from paraxis.program.shares import split_of
 
 
@@ -33,6 +34,7 @@ class Facts:
     first_batch: int  # its digest in float32
     least: int = 1  # samples that must be computed at once, or batch norm has no statistics
     work: tuple[LayerWork, ...] = ()  # of its linear and convolution layers, on one batch
+    sizes: Sizes | None = None  # what the PyTorch engine keeps of each layer
 
     def as_json(self) -> dict[str, Any]:
         """As a plain dict; `facts_of` reads it back."""
@@ -48,4 +50,5 @@ def facts_of(document: dict[str, Any]) -> Facts:
     layout["tied"] = tuple((name, tuple(layers)) for name, layers in layout["tied"])
     layout["splits"] = tuple(split_of(split) for split in layout["splits"])
     work = tuple(work_of(layer) for layer in document.get("work", ()))
-    return Facts(**(lists | {"layout": Layout(**layout), "work": work}))
+    sizes = sizes_of(document["sizes"]) if document.get("sizes") else None
+    return Facts(**(lists | {"layout": Layout(**layout), "work": work, "sizes": sizes}))

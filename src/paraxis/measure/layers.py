@@ -8,6 +8,7 @@ import torch
 
 from paraxis.measure.facts import Facts
 from paraxis.measure.layer_work import layer_work
+from paraxis.measure.saved import measure_sizes
 from paraxis.task.batches import cut, digest, leaves, map_nest
 from paraxis.task.norm import resting
 from paraxis.task.task import Task
@@ -49,6 +50,7 @@ def measure_layers(task: Task, samples: int, seconds: float = 0.6) -> Facts:
         first_batch=digest(task.train),
         least=task.least,
         work=tuple(layer_work(task, samples)),
+        sizes=measure_sizes(task),
     )
 
 

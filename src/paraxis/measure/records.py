@@ -75,6 +75,20 @@ class Split(Record):
     remainder: float = 0.0  # of the timed step, what no clock has covered; below 0 where it covered slower steps
 
 
+class MemoryRecord(Record):
+    """Bytes that the rank which needs most holds at the peak of a step, computed from the program, in float32.
+
+    The framework itself, the samples, and what an operation needs only while it runs come on top.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    communication: int  # activations and gradients on their way between ranks
+    total: int
+
+
 class Work(Record):
     """One kind of instruction on one rank: how often it is executed in a step, and the median of its seconds."""
 
@@ -141,6 +155,7 @@ class Result(Record):
     bubble_fraction: float | None = None
     bytes_communicated: int | None = None  # sent by all ranks together in one step
     peak_memory_bytes: int | None = None  # of the rank that needs most
+    computed_memory: MemoryRecord | None = None  # null where it is not: engine=native, tensor parallelism
     oversubscribed: bool = False
     bound_by: str | None = None
     explanation: str | None = None  # what binds the plan and what to change, a sentence each

@@ -63,7 +63,8 @@ class Plan:
     "average@8" or "diloco@epoch:bf16". Under comm=openmp ranks are threads, whose weight `gradients` are "private"
     (each rank those of its samples, then summed) or "owner" (each its own block, over all). `zero` is the stage of ZeRO
     (Rajbhandari et al. 2020): of optimizer state (1), gradients too (2) and parameters too (3), each replica keeps only
-    its share.
+    its share. Stages that `recompute` names ("all", or numbers such as "0+2") keep only what their segments are called
+    with, and compute forwards again before the backwards.
     Raises PlanError for values that no network could meet.
     """
 
@@ -81,6 +82,7 @@ class Plan:
     bucket_bytes: int = 0
     gradients: str = "private"
     zero: int = 0
+    recompute: str = ""
 
     def __post_init__(self) -> None:
         for key in ("dp", "pp", "tp", "microbatches", "interleave", "threads"):
@@ -109,6 +111,7 @@ class Plan:
         self._check_sync()
         self._check_threads()
         self._check_interleave()
+        self.recomputed()
 
     def _check_engine(self) -> None:
         if self.engine == "plain" and (self.mesh.size > 1 or self.microbatches > 1):
@@ -185,6 +188,10 @@ class Plan:
             quiet |= {"gradients": "private", "zero": 0}
         elif self.zero > 1 and not self.bucket_bytes:
             quiet["bucket_bytes"] = SHARDED_BUCKET
+        if self.recompute and self.recomputed() == set(range(self.stages)):
+            quiet["recompute"] = "all"
+        elif self.recompute:
+            quiet["recompute"] = _plus(sorted(self.recomputed()))
         if self.pp == 1:
             quiet |= {"schedule": "", "split": (), "interleave": 1}
         elif not is_own(self.schedule) and (self.microbatches == 1 or not self.schedule):
@@ -201,6 +208,18 @@ class Plan:
     def stages(self) -> int:
         """Stages of the pipeline, over all of its ranks."""
         return self.pp * self.interleave
+
+    def recomputed(self) -> set[int]:
+        """The stages that compute their forwards again; raises PlanError for what names none."""
+        words = self.recompute.split("+") if self.recompute not in ("", "all") else []
+        if not all(word.isdecimal() and int(word) < self.stages for word in words):
+            known = f"stages 0 to {self.stages - 1} joined by +" if self.stages > 1 else "0"
+            raise PlanError(f"recompute={self.recompute}: it takes all, or {known}")
+        if self.recompute and self.engine != "torch":
+            raise PlanError(
+                f"recompute={self.recompute}: engine={self.engine} keeps what it computes; engine=torch can"
+            )
+        return set(range(self.stages)) if self.recompute == "all" else set(map(int, words))
 
     @property
     def workers(self) -> int:
@@ -240,6 +259,7 @@ class Plan:
         words += [self.sync] * (self.sync != "gradient")
         words += [f"{self.gradients} gradients"] * (self.gradients != "private")
         words += [f"zero={self.zero}"] * (self.zero > 0)
+        words += [f"recompute={self.recompute}"] * bool(self.recompute)
         words += [f"threads={self.threads}"] * (self.threads > 1)
         usual = SHARDED_BUCKET if self.zero > 1 else 0
         words += [f"bucket={_bytes(self.bucket_bytes)}"] * (self.bucket_bytes != usual)

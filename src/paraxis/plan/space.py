@@ -1,9 +1,10 @@
 """The space of plans for a number of workers, the most promising first and every rung of workers early."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import zip_longest
 
-from paraxis.plan.plan import Plan
+from paraxis.plan.plan import Mesh, Plan
 from paraxis.plan.schedules import SCHEDULES, STAGES, parted
 
 AVERAGE_EVERY = 8
@@ -17,9 +18,20 @@ def rungs(workers: int) -> list[int]:
     return [*powers, workers]
 
 
-def space(workers: int, layers: int, comms: tuple[str, ...] = TRANSPORTS, inexact: bool = True) -> list[Plan]:
-    """Distinct plans for 1, 2, 4 ... workers over the given transports, rungs taken in turn; openmp: native."""
+def space(
+    workers: int,
+    layers: int,
+    comms: tuple[str, ...] = TRANSPORTS,
+    inexact: bool = True,
+    recompute: bool = False,
+) -> list[Plan]:
+    """Distinct plans for 1, 2, 4 ... workers over the given transports, rungs taken in turn; openmp: native.
+
+    With `recompute` one plan more for each grid of ranks, that trades time for memory.
+    """
     columns = [list(_rung(count, layers, comms, inexact)) for count in rungs(workers)]
+    if recompute:
+        columns = [[*column, *_recomputed(column)] for column in columns]
     mixed = [plan for row in zip_longest(*columns) for plan in row if plan is not None]
     return list(dict.fromkeys(mixed))
 
@@ -70,3 +82,13 @@ def _kinds(workers: int, layers: int, inexact: bool) -> Iterator[dict[str, objec
         yield {"dp": workers, "sync": f"average@{AVERAGE_EVERY}"}
         yield {"dp": workers, "sync": f"diloco@{AVERAGE_EVERY}"}
         yield {"dp": workers, "sync": "average@epoch"}
+
+
+def _recomputed(plans: list[Plan]) -> Iterator[Plan]:
+    """Of each grid of PyTorch ranks the first plan, computing forwards again."""
+    firsts: dict[Mesh, Plan] = {}
+    for plan in plans:
+        if plan.engine == "torch" and plan.threads == 1 and plan.exact:
+            firsts.setdefault(plan.mesh, plan)
+    for plan in firsts.values():
+        yield replace(plan, recompute="all")

@@ -61,6 +61,7 @@ class _Rank:
     tied: set[int] = field(default_factory=set)  # ties whose copies have been added up
     parted: set[tuple[int, int, int]] = field(default_factory=set)  # I whose W is still to come
     leaks: set[tuple[int, int, int]] = field(default_factory=set)  # forwards whose backward never comes
+    light: dict[tuple[int, int, int], int] = field(default_factory=dict)  # slices of forwards that kept nothing more
     factors: bool = False  # of weight gradients: those of all ranks are there
     gathered: bool = False
     peak: int = 0
@@ -101,9 +102,14 @@ def _check_slices(program: Program, part: str) -> None:
     wanted, tp = list(range(program.mesh.dp * program.microbatches)), program.mesh.tp
     for stage, own in ((stage, own) for stage in range(len(program.stages)) for own in range(tp)):
         rows = program.body(part)[own::tp]
-        found = sorted(i.slice for row in rows for i in row if (i.op, i.stage, i.segment) == ("F", stage, 0))
+        found = sorted(i.slice for row in rows for i in row if _computes(i, stage))
         if found and found != wanted:
             raise ProgramError(f"stage {stage} of {part} computes slices {found} of the batch instead of {wanted}")
+
+
+def _computes(i: Instruction, stage: int) -> bool:
+    """Whether it begins to compute a slice on a stage, for the first time."""
+    return i.op == "F" and i.stage == stage and i.segment == 0 and i.rule != "again"
 
 
 def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[Instruction]) -> int:
@@ -124,7 +130,9 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             fail(slot, f"{i.label()} of stage {i.stage}: {known}")
         if i.op in MOMENTS:
             _check_midway(program, state, i, slot, fail)
-        if i.op == "F":
+        if i.op == "F" and i.rule == "again":
+            _check_again(state, i, slot, fail)
+        elif i.op == "F":
             _check_forward(program, state, i, slot, fail)
         elif i.op == "W":
             _check_weight_gradient(state, i, slot, fail)
@@ -175,6 +183,18 @@ def _check_forward(program: Program, state: _Rank, i: Instruction, slot: int, fa
     if i.stage in (0, len(program.stages) - 1) and (i.stage, i.microbatch) not in state.loaded:
         fail(slot, f"{i.label()} before its samples are loaded")
     state.forward |= {(i.stage, k, i.microbatch) for k in _covered(program, i)}
+    if i.rule == "light":
+        state.light[key] = i.slice
+
+
+def _check_again(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    key = (i.stage, i.segment, i.microbatch)
+    if key not in state.light:
+        why = "that has kept everything" if key in state.forward else "before it runs for the first time"
+        fail(slot, f"{i.label()} computes again a forward {why}")
+    first = state.light.pop(key)
+    if i.slice != first:
+        fail(slot, f"{i.label()} is of slice {i.slice}, but its first forward was of slice {first}")
 
 
 def _check_backward(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
@@ -185,6 +205,8 @@ def _check_backward(program: Program, state: _Rank, i: Instruction, slot: int, f
         fail(slot, f"{i.label()} runs twice")
     if any((i.stage, k, i.microbatch) not in state.forward for k in own):
         fail(slot, f"{i.label()} before its forward")
+    if key in state.light:
+        fail(slot, f"{i.label()} before its forward, which has kept nothing, is computed again")
     if own[-1] < last_segment and (i.stage, own[-1] + 1, i.microbatch) not in state.backward:
         fail(slot, f"{i.label()} before the segment behind it")
     needs = own[-1] == last_segment and i.stage < len(program.stages) - 1

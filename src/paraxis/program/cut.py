@@ -16,6 +16,7 @@ class Layout:
     `weight_in_data`: the loss's weight is known only after the forwards. `statistics`: it has running statistics.
     `clip`: gradients are clipped by their global norm. `cuttable`: empty, or why its layers cannot be split. `norms`:
     how many batch norms each layer has whose statistics cover the whole global batch (none: they cover slices).
+    `unkeyed`: modules whose random numbers nobody can draw again.
     """
 
     parameters: tuple[int, ...]
@@ -27,6 +28,7 @@ class Layout:
     norms: tuple[int, ...] = ()
     splits: tuple[Split, ...] = ()  # what tensor parallelism can share, in the order of a forward
     modules: tuple[str, ...] = ()  # names of those that have parameters of their own
+    unkeyed: tuple[str, ...] = ()
 
 
 def cut(plan: Plan, layout: Layout) -> tuple[tuple[int, int], ...]:

@@ -205,6 +205,10 @@ def _pipelined(p: Plan) -> bool:
     return p.pp > 1 and p.microbatches > 1
 
 
+def _recomputing(p: Plan) -> bool:
+    return bool(p.recompute)
+
+
 def _shared(p: Plan) -> bool:
     return p.tp > 1
 
@@ -242,6 +246,12 @@ FAULTS: dict[str, Fault] = {
         _adding,
         "zero=2 or 3 and microbatches > 1",
         spoil=_overwriting,
+    ),
+    "fresh-masks": Fault(
+        "forwards that are computed again draw other dropout masks",
+        _recomputing,
+        "recompute=all and a network with dropout",
+        _with(lambda i: i.rule == "again", lambda p, i: replace(i, slice=i.slice + 1)),
     ),
     "random-start": Fault("one worker starts from other weights", _any, "", spoil=_other_start),
     "late-batch": Fault("one worker is a batch ahead", _any, "", spoil=_late),

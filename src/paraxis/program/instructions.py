@@ -36,7 +36,9 @@ class Instruction:
     direction of the mesh (`pp:0+3`: of the pipeline these places), `buffer` a declared buffer, `bucket` a segment's
     or fragment's part of it (-1: all), `rule` an update rule, `payload` what summed elements travel as ("": as they
     are; else `grads` go without their totals).
-    A `W` with rule "owner" computes the rank's own block of the weights' gradient, over the samples of all replicas.
+    An `F` with rule "light" keeps only what the segment is called with; one with rule "again" computes it once more
+    from that, right before the backward. A `W` with rule "owner" computes the rank's own block of the weights'
+    gradient, over the samples of all replicas.
     Of buffers `moments` (in a forward) and `moment_grads` (in a backward), `bucket` is the batch norm between segments
     `bucket` and `bucket` + 1; of buffer `tied` it is the number of a tie. A `ReduceAct` or `ReduceGrad` stands between
     segments `segment` and `segment` + 1. An F or B covers segments from `segment` on; see program.meetings.
@@ -94,7 +96,8 @@ class Instruction:
     def label(self) -> str:
         """The few letters that stand in a cell of a grid."""
         if self.op in COMPUTE:
-            return f"{self.op}{self.microbatch}" + (f".{self.segment}" if self.segment > 0 else "")
+            mark = "'" * (self.rule == "again")
+            return f"{self.op}{self.microbatch}" + (f".{self.segment}" if self.segment > 0 else "") + mark
         if self.op == "Update":
             return {"zero": "zero", "step": "step"}.get(self.rule, self.rule)
         short = {"SendAct": "sA", "SendGrad": "sG", "RecvAct": "rA", "RecvGrad": "rG", "AllReduce": "AR", "Load": "L"}

@@ -9,6 +9,7 @@ from paraxis.plan.plan import Plan, period
 from paraxis.program.cut import Layout, bucketed, cut, met, synchronised, ties, words
 from paraxis.program.instructions import MOMENTS, Buffer, Instruction, Program, Tie
 from paraxis.program.passes import evaluation, follow, pair_tokens, scoring, state, training
+from paraxis.program.recompute import check_recompute, sublinear
 from paraxis.program.zero import check_zero
 from paraxis.sync.rule import Do, Sync, parse
 
@@ -17,7 +18,9 @@ def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
     """The complete program of every rank; raises PlanError if the network cannot be cut as the plan asks."""
     stages = cut(plan, layout)
     meets = words(plan, layout)
+    check_recompute(plan, layout, bool(meets))
     segments = tuple(met(stage, meets) if meets else bucketed(stage, layout, plan.bucket_bytes) for stage in stages)
+    segments = tuple(sublinear(own) if s in plan.recomputed() else own for s, own in enumerate(segments))
     borders = tuple(tuple(w for own in meets[first:last] for w in own) for first, last in stages) if meets else ()
     cuts = segments, borders or tuple(("cut",) * (len(own) - 1) for own in segments)
     tied = ties(plan, layout, stages)

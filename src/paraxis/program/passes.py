@@ -12,6 +12,7 @@ from paraxis.plan.schedules import Order
 from paraxis.program.cut import Layout
 from paraxis.program.instructions import Instruction, Tie
 from paraxis.program.meetings import Words, add_meetings, begins
+from paraxis.program.recompute import recompute
 from paraxis.program.zero import copying, gather_parameters, shard_gradients, shard_parameters, used_buckets
 from paraxis.sync.rule import Do
 
@@ -36,14 +37,14 @@ def training(
     """
     dp, place, _ = plan.mesh.coordinates(rank)
     order = find(plan.schedule or "layerwise")(plan.pp, plan.microbatches, place, plan.interleave)
-    body = expand(order, plan, dp, cuts)
+    body = recompute(expand(order, plan, dp, cuts), plan.recomputed())
     tied = add_ties(plan, ties, place)
     meets = any(word != "cut" for own in cuts[1] for word in own)
     if reduce:
         totals = _both("dp", "totals", "sum") if layout.weight_in_data else []  # which no rounding may reach
         body += [replace(i, stage=place) for i in [*totals, *follow(reduce)]]
     elif agree == "gradient" and plan.dp > 1:
-        whole = meets or (plan.interleave > 1 and not plan.bucket_bytes)
+        whole = meets or ((plan.interleave > 1 or plan.recompute) and not plan.bucket_bytes)
         buckets = _whole(body) if whole else _each(cuts, body)
         if plan.zero == 1 and tied:  # shares are shares of sums, so copies are added up before
             tied += scatter(buckets)
@@ -95,6 +96,11 @@ EDGES = {"F": ("RecvAct", -1, "SendAct", +1), "B": ("RecvGrad", +1, "SendGrad", 
 WAYS = {"F": "F", "B": "B", "I": "B"}
 
 
+def _way(i: Instruction) -> str:
+    """Whether it goes forward or back through the stages; what is computed again has been sent the first time."""
+    return WAYS.get(i.op, "") if i.rule != "again" else ""
+
+
 def add_transfers(body: Body, plan: Plan, rank: int) -> Body:
     """Sends never block and receives are posted one ahead; a send's buffer is kept until the next one of its kind.
 
@@ -105,12 +111,12 @@ def add_transfers(body: Body, plan: Plan, rank: int) -> Body:
     dp, _, tp = plan.mesh.coordinates(rank)
     patient = plan.interleave > 1 or is_own(plan.schedule)
     out: Body = []
-    ends = {(WAYS[i.op], i.stage): i.segment for i in body if i.op in WAYS}  # with which each stage's F and B end
-    fronts = {(WAYS[i.op], i.stage): i.segment for i in reversed(body) if i.op in WAYS}  # ... and begin
+    ends = {(_way(i), i.stage): i.segment for i in body if _way(i)}  # with which each stage's F and B end
+    fronts = {(_way(i), i.stage): i.segment for i in reversed(body) if _way(i)}  # ... and begin
     todo: dict[tuple[str, int], list[int]] = {key: [] for key in ends}
     for i in body:
-        if i.op in WAYS and i.segment == fronts[WAYS[i.op], i.stage]:
-            todo[WAYS[i.op], i.stage].append(i.microbatch)
+        if _way(i) and i.segment == fronts[_way(i), i.stage]:
+            todo[_way(i), i.stage].append(i.microbatch)
     sending: dict[tuple[str, int, int], Instruction] = {}
 
     def transfer(op: str, stage: int, away: int, microbatch: int) -> Instruction:
@@ -128,7 +134,7 @@ def add_transfers(body: Body, plan: Plan, rank: int) -> Body:
         if not (patient and op == "B"):
             post(op, stage)
     for i in body:
-        key = op, stage = WAYS.get(i.op, ""), i.stage
+        key = op, stage = _way(i), i.stage
         receive, source, send, target = EDGES.get(op, ("", 0, "", 0))
         if source and i.segment == fronts[key] and 0 <= stage + source < plan.stages:
             out.append(transfer(receive + "Wait", stage, source, i.microbatch))

@@ -135,4 +135,4 @@ def _both(i: Instruction, op: str, buffer: str, bucket: int, reduction: str = ""
 
 
 def _for(i: Instruction) -> str:
-    return "" if i.op == "Update" else i.op
+    return "" if i.op == "Update" else i.rule if i.rule == "again" else i.op

@@ -95,7 +95,7 @@ def tint(study: Study, result: Result) -> str:
 
 
 def memory(study: Study, width: int = 760) -> str:
-    """Megabytes of the rank that needs most, a bar a plan."""
+    """Megabytes of the rank that needs most, a bar a plan; beside its number what is computed of them."""
     return amounts(study, width, "peak_memory_bytes", "of the rank that needs most")
 
 
@@ -113,7 +113,7 @@ def amounts(study: Study, width: int, field: Literal["peak_memory_bytes", "bytes
         {
             **label(study, r, index),
             "size": sizes[field](r) / size,
-            "text": f"{float(f'{sizes[field](r) / size:.3g}'):,g} {unit}",
+            "text": f"{float(f'{sizes[field](r) / size:.3g}'):,g} {unit}{computed(r) * (field == 'peak_memory_bytes')}",
             "fill": tint(study, r),
         }
         for index, r in enumerate(drawn)
@@ -130,6 +130,12 @@ def amounts(study: Study, width: int, field: Literal["peak_memory_bytes", "bytes
         *plan_labels(data, base, rows, width),
     ]
     return render(layer(layers), data, f"{unit} {title}, a bar a plan")
+
+
+def computed(result: Result) -> str:
+    """What training alone keeps, where that is known."""
+    kept = result.computed_memory
+    return f", computed {tables.megabytes(kept.total)}" if kept else ""
 
 
 def label(study: Study, result: Result, index: int) -> Row:

@@ -29,7 +29,7 @@ HEADS = (
         "samples_per_second",
     ),
     *("vs_today", "vs_today_low", "vs_today_high", "speedup", "efficiency", "exposed_comm_fraction", "bubble_fraction"),
-    *("bytes_communicated", "peak_memory_bytes", "bound_by", "equals_to", "allowed", "proved"),
+    *("bytes_communicated", "peak_memory_bytes", "computed_memory_bytes", "bound_by", "equals_to", "allowed", "proved"),
 )
 
 
@@ -96,7 +96,7 @@ def line(result: Result) -> list[Any]:
         r.samples_per_second,
         *((ratio.median, ratio.low, ratio.high) if ratio else ("",) * 3),
         *(r.speedup, r.efficiency, r.exposed_comm_fraction, r.bubble_fraction, r.bytes_communicated),
-        *(r.peak_memory_bytes, r.bound_by),
+        *(r.peak_memory_bytes, r.computed_memory.total if r.computed_memory else None, r.bound_by),
         *((proof.max_relative_difference, proof.tolerance, proof.passed) if proof else ("",) * 3),
     ]
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paraxis.errors import ParaxisError, PlanError, TaskError
+from paraxis.fitting import parts
 from paraxis.measure.records import Event, Result, Study, read
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.timeline import Box, mark, rows
@@ -140,6 +141,7 @@ def _costs(study: Study, r: Result) -> list[str]:
         text = f"{r.speedup:.2f}x the best serial run ({best} ms)"
         lines.append(text + (f", efficiency {r.efficiency:.0%} of {r.workers} workers" if r.efficiency else ""))
     facts = [f"{megabytes(r.peak_memory_bytes)} MB in the rank that needs most"] if r.peak_memory_bytes else []
+    facts += [f"computed for training alone: {parts(r.computed_memory)}"] if r.computed_memory else []
     facts += [f"{_size(r.bytes_communicated)} sent in a step"] if r.bytes_communicated is not None else []
     facts += ["oversubscribed"] * r.oversubscribed
     lines += [", ".join(facts)] * bool(facts)

@@ -15,7 +15,8 @@ LINES = 64  # ranks of a drawn program that are shown
 # fmt: off
 HEADS = (
     "Plan", "ms per step [95%]", "vs today", "= serial", "bound by", "efficiency", "speed-up", "samples/s",
-    "exposed comm.", "bubble", "MB sent", "MB/rank", "workers", "threads", "engine", "5-95% of steps", "samples",
+    "exposed comm.", "bubble", "MB sent", "MB/rank", "computed", "workers", "threads", "engine", "5-95% of steps",
+    "samples",
 )
 # fmt: on
 WORDS = {"Plan", "= serial", "bound by", "engine"}  # the columns that are not figures
@@ -35,6 +36,8 @@ def results(study: Study) -> str:
         words.append(
             f"Speed-up is against the best serial run, {serial}. Efficiency is against one worker with one thread."
         )
+    if any(r.computed_memory for r in ranked):
+        words.append("MB/rank is what its process has held, computed what training alone keeps at the peak of a step.")
     words += [text(tables.OVERSUBSCRIBED[2:]).capitalize() + "."] if any(r.oversubscribed for r in ranked) else []
     words += [text(tables.INEXACT).capitalize() + "."] if any(not r.exact for r in ranked) else []
     return table("Measured plans", HEADS, rows, set(HEADS) - WORDS, "sortable") + f"<p>{' '.join(words)}</p>"
@@ -44,6 +47,7 @@ def figures(study: Study, result: Result) -> list[Cell]:
     """One row of the table of results, each figure with the number that it is sorted by."""
     versus, now = tables.ratio(result.vs_today, spread=True, sign="×", dash="–"), tables.is_today(study, result)
     proof, time_ = result.verified, result.step_seconds
+    kept = result.computed_memory.total if result.computed_memory else None
     return [
         plan(study, result),
         (time(time_, unit=""), tables.median(result)),
@@ -57,6 +61,7 @@ def figures(study: Study, result: Result) -> list[Cell]:
         (tables.percent(result.bubble_fraction), result.bubble_fraction),
         (tables.megabytes(result.bytes_communicated), result.bytes_communicated),
         (tables.megabytes(result.peak_memory_bytes), result.peak_memory_bytes),
+        (tables.megabytes(kept), kept),
         (f"{result.workers}", result.workers),
         (f"{result.threads}", result.threads),
         text(" ".join(filter(None, [result.engine, result.comm]))),

@@ -185,7 +185,8 @@ CAPTIONS = {
     "each kind. Speed-up is against the best serial run, efficiency against one worker with one thread; dashed: ideal.",
     "accuracy": "After the same samples, and after the same time: an inexact plan is worth its faster step where "
     "it reaches the exact one's accuracy in fewer seconds.",
-    "memory": "Memory of the rank that needs most: the most that its process has held.",
+    "memory": "Memory of the rank that needs most: the most that its process has held, and what of it training alone "
+    "keeps at the peak of a step, computed from the program.",
     "traffic": "What all ranks together send in one step. Single ranks, and ranks that share memory, send nothing.",
 }
 CURVES = ("losses", "scaling", "accuracy")  # the charts that do not draw a bar a plan

@@ -5,13 +5,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,8 +26,10 @@ from paraxis.program.check import check
 from paraxis.program.faults import FAULTS, Fault
 from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
+from paraxis.run.held import counting, held
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
+from paraxis.run.resident import peak_bytes, reset_peak
 from paraxis.run.weights import compare, difference, untied
 from paraxis.run.window import record_cost, traceable, window_of
 from paraxis.sync.rule import settled
@@ -162,7 +163,7 @@ class Duties:
         self.plans[request["key"]] = running
         self._activate(running)
         keep_data(self.spec)
-        running.before = _reset_peak()
+        running.before = reset_peak()
         self.base = self.base or running.before
         if plan.engine == "plain":
             running.plain = serial.replica(self._task(dtype, plain=True))
@@ -217,7 +218,17 @@ class Duties:
 
     def memory(self, request: dict[str, Any], blob: bytes, tell: Tell) -> int:
         """The peak of resident bytes since the plan was set up, less what plans set up before it hold."""
-        return _peak_bytes() - max(0, self.plans[request["key"]].before - self.base)
+        return peak_bytes() - max(0, self.plans[request["key"]].before - self.base)
+
+    def held(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, int]:
+        """Bytes of each kind at the peak of a step, counted while it runs, and how far the process has grown."""
+        running = self._ready(request["key"])
+        rank = _some(running.rank)
+        self._steps(running, 2)
+        grown = peak_bytes() - running.before
+        with counting(rank) as count:
+            self._steps(running, 1)
+        return held(rank, count.peak) | {"grown": grown}
 
     def norm(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """Sum of squares of this rank's parameters, of which it counts what no rank before it has."""
@@ -370,17 +381,3 @@ def _some(value: Any) -> Any:
     if value is None:
         raise RankError("the plan is not set up on this rank")
     return value
-
-
-def _reset_peak() -> int:
-    """Resident bytes now, and let the kernel's peak begin anew."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return int(psutil.Process().memory_info().rss)
-
-
-def _peak_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)

@@ -44,9 +44,8 @@ def _load(i: Instruction, c: Context) -> Action:
 
 
 def _forward(i: Instruction, c: Context) -> Action:
-    if i.rule == "evaluate":
-        return partial(c.engine.at(i.stage).evaluate, i.segment, i.microbatch, i.slice)
-    return partial(c.engine.at(i.stage).forward, i.segment, i.microbatch, i.slice)
+    """F, or one of its kinds: "evaluate", "light", "again"."""
+    return partial(getattr(c.engine.at(i.stage), i.rule or "forward"), i.segment, i.microbatch, i.slice)
 
 
 def _backward(i: Instruction, c: Context) -> Action:

@@ -151,6 +151,7 @@ class Task:
             cuttable=self.cuttable,
             tied=tuple((self.names[key], tuple(at)) for key, at in owners.items() if len(at) > 1),
             norms=tuple(map(len, self.norms)),
+            unkeyed=self.keyed.unkeyed,
             splits=self.splits,
             modules=tuple(n for n, m in self.net.named_modules() if any(True for _ in m.parameters(recurse=False))),
         )

@@ -1,0 +1,96 @@
+"""Which plans fit into the memory that a rank may have: told before anything is set up, from computed bytes."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from paraxis.errors import ParaxisError, PlanError
+from paraxis.measure.records import MemoryRecord
+from paraxis.plan.plan import Plan
+from paraxis.plan.space import space
+from paraxis.program.memory import Memory
+
+if TYPE_CHECKING:
+    from paraxis.session import Session
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+UNKNOWN = "its memory is not computed, so that it is not known to fit into --memory-limit; engine=torch with tp=1 is"
+
+
+def bytes_of(text: str) -> int:
+    """`200M`, `1.5GB`, `2GiB`, `123456` -> bytes (M is a million, Mi 2^20); raises PlanError."""
+    word = text.strip().upper().removesuffix("B")
+    binary, word = word.endswith("I"), word.removesuffix("I")
+    digits = word.rstrip("KMGT")
+    unit = word[len(digits) :]
+    try:
+        if unit not in UNITS or not float(digits) > 0:
+            raise ValueError(text)
+        return int(float(digits) * (1024 ** list(UNITS).index(unit) if binary else UNITS[unit]))
+    except (ValueError, OverflowError):
+        raise PlanError(f"--memory-limit {text}: it takes a size above 0, such as 200M or 2G") from None
+
+
+def record(memory: Memory | None) -> MemoryRecord | None:
+    """As it stands in documents."""
+    return None if memory is None else MemoryRecord(**asdict(memory), total=memory.total)
+
+
+def parts(memory: Memory | MemoryRecord) -> str:
+    """`412 MB a rank (parameters 45, gradients 45, optimizer 90, activations 232)`: what is nothing is left out."""
+    names = ("parameters", "gradients", "optimizer", "activations", "communication")
+    told = ", ".join(f"{name} {_mb(getattr(memory, name))}" for name in names if getattr(memory, name))
+    return f"{_mb(memory.total)} MB a rank ({told})"
+
+
+def check_fits(session: "Session", plan: Plan, memory: Memory | None) -> None:
+    """Raises PlanError if a plan needs more than a rank may have, with the numbers and one that would fit."""
+    limit = session.limit
+    if limit is None or plan.engine == "plain":
+        return
+    if memory is None:
+        raise PlanError(f"{plan.short()}: {UNKNOWN}")
+    if memory.total > limit:
+        told = f"{plan.short()} needs {parts(memory)}, more than the limit of {_mb(limit)} MB"
+        raise PlanError(f"{told}; {_instead(session, plan, limit)}")
+
+
+def _instead(session: "Session", plan: Plan, limit: int) -> str:
+    """The first plan of as many ranks that fits, or the smallest."""
+    found = []
+    for other in _others(session, plan):
+        try:
+            memory = session.memory(session.settled(other))
+        except ParaxisError:
+            continue
+        if memory is not None:
+            found.append((memory.total, other))
+        if memory is not None and memory.total <= limit:
+            return f"{other.short()} would need {_mb(memory.total)} MB"
+    if not found:
+        return "no other plan was found for it"
+    total, least = min(found, key=lambda pair: pair[0])
+    return f"none of its kind fits, the smallest is {least.short()} with {_mb(total)} MB"
+
+
+def _others(session: "Session", plan: Plan) -> Iterator[Plan]:
+    """Of the same transport and as many ranks (of a single one: two), those first that change least."""
+    layers, comm = len(session.known().layers), plan.comm or "mpi"
+    yield from _changed(plan, recompute="all")
+    yield from space(max(2, plan.mesh.size), layers, (comm,), inexact=False, recompute=True)
+    schedule = "" if plan.schedule == "layerwise" else plan.schedule
+    for parts in (plan.microbatches * n for n in (2, 4, 8, 16)):
+        yield from _changed(plan, microbatches=parts, schedule=schedule)
+        yield from _changed(plan, microbatches=parts, schedule=schedule, recompute="all")
+
+
+def _changed(plan: Plan, **values: Any) -> Iterator[Plan]:
+    """The plan with other values, if there is one."""
+    try:
+        yield replace(plan, **values)
+    except PlanError:
+        return
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.0f}" if count >= 10e6 else f"{count / 1e6:.2g}"
