@@ -44,7 +44,9 @@ def test_every_fault_fails_the_comparison(fault: str, plan: Plan, folder: Path) 
     assert fails(spec_of(folder, "tiny", *TASKS["tiny"]), plan, fault)
 
 
-OWN_LOSS = (parse("dp=2,pp=2,microbatches=2"), parse("dp=2,sync=average@4"))
+OWN_LOSS = tuple(
+    map(parse, ("dp=2,pp=2,microbatches=2", "dp=2,sync=average@4", "dp=2,zero=1", "dp=2,zero=2,microbatches=2"))
+)
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("mean-of-sums", *NORMS)])
