@@ -75,7 +75,7 @@ def explain(program: Program) -> str:
     keys += " and parameters (p)" * (program.zero > 2)
     explained = f"period: {runs}   ({keys}; < starts, > waits)"
     if program.zero > 2 and min(map(len, program.segments)) == 1:
-        explained += "\nsmaller than bucket_bytes: a stage that is one segment is whole from its first F to the update"
+        explained += "\na stage of one segment is whole from its first F to the update; a smaller bucket_bytes parts it"
     return explained
 
 
