@@ -20,6 +20,7 @@ from paraxis.plan.space import space
 from paraxis.program.cut import Layout, balanced, bucketed, cut
 from paraxis.program.instructions import OPS, Instruction, Program, parse_instruction, parse_program
 from paraxis.program.lower import lower
+from paraxis.sync.rule import updates
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "regenerate.py"
 RICH = {"weight_in_data": True, "statistics": True, "clip": True}
@@ -154,14 +155,16 @@ def test_a_step_ends_with_its_update_and_replicas_agree_once_a_period(plan: Plan
     assert steps[0] == steps[-1]
     for name in set(steps):
         for row in program.body(name):
-            rules = [i.rule for i in row if i.op == "Update"]
+            rules = [i.rule for i in row if i.op == "Update" and i.rule not in updates()]
             assert rules[0] == "zero" and rules[-1] == "step" and row[0].rule == "zero"
-            agree = [i for i in row if i.starts and i.axis == "dp" and i.buffer in ("grads", "params")]
+            agree = [i for i in row if i.starts and i.axis == "dp" and i.buffer in ("grads", "params", "delta")]
             assert bool(agree) == (plan.dp > 1 and name != "local")
             reduced = {i.bucket for i in agree if i.buffer == "grads"}
-            assert reduced == (set(range(len(program.segments[row[0].stage]))) if agree and plan.exact else set())
-    assert program.epilogue == (() if plan.exact else (("settle", 1),))
-    assert steps.count("average") == (0 if plan.exact else 1 + (program.steps_in_period() == 1))
+            each = {-1} if plan.sync == "compressed" else set(range(len(program.segments[row[0].stage])))
+            assert reduced == (each if agree and "@" not in plan.sync else set())
+    apart = "@" in plan.sync
+    assert program.epilogue == ((("settle", 1),) if apart else ())
+    assert steps.count(plan.sync.split("@")[0]) == (1 + (program.steps_in_period() == 1) if apart else 0)
 
 
 def test_average_once_an_epoch_takes_the_epochs_steps() -> None:
