@@ -257,7 +257,7 @@ def test_fast_kernels_stay_within_the_band_of_rounding(
 # -- a run in pieces, evaluation -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["serial", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@4"])
+@pytest.mark.parametrize("text", ["serial", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@4", "dp=2,sync=diloco@2"])
 def test_several_calls_train_what_one_call_trains(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, plan = spec_named(folder, "norms", momentum=0.8), native(text)
     once, pieces = team_of(spec, plan), team_of(spec, plan)
@@ -271,7 +271,7 @@ def test_several_calls_train_what_one_call_trains(text: str, folder: Path, monke
     assert not all(torch.equal(value, once.state()[name]) for name, value in pieces.state().items())
 
 
-@pytest.mark.parametrize("plan", [*FEW, native("dp=2,sync=average@4")], ids=Plan.short)
+@pytest.mark.parametrize("plan", [*FEW, native("dp=2,sync=average@4"), native("dp=2,sync=diloco@4")], ids=Plan.short)
 @pytest.mark.parametrize("name", ["norms", "convolutions"])
 def test_evaluation_equals_a_plain_one_and_leaves_no_trace(name: str, plan: Plan, folder: Path) -> None:
     spec = spec_named(folder, name, batch=16)

@@ -387,6 +387,41 @@ def test_the_null_interpreter_is_told_everything_and_does_nothing(plan: Plan, fo
         assert not ran.context.open, "no token stays open"
 
 
+@pytest.mark.parametrize(
+    "text, fewer",
+    [
+        *(("average@50", 50), ("diloco@50", 50), ("diloco@50:bf16", 100), ("compressed", 2)),
+        ("diloco@50:int8", 50 / ((1 + 4 / 128) / 4)),
+    ],
+)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_rules_send_so_many_times_fewer_bytes(text: str, fewer: float, ranks: int) -> None:
+    """Counted letter by letter where numbers travel packed; at H=50 at least 40 times fewer than gradients."""
+
+    def sent(sync: str) -> float:
+        program = lower(parse(f"dp={ranks},sync={sync}"), Layout(parameters=(2, 3)))
+        engine = null.NullEngine()
+        engine.empty = torch.zeros(ranks * 1280)
+        return Rank(program, 0, engine, null.NullComm(0, ranks)).sent_in_a_step()
+
+    assert sent("gradient") / sent(text) == pytest.approx(fewer, rel=1e-9)
+
+
+def test_a_period_sends_what_its_letters_weigh(folder: Path) -> None:
+    """With real buffers, fragments included: over a period every parameter travels once."""
+    spec = spec_of(folder, "tiny", *TASKS["tiny"])
+    found = {}
+    for text in ("gradient", "average@4", "diloco@4", "diloco@4:fragments=2", "compressed", "diloco@4:bf16"):
+        ranks = started(spec, parse(f"dp=2,sync={text}"))
+        reference.run_steps(ranks, 4)
+        found[text] = sum(rank.context.sent[0] for rank in ranks)
+    count = sum(p.numel() for p in task(spec).net.parameters())
+    every = 2 * 8 * count  # two ranks, float64
+    assert found["average@4"] == found["diloco@4"] == found["diloco@4:fragments=2"] == every
+    assert found["compressed"] == every and found["gradient"] == 4 * (every + 2 * 8 * 2), "bfloat16 has a quarter"
+    assert found["diloco@4:bf16"] == every / 4
+
+
 @pytest.mark.parametrize("text", ["dp=2", "dp=2,sync=average@4", "dp=2,sync=average@epoch", "dp=2,sync=average@1"])
 @pytest.mark.parametrize("steps", [0, 1, 5, 8])
 def test_bytes_of_a_step_are_those_of_the_whole_period_however_little_of_it_was_run(text: str, steps: int) -> None:

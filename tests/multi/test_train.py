@@ -56,12 +56,19 @@ def own_task() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     return space["net"](), space["batches"]()
 
 
-def by_hand(steps: int, rates: list[float], replicas: int = 1, every: int = 1) -> tuple[nn.Module, list[float]]:
-    """SGD with momentum 0.9 on OWN as one writes it; replicas train on their shares and are averaged now and then."""
+def by_hand(
+    steps: int, rates: list[float], replicas: int = 1, every: int = 1, outer: float = 0.0
+) -> tuple[nn.Module, list[float]]:
+    """SGD with momentum 0.9 on OWN as one writes it; replicas train on their shares and agree now and then.
+
+    They take the mean of their weights, or the global weights take an outer step of that rate after it.
+    """
     net, batches = own_task()
     nets = [deepcopy(net) for _ in range(replicas)]
     optimizers = [torch.optim.SGD(n.parameters(), lr=rates[0], momentum=0.9) for n in nets]
     losses, share = [], 16 // replicas
+    whole = deepcopy(net)
+    outside = torch.optim.SGD(whole.parameters(), lr=outer, momentum=0.9, nesterov=True)
     for step in range(steps):
         x, y = batches[step % len(batches)]
         parts = []
@@ -76,6 +83,12 @@ def by_hand(steps: int, rates: list[float], replicas: int = 1, every: int = 1) -
         losses.append(sum(parts) / replicas)
         if (step + 1) % every == 0 or step == steps - 1:
             average(nets)
+        if outer and (step + 1) % every == 0:
+            for mine, mean in zip(whole.parameters(), nets[0].parameters(), strict=True):
+                mine.grad = mine.detach() - mean.detach()
+            outside.step()
+            for copy in nets:
+                copy.load_state_dict(whole.state_dict())
     return nets[0], losses
 
 
@@ -121,10 +134,13 @@ def test_a_file_with_a_cosine_is_the_loop_by_hand(desk: Any) -> None:
 
 
 @pytest.mark.slow
-def test_weight_averaging_is_the_loop_by_hand_although_it_is_saved_between_two_averages(desk: Any) -> None:
+@pytest.mark.parametrize("sync, outer", [("average@4", 0.0), ("diloco@4", 0.7)])
+def test_replicas_apart_are_the_loop_by_hand_although_saved_between_two_agreements(
+    desk: Any, sync: str, outer: float
+) -> None:
     words = ("--momentum", 0.9, "--lr", 0.3, "--epochs", 3)
-    document = train(desk, desk.write("own.py", OWN), "--plan", "dp=2,sync=average@4,comm=gloo", *words)
-    net, losses = by_hand(15, [0.3] * 15, replicas=2, every=4)
+    document = train(desk, desk.write("own.py", OWN), "--plan", f"dp=2,sync={sync},comm=gloo", *words)
+    net, losses = by_hand(15, [0.3] * 15, replicas=2, every=4, outer=outer)
     assert apart(document["losses"], losses) < 1e-5
     saved = weights(desk, document)
     assert all(torch.allclose(saved[key], value, atol=1e-5) for key, value in net.state_dict().items())

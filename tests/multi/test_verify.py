@@ -84,6 +84,31 @@ def test_data_parallel_over_mpi_is_serial_and_the_document_is_whole(desk: Any) -
     assert result["verified"]["tolerance"] == 1e-10
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "dp=2,sync=diloco@2:bf16,comm=mpi",
+        "dp=2,sync=compressed,comm=gloo",
+        pytest.param("dp=2,sync=compressed,comm=mpi", marks=pytest.mark.slow),
+        pytest.param("dp=2,sync=diloco@4:int8:fragments=2,comm=gloo", marks=pytest.mark.slow),
+        pytest.param("dp=4,sync=diloco@2:int8,comm=mpi", marks=pytest.mark.slow),
+        pytest.param("dp=2,pp=2,microbatches=2,sync=diloco@2,comm=mpi", marks=pytest.mark.slow),
+        pytest.param("dp=2,engine=native,sync=diloco@2", marks=pytest.mark.slow),
+        pytest.param("dp=2,engine=native,comm=mpi,sync=diloco@3:bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_rules_that_are_not_exact_are_their_emulation(desk: Any, plan: str) -> None:
+    assert proves(desk, "cnn", plan)["against"].startswith("serial emulation of")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sync", ["compressed", "diloco@2:int8"])
+def test_rounding_to_the_other_side_lies_in_the_band_of_float32(desk: Any, sync: str) -> None:
+    plan = f"dp=2,microbatches=2,sync={sync},comm=mpi"
+    found = proves(desk, "cnn", plan, "--dtype", "float32")
+    assert 1e-9 < found["max_relative_difference"] < found["tolerance"] < 1e-2
+
+
 def test_a_pipeline_over_gloo_is_serial_in_a_table(desk: Any) -> None:
     done = desk.run("verify", "cnn", "--plan", "pp=2,schedule=1f1b,microbatches=4,comm=gloo", "--steps", 2)
     assert done.rc == 0, done.err

@@ -43,7 +43,7 @@ def test_cpp_knows_every_rule_and_buffer_of_a_program(text: str) -> None:
 
 
 def test_a_word_that_cpp_does_not_know_is_an_error() -> None:
-    for place, word in ((0, "Reserve"), (4, "ep"), (5, "momentum"), (6, "outer")):
+    for place, word in ((0, "Reserve"), (4, "ep"), (5, "outside"), (6, "inner")):
         words: list[Any] = ["Update", 0, 0, -1, "", "", "step", False]
         words[place] = word
         with pytest.raises(ValueError, match=f"{word} is not known"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from paraxis.engine.flat import Flat, flatten
 from paraxis.engine.kept import keep
 from paraxis.engine.pausing import pausing_for
-from paraxis.engine.rules import RULES, State
+from paraxis.engine.rules import RULES, Hyper, State
 from paraxis.engine.sharding import Shards, ends, shard
 from paraxis.engine.statistics import joined
 from paraxis.engine.torch_stage import Step, TorchStage
@@ -42,9 +42,7 @@ class TorchEngine:
         places = [(stage, k) for stage in own for k in range(len(program.segments[stage]))]
         self.places = {place: n for n, place in enumerate(places)}  # of each (stage, segment) among `segments`
         self.hyper = task.hyper()
-        if self.shards and self.hyper.optimizer is not None and type(self.hyper.optimizer) not in BY_ELEMENT:
-            kind, tp = type(self.hyper.optimizer).__name__, program.mesh.tp
-            raise PlanError(f"tp={tp}: {kind} may look at whole tensors, of which a rank has parts; dp takes it")
+        _check_optimizer(self.hyper, program, bool(self.shards))
         unreached = task.keyed.unreached  # an optimiser leaves parameters alone that never get a gradient
         groups = [[p for p in g["params"] if id(p) not in unreached] for g in self.hyper.groups]
         self.shares: Shards | None = None
@@ -62,18 +60,25 @@ class TorchEngine:
             stage.pausing = pausing_for(stage, program, self.flat.grads.device)
         self._keep_own_parameters(task, first=own[0] == 0)
         self.gradients_flat = self.flat.grads[len(self.flat.totals) :]
-        owned = self.shares.own_gradients() if self.shares else [(0, self.gradients_flat)]
         self.runs = self._runs()
         self.copies: dict[int, Tensor] = {}  # of parameters that no rank has whole
         self.totals = self.flat.totals
         self.rule: Callable[..., None] | None = RULES.get(self.hyper.rule)
-        if program.zero and self.rule is None:
-            kind = type(self.hyper.optimizer).__name__
-            raise PlanError(f"zero={program.zero}: {kind} needs whole parameters; SGD, Adam and AdamW take shares")
         self.now.unit = self.now.unit.to(self.flat.params.device)
+        self._count(program, rank)
+        self.norm = torch.zeros(1, dtype=torch.float64)
+        self.running, self.collected = joined([stage.statistics for stage in self.stages.values()])
+        replicas = program.mesh.dp if program.epilogue else 1  # those that agree later each train on their own batch
+        self.known_weight = 0.0 if task.weight_in_data else task.batch / replicas
+        self.now.totals = self.totals if task.weight_in_data else None
+        self.losses: list[tuple[float, float]] = []
+
+    def _count(self, program: Program, rank: int) -> None:
+        """Which of its gradients this rank counts in the norm: of what several ranks have, one copy."""
+        owned = self.shares.own_gradients() if self.shares else [(0, self.gradients_flat)]
         named = {name: (first, last) for name, first, last in self.flat.names}
         self.tied = {number: named[tie.parameter] for number, tie in program.ties_of(rank).items()}
-        elsewhere = {self.tied[n] for n, tie in program.ties_of(rank).items() if tie.stages[0] not in own}
+        elsewhere = {self.tied[n] for n, tie in program.ties_of(rank).items() if tie.stages[0] not in self.stages}
         if program.mesh.coordinates(rank)[2]:  # what is whole on every rank of its group is counted on the first
             elsewhere |= {range_ for name, range_ in named.items() if name not in self.shards}
         self.elsewhere = elsewhere  # ranges of parameters that a rank before this one has, too
@@ -81,12 +86,6 @@ class TorchEngine:
         self.counted = [
             own[max(a - at, 0) : b - at] for at, own in owned for a, b in counted if a < at + len(own) and b > at
         ]
-        self.norm = torch.zeros(1, dtype=torch.float64)
-        self.running, self.collected = joined([stage.statistics for stage in self.stages.values()])
-        replicas = program.mesh.dp if program.epilogue else 1  # those that agree later each train on their own batch
-        self.known_weight = 0.0 if task.weight_in_data else task.batch / replicas
-        self.now.totals = self.totals if task.weight_in_data else None
-        self.losses: list[tuple[float, float]] = []
 
     @property
     def step(self) -> int:
@@ -259,6 +258,15 @@ class TorchEngine:
     def bytes_held(self) -> int:
         """Bytes of the flat buffers and the optimiser's state."""
         return sum(self.bytes_by_kind().values())
+
+
+def _check_optimizer(hyper: Hyper, program: Program, split: bool) -> None:
+    kind = type(hyper.optimizer)
+    if split and hyper.optimizer is not None and kind not in BY_ELEMENT:
+        parts = "may look at whole tensors, of which a rank has parts; dp takes it"
+        raise PlanError(f"tp={program.mesh.tp}: {kind.__name__} {parts}")
+    if program.zero and hyper.rule not in RULES:
+        raise PlanError(f"zero={program.zero}: {kind.__name__} needs whole parameters; SGD, Adam and AdamW take shares")
 
 
 def _without(parts: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
