@@ -100,7 +100,7 @@ def _of_rank(program: Program, plan: Plan, sizes: Sizes, samples: int, rank: int
     def share(part: tuple[int, ...], sharded: bool) -> int:
         """Of every bucket all, or with ZeRO (Rajbhandari et al. 2020) what one of its replicas keeps."""
         whole = [sum(part[first:last]) for first, last in buckets]
-        whole += [tie[2 if part is sizes.state else 1] for tie in copies]
+        whole += [state if part is sizes.state else size for _, size, state in copies]
         return sum(-(-size // plan.dp) if sharded else size for size in whole)
 
     peak = _peak(program, sizes, samples, rank)
