@@ -51,7 +51,9 @@ def measure_sizes(task: Task) -> Sizes:
     alike = all([_numbers(layer) for layer in a] == [_numbers(layer) for layer in b] for a, b in pairs)
     if not alike or less == task.batch:  # only in proportion
         pairs, less = [(a, []) for a, _ in pairs], 0
-    return Sizes(*_parameters(task), *(_pieces(a, b, task.batch, less) for a, b in pairs))
+    state = _state_bytes(task)
+    saved, entering, inputs, outputs = (_pieces(a, b, task.batch, less) for a, b in pairs)
+    return Sizes(*_parameters(task, state), saved, entering, inputs, outputs, _tied(task, state))
 
 
 def try_forward(task: Task, samples: int) -> Trial:
@@ -113,9 +115,15 @@ def _pieces(whole: list[list[Seen]], half: list[list[Seen]], samples: int, less:
     return tuple(found)
 
 
-def _parameters(task: Task) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _tied(task: Task, state: dict[int, int]) -> tuple[tuple[tuple[int, ...], int, int], ...]:
+    """Trained parameters that stand in several layers: stages that do not hold the first have copies."""
+    named = {name: p for name, p in task.net.named_parameters() if p.requires_grad}
+    ties = [(layers, named[name]) for name, layers in task.layout().tied if name in named]
+    return tuple((layers, p.nbytes, state.get(id(p), 0)) for layers, p in ties)
+
+
+def _parameters(task: Task, state: dict[int, int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """(trained, frozen with buffers, optimiser's state) bytes of each layer, what layers share with the first."""
-    state = _state_bytes(task)
     seen: set[int] = set()
     trained, frozen, held = [], [], []
     for layer in task.chain:

@@ -48,6 +48,9 @@ class Sizes:
     entering: tuple[tuple[Piece, ...], ...]
     inputs: tuple[tuple[Piece, ...], ...]
     outputs: tuple[tuple[Piece, ...], ...]
+    tied: tuple[
+        tuple[tuple[int, ...], int, int], ...
+    ] = ()  # (layers, parameter's bytes, its state's) of those in several
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,15 @@ def _of_rank(program: Program, plan: Plan, sizes: Sizes, samples: int, rank: int
     buckets = [cut for stage in stages for cut in program.segments[stage]]
     frozen = sum(sum(sizes.frozen[first:last]) for first, last in buckets)
 
+    def here(layer: int) -> bool:
+        return any(first <= layer < last for first, last in buckets)
+
+    copies = [tie for tie in sizes.tied if any(map(here, tie[0])) and not here(tie[0][0])]
+
     def share(part: tuple[int, ...], sharded: bool) -> int:
         """Of every bucket all, or with ZeRO (Rajbhandari et al. 2020) what one of its replicas keeps."""
-        whole = (sum(part[first:last]) for first, last in buckets)
+        whole = [sum(part[first:last]) for first, last in buckets]
+        whole += [state if part is sizes.state else size for _, size, state in copies]
         return sum(-(-size // plan.dp) if sharded else size for size in whole)
 
     peak = _peak(program, sizes, samples, rank)
@@ -228,4 +237,5 @@ def sizes_of(document: dict[str, Any]) -> Sizes:
     lists: dict[str, Any] = {key: tuple(document[key]) for key in ("parameters", "frozen", "state")}
     for key in ("saved", "entering", "inputs", "outputs"):
         lists[key] = tuple(tuple(Piece(**piece) for piece in layer) for layer in document[key])
+    lists["tied"] = tuple((tuple(layers), size, state) for layers, size, state in document["tied"])
     return Sizes(**lists)
