@@ -20,7 +20,7 @@ def check_rows(study: dict[str, Any]) -> None:
     """What holds for every row of every study."""
     for row in study["results"]:
         plan = parse(row["plan"])
-        assert row["workers"] == plan.dp * plan.pp * plan.threads
+        assert row["workers"] == plan.dp * plan.pp * plan.tp * plan.threads
         if row["status"] != "ok":
             assert row["reason"], row["plan"]
             continue

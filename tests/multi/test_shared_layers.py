@@ -21,6 +21,7 @@ def test_gpt_shares_heads_columns_and_words(desk: Any) -> None:
     assert "every rank has all of wpe, h.0.ln_1, h.0.ln_2, ln_f" in note
 
 
+@pytest.mark.slow
 def test_weights_are_saved_whole_and_are_those_of_the_serial_run(desk: Any) -> None:
     found = {}
     for plan in ("serial", "tp=2,comm=mpi"):

@@ -11,7 +11,7 @@ from paraxis.plan.plan import parse
 from paraxis.program.faults import FAULTS
 
 VERIFIED = {"against", "max_relative_difference", "tolerance", "passed", "where", "note"}
-RESULT = {"plan", "label", "program", "exact", "status", "reason", "verified"}
+RESULT = {"plan", "label", "program", "exact", "status", "reason", "verified", "computed_memory"}
 PLAN_OF = {  # a plan that can have the fault
     "wrong-mask": ("cnn", "dp=2"),
     "fresh-masks": ("cnn", "pp=2,microbatches=2,recompute=all"),

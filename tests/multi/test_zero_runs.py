@@ -35,6 +35,7 @@ def test_shares_are_proved_on_their_ranks(desk: Any, plan: str) -> None:
     assert result["verified"]["passed"] and result["verified"]["max_relative_difference"] < 1e-10
 
 
+@pytest.mark.slow
 def test_what_is_trained_in_shares_is_saved_whole(desk: Any) -> None:
     """The same weights and score as whole replicas', up to the order of sums; every rank takes part in saving."""
     found = {}

@@ -50,7 +50,7 @@ def test_stage_3_gathers_one_ahead_and_lets_go() -> None:
     assert found.startswith(f"zero {forward} +g2 +p1 AG1< B0.2 -p2 RS2< +g1 AG1> +p0 AG0< B0.1 -p1 RS2> -g2")
     assert found.endswith("+g0 AG0> B0 -p0 RS1> -g1 RS0< -g0 step")
     assert cells(f"dp=2,zero=3{EACH}", "evaluate", Layout((2, 2, 2))) == f"{forward} -p2"
-    assert cells(f"dp=2,zero=3{EACH}", "state", Layout((2, 2))) == "+p0 AG0< copy -p0 +p1 AG1< copy -p1"
+    assert cells(f"dp=2,zero=3{EACH}", "state", Layout((2, 2))) == "+p0 AG0< keep -p0 +p1 AG1< keep -p1"
 
 
 def test_one_segment_stays_whole_and_says_so() -> None:
@@ -62,7 +62,7 @@ def test_one_segment_stays_whole_and_says_so() -> None:
 
 def test_a_shared_parameter_is_whole_wherever_it_is_needed() -> None:
     """It lies in the first segment's bucket; the last one needs it in F, and adds to it in B."""
-    tied = Layout((2, 2, 2), tied=((0, 2, "weight"),))
+    tied = Layout((2, 2, 2), tied=(("weight", (0, 2)),))
     words = cells(f"dp=2,zero=3{EACH}", layout=tied).split()
     assert words.count("+p0") == 3 and words.index("+g0") < words.index("B0.2") < words.index("RS0<")
     assert words.index("RS0<") > words.index("B0")

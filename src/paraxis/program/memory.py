@@ -192,7 +192,7 @@ def _taken(program: Program, sizes: Sizes, samples: int, i: Instruction, parted:
         yield ("stash", *_cell(i)), keyed((*saved, *_wanted(entering), *made))
     if i.rule != "again" and last < len(sizes.saved):
         handed = ("leaving", True, stage, i.microbatch) if ends else ("between", stage, i.microbatch, i.segment + 1)
-        yield handed, keyed(made)
+        yield handed, keyed(made, "sent" if ends and i.rule == "light" else "")  # the forward to come makes its own
 
 
 def _released(program: Program, i: Instruction) -> Iterator[Holder]:
