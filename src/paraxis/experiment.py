@@ -116,7 +116,7 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
     facts = session.known()
     layers = 2 if facts.layout.cuttable else len(facts.layers)  # so that the refusal is listed once a kind
     rows = []
-    for plan in space(workers, layers, comms, recompute=session.limit is not None):
+    for plan in space(workers, layers, comms, recompute=session.limit is not None, hybrids=workers >= 4):
         row = Row(plan, plan.text(), blank(plan))
         try:
             if plan.comm in missing and plan.processes > 1:

@@ -96,7 +96,7 @@ def _all(
 ) -> list[Proof]:
     facts = session.known()
     layers = 2 if facts.layout.cuttable else len(facts.layers)
-    plans = space(count, layers, comms, recompute=session.limit is not None)
+    plans = space(count, layers, comms, recompute=True, hybrids=True)
     proofs = []
     for number, plan in enumerate(plans):
         if plan.processes > 1 and plan.comm in missing:

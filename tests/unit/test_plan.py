@@ -249,9 +249,12 @@ def test_rungs_double_and_end_with_all_workers() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 6, 8, 12, 24])
-@pytest.mark.parametrize("layers", [1, 5])
-def test_space_holds_distinct_plans_of_every_rung_that_the_network_can_meet(workers: int, layers: int) -> None:
-    found = space(workers, layers)
+@pytest.mark.parametrize("layers, more", [(1, False), (5, False), (1, True), (5, True)])
+def test_space_holds_distinct_plans_of_every_rung_that_the_network_can_meet(
+    workers: int, layers: int, more: bool
+) -> None:
+    found = space(workers, layers, recompute=more, hybrids=more)
+    assert not more or set(space(workers, layers)) <= set(found)
     assert len(set(found)) == len(found)
     assert len({plan.text() for plan in found}) == len({plan.label() for plan in found}) == len(found)
     assert [plan.workers for plan in found[: len(rungs(workers))]] == rungs(workers), "every rung early"

@@ -24,12 +24,21 @@ def space(
     comms: tuple[str, ...] = TRANSPORTS,
     inexact: bool = True,
     recompute: bool = False,
+    hybrids: bool = False,
 ) -> list[Plan]:
     """Distinct plans for 1, 2, 4 ... workers over the given transports, rungs taken in turn; openmp: native.
 
-    With `recompute` one plan more for each grid of ranks, that trades time for memory.
+    With `recompute` one plan more for each grid of ranks, that trades time for memory; with `hybrids` also what joins
+    several axes or options and is seldom the fastest, over the first transport between processes.
     """
     columns = [list(_rung(count, layers, comms, inexact)) for count in rungs(workers)]
+    process = next((comm for comm in comms if comm != "openmp"), "")
+    if hybrids and process:
+        own = (_hybrids(count, layers, inexact) for count in rungs(workers))
+        columns = [
+            [*column, *(replace(plan, comm=process) for plan in more)]
+            for column, more in zip(columns, own, strict=True)
+        ]
     if recompute:
         columns = [[*column, *_recomputed(column)] for column in columns]
     mixed = [plan for row in zip_longest(*columns) for plan in row if plan is not None]
@@ -64,6 +73,31 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
             yield Plan(dp=ranks, threads=workers // ranks, comm=processes[0])
 
 
+def _hybrids(workers: int, layers: int, inexact: bool) -> Iterator[Plan]:
+    """Plans of so many workers that join several axes, or an axis and an option."""
+    if workers == 1:
+        return
+    yield Plan(dp=workers, zero=2)
+    yield Plan(dp=workers, microbatches=2)
+    yield Plan(dp=workers, microbatches=2, zero=3)
+    if inexact:
+        yield Plan(dp=workers, sync=f"diloco@{AVERAGE_EVERY}:bf16")
+        yield Plan(dp=workers, sync=f"diloco@{AVERAGE_EVERY}:int8:fragments=2")
+    if workers % 2 or workers < 4 or layers < 2:
+        return
+    rest = workers // 2
+    for schedule in ("1f1b", "gpipe", "zb-h1"):
+        yield Plan(pp=2, tp=rest, schedule=schedule, microbatches=4)
+    yield Plan(dp=rest, tp=2, zero=1)
+    yield Plan(dp=rest, pp=2, microbatches=4, zero=1)
+    if rest % 2 == 0:
+        yield Plan(dp=rest // 2, pp=2, tp=2, microbatches=4)
+    if inexact:
+        for rule in ("average", "diloco"):
+            yield Plan(dp=rest, pp=2, microbatches=4, sync=f"{rule}@{AVERAGE_EVERY}")
+            yield Plan(dp=rest, tp=2, sync=f"{rule}@{AVERAGE_EVERY}")
+
+
 def _kinds(workers: int, layers: int, inexact: bool) -> Iterator[dict[str, object]]:
     yield {"dp": workers}
     for tp in dict.fromkeys((workers, 2)):
@@ -88,7 +122,7 @@ def _recomputed(plans: list[Plan]) -> Iterator[Plan]:
     """Of each grid of PyTorch ranks the first plan, computing forwards again."""
     firsts: dict[Mesh, Plan] = {}
     for plan in plans:
-        if plan.engine == "torch" and plan.threads == 1 and plan.exact:
+        if plan.engine == "torch" and plan.threads == plan.tp == 1 and plan.exact:
             firsts.setdefault(plan.mesh, plan)
     for plan in firsts.values():
         yield replace(plan, recompute="all")
