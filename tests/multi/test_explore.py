@@ -100,7 +100,9 @@ def test_plans_learn_from_the_same_samples_and_exact_ones_the_same(explored: Any
         return
     chosen = study["recommendation"]["label"]
     assert study["held_out"]["name"] == "test" and 500 <= study["held_out"]["samples"] <= 10_000
-    assert {chosen, study["today"]["label"]} < seen.keys() and any(not r["exact"] for r in seen.values())
+    assert {chosen, study["today"]["label"]} <= seen.keys()
+    measured = any(not r["exact"] for r in ok_rows(study))  # of which a short budget may reach none
+    assert any(not r["exact"] for r in seen.values()) == measured
     assert len({tuple(r["learned"]["samples"]) for r in seen.values()}) == 1
     ours, theirs = seen[chosen]["learned"], study["today"]["learned"]
     assert ours["accuracy"] == pytest.approx(theirs["accuracy"], abs=2e-3), "another start, or another order of samples"

@@ -8,6 +8,7 @@ WIDE = "mlp:784-1024-1024-10"
 LIMIT = ("--memory-limit", "18M")
 
 
+@pytest.mark.slow
 def test_a_plan_that_fits_trains_and_one_that_does_not_is_told_which_would(desk: Any) -> None:
     """Undivided, this network needs 23 MB in every rank; either half of it, 14 at most."""
     done = desk.run("train", WIDE, "--plan", "dp=2,comm=gloo", "--steps", 2, *LIMIT)

@@ -37,6 +37,7 @@ def test_weights_are_saved_whole_and_are_those_of_the_serial_run(desk: Any) -> N
     assert shared["test"]["loss"] == pytest.approx(alone["test"]["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shared_is_refused_in_one_line(desk: Any) -> None:
     desk.run("show", "tp=3", "cnn").refused("tp=3: it divides none of 7+10 by 50 columns", "tp=2, tp=5")
     shown = desk.run("show", "tp=2", "cnn")

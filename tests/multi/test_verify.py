@@ -38,7 +38,7 @@ WHOLE = {"local-moments": ("--batch", 8, "--bn-group", 8), "counted-whole": ("--
 PLACE = re.compile(
     r"step (?P<step>\d+): (parameter [\w.]+\.(weight|bias) on rank [01]|the loss of step (?P=step)) differs by \S+$"
 )
-QUICK = ("dropped-reduction", "lost-update", "swapped-microbatch")
+QUICK = ("dropped-reduction", "swapped-microbatch")
 BATCHES = """
 import torch
 from torch import nn
@@ -87,7 +87,7 @@ def test_data_parallel_over_mpi_is_serial_and_the_document_is_whole(desk: Any) -
 @pytest.mark.parametrize(
     "plan",
     [
-        "dp=2,sync=diloco@2:bf16,comm=mpi",
+        pytest.param("dp=2,sync=diloco@2:bf16,comm=mpi", marks=pytest.mark.slow),
         "dp=2,sync=compressed,comm=gloo",
         pytest.param("dp=2,sync=compressed,comm=mpi", marks=pytest.mark.slow),
         pytest.param("dp=2,sync=diloco@4:int8:fragments=2,comm=gloo", marks=pytest.mark.slow),

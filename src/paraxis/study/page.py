@@ -14,7 +14,7 @@ from paraxis.report.page import Section, command
 from paraxis.report.sections import RAW_LIMIT
 from paraxis.report.tables import clean, count
 from paraxis.study.axes import axes_of, panels
-from paraxis.study.definition import Definition, Grid, words
+from paraxis.study.definition import Definition, Grid, shipped, words
 from paraxis.study.table import (
     HEADS,
     HIDDEN,
@@ -89,7 +89,7 @@ def opening(study: dict[str, Any], definition: Definition, trials: list[Trial], 
         else "",
         f"<h1>{text(definition.about or definition.name)}</h1>",
         f'<p class="lede">{text(found)}</p>' if found else "",
-        command(f"paraxis explore --study {definition.name}", "Run it"),
+        command(f"paraxis explore --study {definition.name}{'.toml' * (definition.name not in shipped())}", "Run it"),
         f'<p class="machine">{text(where)}</p>' if where else "",
         f'<nav aria-label="Sections">{links}</nav>',
     ]
