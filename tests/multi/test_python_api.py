@@ -24,6 +24,7 @@ class Net(nn.Module):
 X = torch.randn(160, 6, generator=torch.Generator().manual_seed(0))
 LIST = [(x, x[:, :3].argmax(1)) for x in X.split(16)]
 LOADER = DataLoader(TensorDataset(X, X[:, :3].argmax(1)), batch_size=16, shuffle=True)
+torch.manual_seed(1)
 net = Net()
 """
 
