@@ -77,7 +77,7 @@ class TorchEngine:
         replicas = program.mesh.dp if program.epilogue else 1  # those that agree later each train on their own batch
         self.known_weight = 0.0 if task.weight_in_data else task.batch / replicas
         self.now.totals = self.totals if task.weight_in_data else None
-        self.losses: list[tuple[float, float]] = []
+        self._losses: list[tuple[float, float] | Tensor] = []
 
     def _count(self, program: Program, rank: int) -> None:
         """Which of its gradients this rank counts in the norm: of what several ranks have, one copy."""
@@ -119,7 +119,7 @@ class TorchEngine:
         """Forget all microbatches in flight."""
         for stage in self.stages.values():
             stage.clear()
-        self.now.loss_sum = self.now.loss_weight = 0.0
+        self.now.begin()
 
     def training(self, on: bool) -> None:
         """Switch noise and batch statistics on or off, and drop what an interrupted phase left."""
@@ -189,29 +189,55 @@ class TorchEngine:
     def zero(self) -> None:
         """Begin a step."""
         self.flat.grads.zero_()
-        self.now.loss_sum = self.now.loss_weight = 0.0
+        self.now.begin()
 
-    def scale(self) -> float:
-        """1 / the weight of the batch that the gradients sum over."""
-        return 1.0 / (self.known_weight or max(float(self.totals[1]), 1e-30))
+    def scale(self) -> float | Tensor:
+        """1 / the weight of the batch that the gradients sum over; on a GPU a tensor, if data alone tell it."""
+        if self.known_weight:
+            return 1.0 / self.known_weight
+        if self.now.sums is None:
+            return 1.0 / max(float(self.totals[1]), 1e-30)
+        return self.totals[1].double().clamp_min(1e-30).reciprocal()
 
     def gradient_norm(self) -> None:
         """Square of the gradient's norm on this rank."""
-        self.norm[0] = sum(float(torch.dot(g, g)) for g in self.counted) * self.scale() ** 2
+        self.norm.zero_()
+        for own in self.counted:
+            self.norm[0] += torch.dot(own, own)
+        self.norm *= self.scale() ** 2
+
+    def _clipped(self, scale: float | Tensor) -> float | Tensor:
+        """What gradients are multiplied by so that their norm is at most what the task allows."""
+        clip = self.task.spec.clip
+        if clip is None:
+            return scale
+        if self.now.sums is None:
+            return scale * min(1.0, clip / (float(self.norm[0]) ** 0.5 + 1e-6))
+        return scale * (clip / (self.norm[0].sqrt() + 1e-6)).clamp_max(1.0)
 
     def update(self) -> None:
         """One optimiser step on the flat buffers."""
-        scale = self.scale()
-        clip = self.task.spec.clip
-        if clip is not None:
-            scale *= min(1.0, clip / (float(self.norm[0]) ** 0.5 + 1e-6))
+        scale = self._clipped(self.scale())
         next(iter(self.stages.values())).apart(partial(self._step, scale))
         self.hyper.advance()
         if self.last_stage:
-            self.losses.append((self.now.loss_sum, self.now.loss_weight))
+            now = self.now
+            self._losses.append((now.loss_sum, now.loss_weight) if now.sums is None else now.sums.clone())
         self.now.number += 1
 
-    def _step(self, scale: float) -> None:
+    @property
+    def losses(self) -> list[tuple[float, float]]:
+        """(sum, weight) of every step since they were last taken; a GPU is waited for here and not before."""
+        late = [own for own in self._losses if isinstance(own, Tensor)]
+        known = iter(torch.stack(late).tolist() if late else ())
+        self._losses = [tuple(next(known)) if isinstance(own, Tensor) else own for own in self._losses]
+        return list(self._losses)  # type: ignore[arg-type]
+
+    @losses.setter
+    def losses(self, rest: list[tuple[float, float]]) -> None:
+        self._losses = list(rest)
+
+    def _step(self, scale: float | Tensor) -> None:
         if self.rule is not None:
             for weights, gradients, state, group in self.runs:
                 self.rule(weights, gradients, state, group, scale)

@@ -27,7 +27,7 @@ from paraxis.program.check import check
 from paraxis.program.faults import FAULTS, Fault
 from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
-from paraxis.run.devices import device_for, found_here
+from paraxis.run.devices import device_for, found_here, reaching
 from paraxis.run.held import counting, held
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
@@ -57,7 +57,7 @@ class Running:
     done: int = 0
     before: int = 0  # resident bytes before it was set up
     record: float = 0.0  # nanoseconds that its interpreter adds to an instruction, once measured
-    losses: list[tuple[float, float]] = field(default_factory=list)  # of the framework's own loop
+    losses: list[Tensor] = field(default_factory=list)  # of the framework's own loop
 
 
 class Duties:
@@ -184,6 +184,7 @@ class Duties:
             running.rank = openmp.start(task, program, plan.sync == "hogwild")
             return {"program": program.digest(), "bytes": running.rank.bytes_held(), "batch": digest(task.train)}
         world: Any = self.world.group(range(plan.mesh.size)) if self.world else _Alone()
+        world = reaching(world, self.transport, device)
         engine: Any
         if plan.engine == "native":
             engine = NativeEngine(task, program, self.rank, plan.threads)
@@ -330,14 +331,14 @@ class Duties:
             loss = serial.plain_step(plain.task.net, plain.task, plain.optimizer, running.done)
             if plain.scheduler is not None:
                 plain.scheduler.step()
-            running.losses.append((float(loss), 1.0))
+            running.losses.append(loss)
             running.done += 1
 
     def _losses(self, running: Running) -> list[tuple[float, float]]:
         """Loss sum and weight of every step since they were last asked for."""
         if running.rank is None:
-            out, running.losses = running.losses, []
-            return out
+            means, running.losses = running.losses, []
+            return [(loss, 1.0) for loss in (torch.stack(means).tolist() if means else ())]
         keeper = running.rank if isinstance(running.rank, Team) else running.rank.engine
         out, keeper.losses = keeper.losses, []
         for number, (loss, _) in enumerate(out, running.rank.done - len(out) + 1):

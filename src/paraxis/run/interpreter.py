@@ -377,4 +377,4 @@ class Rank:
         self.run("score")
         engine.source, engine.step = kept
         engine.training(True)
-        return [float(v) for v in engine.score]
+        return list(map(float, engine.score.tolist()))
