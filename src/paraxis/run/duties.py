@@ -4,8 +4,8 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from paraxis.program.check import check
 from paraxis.program.faults import FAULTS, Fault
 from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
+from paraxis.run.agreement import agreed
 from paraxis.run.devices import device_for, found_here, reaching
 from paraxis.run.held import counting, held
 from paraxis.run.interpreter import Rank
@@ -271,7 +272,7 @@ class Duties:
             source = source.thinned(most)
         if rank is None:
             return self._evaluate_plain(task, source)
-        with _agreed(rank):
+        with agreed(rank):
             loss, weight, hits = rank.evaluate(source)
         return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
 
@@ -297,7 +298,7 @@ class Duties:
     def save(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Write this rank's part of the state_dict to a file."""
         running = self._ready(request["key"])
-        with _agreed(running.rank) if running.rank is not None else nullcontext():
+        with agreed(running.rank) if running.rank is not None else nullcontext():
             state = self._state(running)
         save_file(untied({k: v.contiguous() for k, v in state.items()}), request["files"][self.rank])
         return {"split": {name: (shard.dim, shard.blocks) for name, shard in _shards(running).items()}}
@@ -366,22 +367,6 @@ class _Alone:
 
     def barrier(self) -> None:
         """Nobody to wait for."""
-
-
-@contextmanager
-def _agreed(rank: Rank | Team) -> Iterator[None]:
-    """Replicas that disagree take their mean for a while, and go on as they were."""
-    if isinstance(rank, Team):
-        with rank.agreed():
-            yield
-        return
-    engine = rank.engine
-    kept = (engine.flat.params.clone(), engine.running.clone()) if rank.program.epilogue else None
-    rank.settle()
-    yield
-    if kept:
-        engine.flat.params.copy_(kept[0])
-        engine.running.copy_(kept[1])
 
 
 def _some(value: Any) -> Any:
