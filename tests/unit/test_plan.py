@@ -7,7 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from paraxis.errors import PlanError, ProgramError
-from paraxis.plan.plan import COMMS, SCHEDULES, Mesh, Plan, parse, period, with_split
+from paraxis.plan.plan import Mesh, Plan, parse, period, with_split
+from paraxis.plan.rules import COMMS, PRECISIONS, SCHEDULES
 from paraxis.plan.schedules import STAGES, parted
 from paraxis.plan.space import AVERAGE_EVERY, rungs, space
 from paraxis.program.cut import Layout, cut
@@ -30,7 +31,10 @@ def plans(draw: st.DrawFn) -> Plan:
     microbatches = draw(st.integers(1, 64))
     stages = pp * (STAGES.get(schedule, 1) if pp > 1 and microbatches > 1 else 1)
     split = draw(st.just(()) | st.lists(st.integers(1, 20), min_size=stages, max_size=stages).map(tuple))
-    comms = COMMS if native else [comm for comm in COMMS if comm != "openmp"]
+    device = draw(st.sampled_from(["cpu", "cuda", "cuda:1", "+".join(["cpu", "cuda:0", "cuda", "cpu", "cuda"][:pp])]))
+    device = "cpu" if native else device
+    without = ({"openmp"} if not native else set()) | ({"nccl"} if "cpu" in device else set())
+    comms = [comm for comm in COMMS if comm not in without]
     comm = draw(st.sampled_from(["", *comms]))
     dp = draw(st.integers(1, 128))
     inside = not native or (dp * pp > 1 and comm not in ("", "openmp"))
@@ -45,6 +49,10 @@ def plans(draw: st.DrawFn) -> Plan:
         comm=comm,
         threads=draw(st.integers(1, 64)) if inside else 1,
         bucket_bytes=draw(st.integers(0, 1 << 30)),
+        device=device,
+        precision="fp32" if native else draw(st.sampled_from(PRECISIONS)),
+        compile=0 if native else draw(st.integers(0, 1)),
+        graphs=draw(st.integers(0, 1)) if "cuda" in device else 0,
     )
 
 
@@ -120,7 +128,7 @@ def test_keys_without_effect_take_their_default(text: str, same: str) -> None:
     assert parse(text).text() == parse(same).text()
 
 
-@pytest.mark.parametrize("key", ["threads=3", "bucket_bytes=1", "sync=average@3", "microbatches=2", "comm=nccl"])
+@pytest.mark.parametrize("key", ["threads=3", "bucket_bytes=1", "sync=average@3", "microbatches=2", "comm=gloo"])
 def test_keys_with_effect_stay(key: str) -> None:
     assert parse(f"dp=2,{key}") != parse("dp=2")
     assert key in parse(f"dp=2,{key}").short().split(",")
@@ -152,6 +160,13 @@ def test_a_leading_zero_is_no_other_plan() -> None:
         ("pp=2,microbatches=2,schedule=1fb1", "did you mean 1f1b?"),
         ("pp=2,microbatches=2,schedule=zigzag", "it takes one of layerwise, gpipe, 1f1b"),
         ("dp=2,comm=mpii", "did you mean mpi?"),
+        ("pp=2,device=cpu+gpu", "device=cpu+gpu: it takes cpu, cuda, cuda:N, or one for each place of pp: cpu+cuda:0"),
+        ("pp=3,devices=cpu+cuda:0", "device=cpu+cuda:0 names 2 devices, but pp=3"),
+        ("dp=2,comm=nccl", "comm=nccl: it joins GPUs, and device=cpu; take comm=mpi or gloo"),
+        ("graphs=1", "graphs=1: CUDA graphs take device=cuda"),
+        ("compile=2", "compile=2: it takes 0 or 1"),
+        ("precision=fp8", "precision=fp8: it takes one of fp32, tf32, bf16, fp16"),
+        ("device=cuda,engine=native", "device=cuda: engine=native computes in fp32 on CPUs; take engine=torch"),
         ("dp=2,comm=pigeons", "it takes one of openmp, mpi, gloo, nccl"),
         ("engine=troch", "did you mean torch?"),
         ("dp=2,dp=4", "gives dp twice"),

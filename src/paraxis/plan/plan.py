@@ -2,17 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from typing import Any
 
 from paraxis.errors import PlanError, ProgramError
 from paraxis.plan.own import is_own
-from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES, parted
+from paraxis.plan.rules import SWITCHES, check, ordered, suggest
+from paraxis.plan.schedules import STAGES
 from paraxis.sync import rule as sync_rule
 
-ENGINES = ("torch", "native", "plain")
-COMMS = ("openmp", "mpi", "gloo", "nccl")
-GRADIENTS = ("private", "owner")
 SHARDED_BUCKET = 512 << 10  # bytes of a bucket of ZeRO 2 and 3 by default: below it messages cost more than memory
 SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -64,7 +61,11 @@ class Plan:
     (each rank those of its samples, then summed) or "owner" (each its own block, over all). `zero` is the stage of ZeRO
     (Rajbhandari et al. 2020): of optimizer state (1), gradients too (2) and parameters too (3), each replica keeps only
     its share. Stages that `recompute` names ("all", or numbers such as "0+2") keep only what their segments are called
-    with, and compute forwards again before the backwards.
+    with, and compute forwards again before the backwards. With `sequence` ranks of a `tp` group also share what lies
+    between their splits, along the sequence (Korthikanti et al. 2022).
+    `device` is "cpu", "cuda" (each rank the GPU of its number on its host), "cuda:0", or one for each place of the
+    pipeline, such as "cpu+cuda:0". `precision` is "fp32" (the network's own), "tf32", "bf16" or "fp16" (scaled losses);
+    `compile` and `graphs` (1 or 0) have torch.compile and CUDA graphs run the segments.
     Raises PlanError for values that no network could meet.
     """
 
@@ -83,6 +84,11 @@ class Plan:
     gradients: str = "private"
     zero: int = 0
     recompute: str = ""
+    sequence: int = 0
+    device: str = "cpu"
+    precision: str = "fp32"
+    compile: int = 0
+    graphs: int = 0
 
     def __post_init__(self) -> None:
         for key in ("dp", "pp", "tp", "microbatches", "interleave", "threads"):
@@ -90,8 +96,8 @@ class Plan:
                 raise PlanError(f"{key}={getattr(self, key)}: it takes 1 or more")
         if self.bucket_bytes < 0:
             raise PlanError(f"bucket_bytes={self.bucket_bytes}: it takes 0 (all at once) or more, such as 1M")
-        self._check_words()
-        if self.interleave == 1 and self._ordered():
+        check(self)
+        if self.interleave == 1 and ordered(self):
             object.__setattr__(self, "interleave", STAGES.get(self.schedule, 1))
         if self.split and len(self.split) != self.stages:
             ranks = f"pp={self.pp}" + f",interleave={self.interleave}" * (self.interleave > 1)
@@ -99,78 +105,6 @@ class Plan:
         if any(part < 1 for part in self.split):
             raise PlanError(f"split={_plus(self.split)}: every stage needs at least one layer")
         self._drop_what_has_no_effect()
-
-    def _check_words(self) -> None:
-        words = {"schedule": ("", *SCHEDULES), "engine": ENGINES, "comm": ("", *COMMS), "gradients": GRADIENTS}
-        for key, allowed in words.items():
-            value = getattr(self, key)
-            if value not in allowed and not (key == "schedule" and is_own(value)):
-                raise PlanError(f"{key}={value}: {_suggest(value, [w for w in allowed if w])}")
-        self._check_engine()
-        self._check_zero()
-        self._check_sync()
-        self._check_threads()
-        self._check_interleave()
-        self.recomputed()
-
-    def _check_engine(self) -> None:
-        if self.engine == "plain" and (self.mesh.size > 1 or self.microbatches > 1):
-            raise PlanError("engine=plain is the framework's own loop in one process; parallel plans take engine=torch")
-        if self.tp > 1 and self.engine == "native":
-            raise PlanError(f"tp={self.tp}: engine=native has no tensor parallelism; engine=torch has")
-        if self.comm == "openmp" and self.engine != "native":
-            raise PlanError(
-                f"comm=openmp: only engine=native has threads as ranks; engine={self.engine} takes mpi or gloo"
-            )
-        if self.sync == "hogwild" and (self.comm or "openmp", self.engine, self.pp) != ("openmp", "native", 1):
-            raise PlanError("sync=hogwild needs weights in common: dp=N,engine=native,comm=openmp with pp=1")
-        threaded = self.engine == "native" and (self.comm or "openmp") == "openmp" and self.sync == "gradient"
-        if self.gradients == "owner" and not (threaded and self.microbatches == self.pp == 1):
-            raise PlanError("gradients=owner needs dp=N,engine=native,comm=openmp, sync=gradient, microbatches=1, pp=1")
-
-    def _check_zero(self) -> None:
-        if not 0 <= self.zero <= 3:
-            raise PlanError(f"zero={self.zero}: it takes 0 (nothing sharded), 1, 2 or 3")
-        if self.zero == 0 or self.dp == 1:
-            return
-        if self.engine == "native" and (self.comm or "openmp") == "openmp":
-            raise PlanError(f"zero={self.zero}: with comm=openmp replicas share one copy of the weights already")
-        if self.engine == "native":
-            raise PlanError(f"zero={self.zero}: engine=native keeps its weights whole; engine=torch can shard them")
-        if self.sync != "gradient":
-            raise PlanError(f"zero={self.zero}: with sync={self.sync} replicas differ; shares take sync=gradient")
-
-    def _check_sync(self) -> None:
-        sync = sync_rule.parse(self.sync)
-        if sync is None or self.dp == 1 or self.engine != "native":
-            return
-        threads = (self.comm or "openmp") == "openmp"
-        if threads and sync.rule.gradients:
-            raise PlanError(f"sync={self.sync}: threads send nothing that could be smaller; take sync=gradient")
-        if threads and sync.payload:
-            raise PlanError(f"sync={self.sync}: threads send nothing; leave out {sync.payload}")
-        if sync.fragments > 1 or sync.payload == "int8":
-            what = "fragments" if sync.fragments > 1 else "int8"
-            raise PlanError(f"sync={self.sync}: engine=native has its weights in one piece; leave out {what}")
-
-    def _check_interleave(self) -> None:
-        if self.interleave > 1 and self.microbatches > 1 and (self.schedule or "1f1b") in ONE_STAGE:
-            several = ", ".join(name for name in SCHEDULES if name not in ONE_STAGE)
-            raise PlanError(f"interleave={self.interleave}: several stages a rank take schedule={several}")
-        known = self.schedule in SCHEDULES  # of a user's own the engine says what it has not
-        if self.engine == "native" and self._ordered() and known and (self.schedule in STAGES or parted(self.schedule)):
-            whole = ", ".join(name for name in SCHEDULES if name not in STAGES and not parted(name))
-            raise PlanError(f"schedule={self.schedule}: engine=native takes {whole}; this one takes engine=torch")
-
-    def _ordered(self) -> bool:
-        """Whether there is an order of microbatches that a schedule can choose."""
-        return self.pp > 1 and self.microbatches > 1 and self.schedule != ""
-
-    def _check_threads(self) -> None:
-        inside = self.mesh.size > 1 and self.comm not in ("", "openmp")
-        if self.engine == "native" and self.threads > 1 and not inside:
-            ranks = self.dp * self.threads
-            raise PlanError(f"threads={self.threads}: here threads are ranks, write dp={ranks},engine=native")
 
     def _drop_what_has_no_effect(self) -> None:
         quiet: dict[str, Any] = {}
@@ -180,6 +114,10 @@ class Plan:
             quiet["comm"] = ""
         elif not self.comm:
             quiet["comm"] = "openmp" if self.engine == "native" else "mpi"
+        if set(places := self.device.split("+")) == {places[0]}:
+            quiet["device"] = places[0]
+        if self.tp == 1:
+            quiet["sequence"] = 0
         if self.dp == 1:
             quiet["sync"] = "gradient"
         if self.dp == 1 or self.sync != "gradient":
@@ -208,6 +146,15 @@ class Plan:
     def stages(self) -> int:
         """Stages of the pipeline, over all of its ranks."""
         return self.pp * self.interleave
+
+    def devices(self) -> tuple[str, ...]:
+        """Of each place of the pipeline."""
+        places = tuple(self.device.split("+"))
+        return places * (self.pp if len(places) == 1 else 1)
+
+    def on_gpu(self) -> bool:
+        """Whether any rank computes on a GPU."""
+        return "cuda" in self.device
 
     def recomputed(self) -> set[int]:
         """The stages that compute their forwards again; raises PlanError for what names none."""
@@ -251,7 +198,11 @@ class Plan:
     def label(self) -> str:
         """The name in tables: `pp=2 1f1b m=4 mpi`."""
         if self.engine == "plain":
-            return f"today: 1 process, {self.threads} thread{'s' * (self.threads > 1)}"
+            options = [
+                w for w in (self.precision, "compile" * self.compile, "graphs" * self.graphs) if w not in ("", "fp32")
+            ]
+            where = self.device if self.on_gpu() else f"{self.threads} thread{'s' * (self.threads > 1)}"
+            return " ".join([f"today: 1 process, {where}", *options])
         words = [f"{axis}={getattr(self, axis)}" for axis in ("dp", "pp", "tp") if getattr(self, axis) > 1]
         words += [self.schedule.rpartition("/")[2]] * bool(self.schedule)
         words += [f"m={self.microbatches}"] * (self.microbatches > 1)
@@ -260,6 +211,9 @@ class Plan:
         words += [f"{self.gradients} gradients"] * (self.gradients != "private")
         words += [f"zero={self.zero}"] * (self.zero > 0)
         words += [f"recompute={self.recompute}"] * bool(self.recompute)
+        words += [key for key in SWITCHES if getattr(self, key)]
+        words += [self.precision] * (self.precision != "fp32")
+        words += [self.device] * (self.device != "cpu")
         words += [f"threads={self.threads}"] * (self.threads > 1)
         usual = SHARDED_BUCKET if self.zero > 1 else 0
         words += [f"bucket={_bytes(self.bucket_bytes)}"] * (self.bucket_bytes != usual)
@@ -276,10 +230,11 @@ def parse(text: str) -> Plan:
     known = {f.name: f.default for f in fields(Plan)}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = item.partition("=")
+        key = "device" if key == "devices" else key
         if not equals and key in known:
             raise PlanError(f"plan {text!r}: {key} needs a value, such as {key}=2")
         if not equals or key not in known:
-            raise PlanError(f"plan {text!r}: {key!r} is not a key; {_suggest(key, list(known))}")
+            raise PlanError(f"plan {text!r}: {key!r} is not a key; {suggest(key, list(known))}")
         if key in values:
             raise PlanError(f"plan {text!r} gives {key} twice")
         values[key] = _value(key, value, known[key])
@@ -311,11 +266,6 @@ def _value(key: str, value: str, default: object) -> object:
     except ValueError:
         wanted = "layer counts such as 3+5" if key == "split" else "a whole number"
         raise PlanError(f"{key}={value}: it takes {wanted}") from None
-
-
-def _suggest(word: str, allowed: list[str]) -> str:
-    close = get_close_matches(word, allowed, 1)
-    return f"did you mean {close[0]}?" if close else f"it takes one of {', '.join(allowed)}"
 
 
 def _plus(parts: Iterable[int]) -> str:

@@ -1,0 +1,128 @@
+"""What keys of a plan cannot be had together, each refused with the reason and what would work."""
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from paraxis.errors import PlanError
+from paraxis.plan.own import is_own
+from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES, parted
+from paraxis.sync import rule as sync_rule
+
+if TYPE_CHECKING:
+    from paraxis.plan.plan import Plan
+
+ENGINES = ("torch", "native", "plain")
+COMMS = ("openmp", "mpi", "gloo", "nccl")
+GRADIENTS = ("private", "owner")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+SWITCHES = ("sequence", "compile", "graphs")
+
+
+def check(plan: "Plan") -> None:
+    """Raises PlanError for the first thing that no network could meet."""
+    words = {"schedule": ("", *SCHEDULES), "engine": ENGINES, "comm": ("", *COMMS), "gradients": GRADIENTS}
+    words |= {"precision": PRECISIONS}
+    for key, allowed in words.items():
+        value = getattr(plan, key)
+        if value not in allowed and not (key == "schedule" and is_own(value)):
+            raise PlanError(f"{key}={value}: {suggest(value, [w for w in allowed if w])}")
+    _check_engine(plan)
+    _check_zero(plan)
+    _check_sync(plan)
+    _check_threads(plan)
+    _check_interleave(plan)
+    _check_device(plan)
+    plan.recomputed()
+
+
+def _check_engine(plan: "Plan") -> None:
+    if plan.engine == "plain" and (plan.mesh.size > 1 or plan.microbatches > 1):
+        raise PlanError("engine=plain is the framework's own loop in one process; parallel plans take engine=torch")
+    if plan.tp > 1 and plan.engine == "native":
+        raise PlanError(f"tp={plan.tp}: engine=native has no tensor parallelism; engine=torch has")
+    if plan.comm == "openmp" and plan.engine != "native":
+        raise PlanError(f"comm=openmp: only engine=native has threads as ranks; engine={plan.engine} takes mpi or gloo")
+    if plan.sync == "hogwild" and (plan.comm or "openmp", plan.engine, plan.pp) != ("openmp", "native", 1):
+        raise PlanError("sync=hogwild needs weights in common: dp=N,engine=native,comm=openmp with pp=1")
+    threaded = plan.engine == "native" and (plan.comm or "openmp") == "openmp" and plan.sync == "gradient"
+    if plan.gradients == "owner" and not (threaded and plan.microbatches == plan.pp == 1):
+        raise PlanError("gradients=owner needs dp=N,engine=native,comm=openmp, sync=gradient, microbatches=1, pp=1")
+
+
+def _check_zero(plan: "Plan") -> None:
+    if not 0 <= plan.zero <= 3:
+        raise PlanError(f"zero={plan.zero}: it takes 0 (nothing sharded), 1, 2 or 3")
+    if plan.zero == 0 or plan.dp == 1:
+        return
+    if plan.engine == "native" and (plan.comm or "openmp") == "openmp":
+        raise PlanError(f"zero={plan.zero}: with comm=openmp replicas share one copy of the weights already")
+    if plan.engine == "native":
+        raise PlanError(f"zero={plan.zero}: engine=native keeps its weights whole; engine=torch can shard them")
+    if plan.sync != "gradient":
+        raise PlanError(f"zero={plan.zero}: with sync={plan.sync} replicas differ; shares take sync=gradient")
+
+
+def _check_sync(plan: "Plan") -> None:
+    sync = sync_rule.parse(plan.sync)
+    if sync is None or plan.dp == 1 or plan.engine != "native":
+        return
+    threads = (plan.comm or "openmp") == "openmp"
+    if threads and sync.rule.gradients:
+        raise PlanError(f"sync={plan.sync}: threads send nothing that could be smaller; take sync=gradient")
+    if threads and sync.payload:
+        raise PlanError(f"sync={plan.sync}: threads send nothing; leave out {sync.payload}")
+    if sync.fragments > 1 or sync.payload == "int8":
+        what = "fragments" if sync.fragments > 1 else "int8"
+        raise PlanError(f"sync={plan.sync}: engine=native has its weights in one piece; leave out {what}")
+
+
+def _check_interleave(plan: "Plan") -> None:
+    if plan.interleave > 1 and plan.microbatches > 1 and (plan.schedule or "1f1b") in ONE_STAGE:
+        several = ", ".join(name for name in SCHEDULES if name not in ONE_STAGE)
+        raise PlanError(f"interleave={plan.interleave}: several stages a rank take schedule={several}")
+    known = plan.schedule in SCHEDULES  # of a user's own the engine says what it has not
+    if plan.engine == "native" and ordered(plan) and known and (plan.schedule in STAGES or parted(plan.schedule)):
+        whole = ", ".join(name for name in SCHEDULES if name not in STAGES and not parted(name))
+        raise PlanError(f"schedule={plan.schedule}: engine=native takes {whole}; this one takes engine=torch")
+
+
+def _check_threads(plan: "Plan") -> None:
+    inside = plan.mesh.size > 1 and plan.comm not in ("", "openmp")
+    if plan.engine == "native" and plan.threads > 1 and not inside:
+        ranks = plan.dp * plan.threads
+        raise PlanError(f"threads={plan.threads}: here threads are ranks, write dp={ranks},engine=native")
+
+
+def _check_device(plan: "Plan") -> None:
+    places = plan.device.split("+")
+    for place in places:
+        if place not in ("cpu", "cuda") and not (place.startswith("cuda:") and place[5:].isdecimal()):
+            raise PlanError(
+                f"device={plan.device}: it takes cpu, cuda, cuda:N, or one for each place of pp: cpu+cuda:0"
+            )
+    if len(places) not in (1, plan.pp):
+        raise PlanError(f"device={plan.device} names {len(places)} devices, but pp={plan.pp}")
+    for key in SWITCHES:
+        if getattr(plan, key) not in (0, 1):
+            raise PlanError(f"{key}={getattr(plan, key)}: it takes 0 or 1")
+    if plan.engine == "native":
+        for key, usual in (("device", "cpu"), ("precision", "fp32"), ("compile", 0), ("graphs", 0), ("sequence", 0)):
+            if getattr(plan, key) != usual:
+                raise PlanError(
+                    f"{key}={getattr(plan, key)}: engine=native computes in fp32 on CPUs; take engine=torch"
+                )
+    if plan.graphs and not plan.on_gpu():
+        raise PlanError("graphs=1: CUDA graphs take device=cuda")
+    if plan.comm == "nccl" and plan.mesh.size > 1 and "cpu" in places:
+        raise PlanError(f"comm=nccl: it joins GPUs, and device={plan.device}; take comm=mpi or gloo")
+
+
+def ordered(plan: "Plan") -> bool:
+    """Whether there is an order of microbatches that a schedule can choose."""
+    return plan.pp > 1 and plan.microbatches > 1 and plan.schedule != ""
+
+
+def suggest(word: str, allowed: list[str]) -> str:
+    """What was meant, or what there is."""
+    close = get_close_matches(word, allowed, 1)
+    return f"did you mean {close[0]}?" if close else f"it takes one of {', '.join(allowed)}"
