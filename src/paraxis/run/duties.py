@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paraxis.comm.clocks import shift
-from paraxis.engine.devices import CPU
+from paraxis.engine.devices import CPU, wait
 from paraxis.engine.native_rank import NativeEngine
 from paraxis.engine.torch_engine import TorchEngine
 from paraxis.errors import Diverged, RankError
@@ -28,6 +28,7 @@ from paraxis.program.faults import FAULTS, Fault
 from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
 from paraxis.run.agreement import agreed
+from paraxis.run.clock import clock_of
 from paraxis.run.devices import device_for, found_here, reaching
 from paraxis.run.held import counting, held
 from paraxis.run.interpreter import Rank
@@ -193,7 +194,7 @@ class Duties:
             engine = TorchEngine(task, program, self.rank, device)
         if fault and self.rank == plan.mesh.size - 1:
             fault.spoil(engine)
-        running.rank = Rank(program, self.rank, engine, world)
+        running.rank = Rank(program, self.rank, engine, world, clock=clock_of(device))
         gc.collect()
         gc.freeze()  # what lives as long as this rank need not be looked at again in the middle of a chunk
         return {"program": program.digest(), "bytes": engine.bytes_held(), "batch": digest(task.train)}
@@ -205,16 +206,18 @@ class Duties:
         self._steps(running, request["warm"])
         barrier = rank.world.barrier if isinstance(rank, Rank) else lambda: None
         traced = traceable(rank, min(request["trace"], request["steps"]))
+        wait(running.device)
         barrier()
         begun = time.perf_counter_ns()
         self._steps(running, request["steps"] - traced)
         if rank is not None and traced:
             rank.run_traced(traced)
+        wait(running.device)
         barrier()
         ended = time.perf_counter_ns()
         if rank is not None and traced and not running.record:
             running.record = record_cost(rank)
-        several = traced and running.plan.processes > 1 and self.transport != "nccl"
+        several = traced and running.plan.processes > 1
         apart = shift(rank.world) if several and isinstance(rank, Rank) else 0
         seen = window_of(rank, traced, begun if traced == request["steps"] else 0, ended, running.record, apart)
         return {"seconds": (ended - begun) / 1e9, "window": seen, "losses": self._losses(running)}
