@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paraxis.comm.clocks import shift
+from paraxis.comm.gpus import found_here
 from paraxis.engine.devices import CPU, wait
 from paraxis.engine.native_rank import NativeEngine
 from paraxis.engine.torch_engine import TorchEngine
@@ -29,7 +30,7 @@ from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
 from paraxis.run.agreement import agreed
 from paraxis.run.clock import clock_of
-from paraxis.run.devices import device_for, found_here, reaching
+from paraxis.run.devices import device_for, open_links, reaching
 from paraxis.run.held import counting, held
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
@@ -187,6 +188,7 @@ class Duties:
             return {"program": program.digest(), "bytes": running.rank.bytes_held(), "batch": digest(task.train)}
         world: Any = self.world.group(range(plan.mesh.size)) if self.world else _Alone()
         world = reaching(world, self.transport, device)
+        open_links(world, program)
         engine: Any
         if plan.engine == "native":
             engine = NativeEngine(task, program, self.rank, plan.threads)

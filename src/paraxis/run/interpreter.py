@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from paraxis.comm.base import Comm, Request
+from paraxis.comm.links import LANES, tag_of
 from paraxis.comm.payload import PackedSum
 from paraxis.program.instructions import COLLECTIVES, REDUCES, Instruction, Program
 from paraxis.run.clock import HOST, Clock
@@ -18,7 +19,6 @@ from paraxis.sync.rule import updates
 
 Action = Callable[[], None]
 KINDS = ("SendAct", "RecvAct", "SendGrad", "RecvGrad")
-MAX_LEAVES = 64
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _send(i: Instruction, c: Context) -> Action:
 
     def start() -> None:
         tensors = stage.leave(i.microbatch)
-        c.open[i.token] = [c.world.send(t, i.peer, tag + n) for n, t in enumerate(tensors)]
+        c.open[i.token] = [c.world.send(t, i.peer, tag + n * LANES) for n, t in enumerate(tensors)]
         c.sent[0] += sum(t.nbytes for t in tensors)
 
     return start
@@ -96,7 +96,7 @@ def _receive(i: Instruction, c: Context) -> Action:
 
     def start() -> None:
         tensors = stage.incoming(gradient)
-        c.open[i.token] = [c.world.receive(t, i.peer, tag + n) for n, t in enumerate(tensors)]
+        c.open[i.token] = [c.world.receive(t, i.peer, tag + n * LANES) for n, t in enumerate(tensors)]
 
     return start
 
@@ -255,8 +255,7 @@ BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
 
 def _tag(i: Instruction, c: Context) -> int:
     """A message is named by (which of the borders between two ranks, microbatch, kind, leaf), alike on both sides."""
-    place = i.edge // c.pipeline * c.microbatches + i.microbatch
-    return (2 * place + i.base.endswith("Grad")) * MAX_LEAVES
+    return tag_of(i.edge // c.pipeline, i.base.endswith("Grad"), i.microbatch, c.microbatches)
 
 
 class Rank:

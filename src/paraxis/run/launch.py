@@ -272,7 +272,7 @@ class Starting:
                 if hello.get("token") != self.token:
                     line.close()
                 elif "error" in hello:
-                    raise RankError(f"a rank over {self.transport} could not start: {hello['error']['text']}")
+                    _cannot_start(self.transport, hello["error"])
                 else:
                     lines[hello["rank"]] = line, hello["pid"]
         except BaseException:
@@ -299,6 +299,13 @@ class Starting:
             raise RankError(f"ranks over {self.transport} {why}: {text or 'they printed nothing'}")
 
 
+def _cannot_start(transport: str, error: dict[str, Any]) -> None:
+    """Raises what a rank has said instead of its name: our own words as they are."""
+    if error["ours"]:
+        raise getattr(errors, error["type"], RankError)(error["text"])
+    raise RankError(f"a rank over {transport} could not start: {error['text']}")
+
+
 def _commands(transport: str, size: int) -> tuple[list[str], list[str]]:
     """(how Python is started, the words behind the worker's own)."""
     if transport == "mpi":
@@ -311,7 +318,7 @@ def _commands(transport: str, size: int) -> tuple[list[str], list[str]]:
 
 def _environment(transport: str, oversubscribed: bool) -> dict[str, str]:
     env = {"PYTHONUNBUFFERED": "1"}
-    if transport == "gloo":
+    if transport in ("gloo", "nccl"):
         env["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     if transport == "mpi" and os.geteuid() == 0:
         env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
