@@ -10,14 +10,15 @@ from typing import Any
 
 import cloudpickle
 
-from paraxis.errors import MissingError, ParaxisError, PlanError, TaskError
-from paraxis.fitting import check_fits
+from paraxis.errors import MissingError, OutOfMemory, ParaxisError, PlanError, TaskError
+from paraxis.fitting import advised, check_fits, fitted
 from paraxis.measure.facts import Facts, facts_of
 from paraxis.measure.machine import ForeignLoad, pinning, usable_cores
 from paraxis.measure.records import Status
+from paraxis.plan.devices import Gpus, check_devices
 from paraxis.plan.plan import Plan, period, with_split
 from paraxis.program.check import check
-from paraxis.program.cut import balanced
+from paraxis.program.cut import balanced_on
 from paraxis.program.instructions import Program
 from paraxis.program.lower import lower
 from paraxis.program.memory import Memory, largest
@@ -47,6 +48,7 @@ class Session:
     oracles: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
     limit: int | None = None  # bytes that a rank may hold
     memories: dict[Plan, Memory | None] = field(default_factory=dict)  # computed so far
+    costs: dict[str, list[float]] = field(default_factory=dict)  # seconds of each layer on a device, measured so far
 
     def known(self) -> Facts:
         """The task's facts, measured once by the rank that works alone."""
@@ -111,6 +113,7 @@ class Session:
         """Go on with a changed task; what was set up is forgotten."""
         self.spec = spec
         self.memories.clear()
+        self.costs.clear()
         blob = cloudpickle.dumps(self.objects) if self.objects else b""
         for pool in self.pools.values():
             pool.ask(task_request(spec), range(pool.size), blob=blob)
@@ -125,8 +128,26 @@ class Session:
         facts = self.known()
         if plan.pp == 1 or plan.split or facts.layout.cuttable or plan.stages > len(facts.layers):
             return plan
-        costs = [f + b for f, b in zip(facts.forward, facts.backward, strict=True)]
-        return with_split(plan, balanced(costs, plan.stages))
+        self._check_devices(plan)
+        places = plan.devices()
+        costs = [self._costs(places[stage % plan.pp]) for stage in range(plan.stages)]
+        return fitted(self, plan, costs) or with_split(plan, balanced_on(costs))
+
+    def _costs(self, place: str) -> list[float]:
+        """Seconds of each layer's forward and backward on a device; GPUs without a number count as the first one."""
+        facts, place = self.known(), "cuda:0" if place == "cuda" else place
+        if place not in self.costs:
+            there = (facts.forward, facts.backward)
+            if place != "cpu":
+                self.tell(f"measuring the layers on {place}", -1)
+                there = self.pool("solo").ask({"do": "costs", "device": place})[0]
+            self.costs[place] = [f + b for f, b in zip(*there, strict=True)]
+        return self.costs[place]
+
+    def _check_devices(self, plan: Plan) -> None:
+        """On this host; ranks that were started for us, on whatever hosts, look for themselves."""
+        if plan.on_gpu() and not self.joined:
+            check_devices(plan, Gpus(**self.pool("solo").facts["gpus"]))
 
     def program(self, plan: Plan) -> Program:
         """The checked program of a plan for this task; raises PlanError for one that the task cannot meet."""
@@ -137,6 +158,7 @@ class Session:
                 f"sync={plan.sync}: batches() does not tell how long an epoch is; use "
                 f"{plan.sync.replace('@epoch', '@H')} with H steps"
             )
+        self._check_devices(plan)
         program = lower(plan, facts.layout, facts.steps_per_epoch or 1)
         check(program)
         check_fits(self, plan, self.memory(plan))
@@ -159,7 +181,8 @@ class Session:
         """Set a plan up on all its ranks under a key."""
         cpus = pinning(plan.processes, plan.threads, self.quiet) if plan.comm != "openmp" else []
         request = {"do": "setup", "key": key, "plan": plan.text(), "dtype": dtype, "cpus": cpus, "fault": fault}
-        answers = self.home(plan).ask(request, range(plan.processes))
+        with advised(self, key, plan):
+            answers = self.home(plan).ask(request | {"limit": self.limit}, range(plan.processes))
         seen = {a["batch"] for a in answers} | ({self.known().first_batch} if dtype == "float32" else set()) - {0}
         if len(seen) > 1 and plan.engine != "plain":
             raise TaskError(
@@ -170,7 +193,8 @@ class Session:
 
     def ask(self, key: str, plan: Plan, request: dict[str, Any]) -> list[Any]:
         """Ask all processes of a plan that has been set up."""
-        return self.home(plan).ask(request | {"key": key}, range(plan.processes))
+        with advised(self, key, plan):
+            return self.home(plan).ask(request | {"key": key}, range(plan.processes))
 
     def oracle(self, plan: Plan, steps: int, dtype: str, groups: int = 0, seed: int | None = None) -> dict[str, Any]:
         """What a plan is proved against, made once: the serial run's losses, weights file and largest change."""
@@ -308,4 +332,5 @@ def _every(plan: Plan, steps_per_epoch: int | None) -> int:
 
 def failure(error: ParaxisError) -> tuple[Status, str]:
     """(status, reason) of a plan that ended in an error."""
-    return ("refused" if error.exit_code == 2 else "failed"), str(error).splitlines()[0]
+    refused = error.exit_code == 2 and not isinstance(error, OutOfMemory)
+    return ("refused" if refused else "failed"), str(error).splitlines()[0]

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.numpy import load_file, save_file
 
 from paraxis.errors import PlanError, TaskError
-from paraxis.fitting import record
+from paraxis.fitting import advised, record
 from paraxis.plan.plan import Plan
 from paraxis.proof import mean_losses
 from paraxis.run.joined import JoinedPool
@@ -134,7 +134,8 @@ def train_steps(session: Session, plan: Plan, count: int, done: int, total: int,
         session.tell("training", (done + count - message["left"]) / total)
 
     request = {"do": "train", "key": key, "steps": count}
-    answers = pool.ask(request, range(plan.processes), news=news)
+    with advised(session, key, plan):
+        answers = pool.ask(request, range(plan.processes), news=news)
     return mean_losses([a["losses"] for a in answers])
 
 

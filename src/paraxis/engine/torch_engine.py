@@ -265,11 +265,12 @@ class TorchEngine:
     # -- in and out --------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's part of the network's state_dict; of stage 3 of ZeRO, what the body `state` has just copied."""
+        """This rank's part of the network's state_dict, in host memory; of stage 3 of ZeRO, what the body `state` has
+        just copied."""
         copies, self.copies = self.copies, {}
         for stage in self.stages.values():
             stage.statistics.restore()
-        return {name: copies.get(id(value), value).detach().clone() for name, value in self.named.items()}
+        return {name: copies.get(id(value), value).detach().to(CPU, copy=True) for name, value in self.named.items()}
 
     def square_sum(self) -> float:
         """Of the parameters; as `state`."""

@@ -83,8 +83,11 @@ def memory(program: Program, plan: Plan, sizes: Sizes, batch: int) -> list[Memor
 
 
 def largest(program: Program, plan: Plan, sizes: Sizes, batch: int) -> Memory:
-    """Of the rank that needs most."""
-    return max(memory(program, plan, sizes, batch), key=lambda m: m.total)
+    """Of the rank that needs most; of those on GPUs if there are any, for that is where room is short."""
+    places = [plan.devices()[program.mesh.coordinates(rank)[1]] for rank in range(program.mesh.size)]
+    found = memory(program, plan, sizes, batch)
+    counted = [own for own, place in zip(found, places, strict=True) if place != "cpu"]
+    return max(counted or found, key=lambda m: m.total)
 
 
 def _of_rank(program: Program, plan: Plan, sizes: Sizes, samples: int, rank: int) -> Memory:

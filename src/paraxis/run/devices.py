@@ -1,5 +1,6 @@
 """Which device is this rank's, and how others reach what lies on it."""
 
+import gc
 import os
 
 import torch
@@ -54,6 +55,27 @@ def open_links(world: Comm, program: Program) -> None:
     if isinstance(world, StagedComm) or not hasattr(world, "open"):
         return
     world.open(links(program))
+
+
+def allow(device: torch.device, limit: int | None) -> None:
+    """Before a plan is set up: how many bytes its rank may take of a GPU (all of them), and a peak that begins anew."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or total) / total), device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def allocated(device: torch.device) -> int:
+    """The most bytes that tensors have had on a GPU since then; 0 on a CPU, whose memory the kernel counts."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
+
+
+def give_back(device: torch.device) -> None:
+    """What a plan that is gone has had of a GPU, so that the next one finds it."""
+    if device.type == "cuda":
+        gc.unfreeze()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _told(names: tuple[str, ...], otherwise: int) -> int:

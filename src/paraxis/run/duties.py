@@ -17,12 +17,12 @@ from torch import Tensor
 
 from paraxis.comm.clocks import shift
 from paraxis.comm.gpus import found_here
-from paraxis.engine.devices import CPU, wait
+from paraxis.engine.devices import CPU, move, wait
 from paraxis.engine.native_rank import NativeEngine
 from paraxis.engine.torch_engine import TorchEngine
 from paraxis.errors import Diverged, RankError
 from paraxis.measure.gradients import gradient_norms
-from paraxis.measure.layers import coupled, measure_layers
+from paraxis.measure.layers import coupled, layer_seconds, measure_layers
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
 from paraxis.program.faults import FAULTS, Fault
@@ -30,7 +30,7 @@ from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
 from paraxis.run.agreement import agreed
 from paraxis.run.clock import clock_of
-from paraxis.run.devices import device_for, open_links, reaching
+from paraxis.run.devices import allocated, allow, device_for, give_back, open_links, reaching
 from paraxis.run.held import counting, held
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
@@ -168,6 +168,7 @@ class Duties:
         plan = parse(request["plan"])
         dtype = DTYPES[request["dtype"]]
         device = device_for(plan, self.rank, self.launched)
+        allow(device, request.get("limit"))
         running = Running(plan, request["cpus"][self.rank] if request["cpus"] else [], device=device)
         self.plans[request["key"]] = running
         self._activate(running)
@@ -233,6 +234,20 @@ class Duties:
         """The peak of resident bytes since the plan was set up, less what plans set up before it hold."""
         return peak_bytes() - max(0, self.plans[request["key"]].before - self.base)
 
+    def device_memory(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """This rank's device, and the most bytes that its allocator has handed out since the plan was set up."""
+        device = self.plans[request["key"]].device
+        return {"device": str(device), "bytes": allocated(device)}
+
+    def costs(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[list[float]]:
+        """Seconds of each layer's forward and backward on a device."""
+        device = torch.device(request["device"])
+        self._activate(Running(Plan(), []))
+        task = self._task(torch.float32)
+        move(task, [task.chain], device)
+        found = layer_seconds(task, task.batch, device=device)
+        return [list(own) for own in found]
+
     def held(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, int]:
         """Bytes of each kind at the peak of a step, counted while it runs, and how far the process has grown."""
         running = self._ready(request["key"])
@@ -249,7 +264,9 @@ class Duties:
 
     def drop(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Forget a plan."""
+        device = self.plans[request["key"]].device if request["key"] in self.plans else CPU
         self.plans.pop(request["key"], None)
+        give_back(device)
         return {}
 
     def train(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
@@ -357,7 +374,7 @@ class Duties:
     def _state(self, running: Running) -> dict[str, Tensor]:
         if running.rank is not None:
             return running.rank.state()
-        return {k: v.detach().clone() for k, v in _some(running.plain).task.net.state_dict().items()}
+        return {k: v.detach().to(CPU, copy=True) for k, v in _some(running.plain).task.net.state_dict().items()}
 
 
 def _shards(running: Running) -> dict[str, Shard]:

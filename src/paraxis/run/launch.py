@@ -123,9 +123,10 @@ class Pool:
         texts = {f["text"] for f in failures.values()}
         first = min(failures, key=lambda r: (not failures[r]["ours"], failures[r]["step"] or 1 << 62, r))
         if len(failures) == asked and len(texts) == 1 and failures[first]["ours"]:
-            kind = getattr(errors, failures[first]["type"], ParaxisError)
-            raise kind(failures[first]["text"])
+            raise _again(failures[first])
         self.kill()
+        if failures[first]["type"] == "OutOfMemory":
+            raise _again(failures[first])
         raise RankError(f"rank {first} of {self.size} over {self.transport} failed: {failures[first]['text']}")
 
     def _fail(self, rank: int) -> None:
@@ -299,10 +300,19 @@ class Starting:
             raise RankError(f"ranks over {self.transport} {why}: {text or 'they printed nothing'}")
 
 
+def _again(failure: dict[str, Any]) -> ParaxisError:
+    """The error that a rank has told of."""
+    kind = getattr(errors, failure["type"], ParaxisError)
+    error: ParaxisError = kind(failure["text"])
+    if isinstance(error, errors.OutOfMemory):
+        error.bytes = failure.get("bytes")
+    return error
+
+
 def _cannot_start(transport: str, error: dict[str, Any]) -> None:
     """Raises what a rank has said instead of its name: our own words as they are."""
     if error["ours"]:
-        raise getattr(errors, error["type"], RankError)(error["text"])
+        raise _again(error)
     raise RankError(f"a rank over {transport} could not start: {error['text']}")
 
 
