@@ -211,11 +211,12 @@ def train(
 
 def _choose(plan: str, spec: Any, tell: Tell, joined: JoinedPool | None, limit: int | None) -> Any:
     from paraxis.api import read_recommendation
+    from paraxis.measure.gpus import usable
     from paraxis.measure.machine import usable_cores
     from paraxis.plan.plan import Plan, parse
 
     if plan == "today":
-        return Plan(engine="plain", threads=usable_cores())
+        return Plan(engine="plain", threads=usable_cores(), device="cuda" if usable().count else "cpu")
     if plan != "best":
         return parse(plan)
     known = read_recommendation(STUDY, spec.network, limit)

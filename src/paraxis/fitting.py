@@ -78,7 +78,9 @@ def advised(session: "Session", key: str, plan: Plan) -> Iterator[None]:
     except OutOfMemory as error:
         if session.home_alive(plan):
             session.home(plan).ask({"do": "drop", "key": key}, range(plan.processes))
-        limit = session.limit or error.bytes
+        limit, computed = session.limit or error.bytes, session.memory(plan)
+        if limit and computed:  # which is less than what it really needs
+            limit = min(limit, int(0.9 * computed.total))
         limited = f" ({_mb(session.limit)} MB allowed)" if session.limit else ""
         told = f"{plan.short()}: {error}{limited}"
         raise OutOfMemory(f"{told}; {_instead(session, plan, limit) if limit else SMALLER}") from None

@@ -116,7 +116,7 @@ def tolerance(session: Session, plan: Plan, steps: int, dtype: str) -> float:
     plain = Plan()
     # With statistics groups change the mathematics, another engine rounds within its sums, and what replicas tell each
     # other may be rounded once more, to one side or the other: there rounding is seen against float64.
-    if facts.layout.statistics or session.spec.bn_group or plan.engine == "native" or not plan.exact:
+    if facts.layout.statistics or session.spec.bn_group or plan.engine == "native" or plan.on_gpu() or not plan.exact:
         pair = session.oracle(plan, steps, "float32"), session.oracle(plan, steps, "float64")
     else:
         groups = next((g for g in (4, 2, 3, 5) if facts.batch % g == 0), 1)

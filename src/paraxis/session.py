@@ -144,6 +144,20 @@ class Session:
             self.costs[place] = [f + b for f, b in zip(*there, strict=True)]
         return self.costs[place]
 
+    def known_on(self, plan: Plan) -> Facts:
+        """The task's facts with the seconds that layers take where this plan computes them all."""
+        facts, places = self.known(), set(plan.devices())
+        if not plan.on_gpu() or len(places) > 1:
+            return facts
+        try:
+            return replace(facts, forward=tuple(self._costs(places.pop())), backward=(0.0,) * len(facts.layers))
+        except ParaxisError:  # such as no room for the layers on their own
+            return facts
+
+    def gpus(self) -> int:
+        """GPUs of this host that the framework can use."""
+        return int(self.pool("solo").facts["gpus"]["count"])
+
     def _check_devices(self, plan: Plan) -> None:
         """On this host; ranks that were started for us, on whatever hosts, look for themselves."""
         if plan.on_gpu() and not self.joined:

@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from paraxis.doctor import _gpu
 from paraxis.errors import MissingError, OutOfMemory, PlanError
 from paraxis.fitting import advised, fitted
+from paraxis.measure import gpus
+from paraxis.measure.machine import describe
 from paraxis.plan.devices import Gpus, check_devices, crowded, device_of
 from paraxis.plan.plan import Plan, parse
+from paraxis.plan.space import on_gpus
 from paraxis.program.cut import balanced, balanced_on, splits
 from paraxis.run.clock import HOST, _nanoseconds, clock_of
 from paraxis.run.devices import device_for
@@ -51,10 +55,10 @@ def test_devices_that_are_not_there(text: str, gpus: Gpus, words: str) -> None:
 
 
 def test_nccl_takes_one_rank_a_gpu() -> None:
-    for text, gpus in (("dp=2,device=cuda,comm=nccl", 1), ("dp=2,device=cuda:1,comm=nccl", 4)):
+    for text, count in (("dp=2,device=cuda,comm=nccl", 1), ("dp=2,device=cuda:1,comm=nccl", 4)):
         with pytest.raises(PlanError, match=r"comm=nccl: 2 ranks would be on cuda:\d, and NCCL .*mpi or gloo"):
-            check_devices(parse(text), Gpus(gpus))
-        check_devices(replace(parse(text), comm="gloo"), Gpus(gpus))
+            check_devices(parse(text), Gpus(count))
+        check_devices(replace(parse(text), comm="gloo"), Gpus(count))
     check_devices(parse("dp=2,device=cuda,comm=nccl"), Gpus(2))
     check_devices(parse("dp=4,device=cuda,comm=nccl"), Gpus(2), local=2)  # two hosts
     assert crowded(parse("dp=4,device=cuda"), 2, 4) == ("cuda:0", 2)
@@ -132,7 +136,7 @@ def test_who_runs_out_of_memory_is_told_what_would_fit() -> None:
         raise OutOfMemory("the GPU is out of memory")
     line = str(caught.value)
     assert "\n" not in line and line.startswith("device=cuda: the GPU is out of memory") and "allowed" in line
-    assert "; microbatches=4,device=cuda would need" in line
+    assert "; microbatches=4,device=cuda would need 1.5e-05 MB" in line
     assert room.asked == [({"do": "drop", "key": "k"}, [0])]
     with pytest.raises(OutOfMemory, match="recompute=all or device=cpu need less"), advised(Room(None), "k", Plan()):  # type: ignore[arg-type]
         raise OutOfMemory("the GPU is out of memory")
@@ -158,6 +162,37 @@ def test_unlike_devices_get_unlike_shares() -> None:
     assert balanced_on([costs, fast]) == (1, 5) and balanced_on([fast, costs]) == (5, 1)
     assert splits([costs, fast])[0] == (1, 5) and set(splits([costs] * 2)) == {(k, 6 - k) for k in range(1, 6)}
     assert splits([costs] * 2)[0] == balanced(costs, 2)
+
+
+# -- what there is -----------------------------------------------------------------------------------------------------
+
+
+def test_some_gpus_may_be_hidden() -> None:
+    three = [("A", "1"), ("B", "1"), ("C", "1")]
+    assert gpus.visible(three, None) == three and gpus.visible(three, "") == []
+    assert gpus.visible(three, "2,0") == [three[2], three[0]] and gpus.visible(three, "1,9,0") == [three[1]]
+    assert gpus.visible(three, "-1") == [] and gpus.visible([], "0") == [] and len(gpus.visible(three, "GPU-6e,1")) == 2
+
+
+def test_a_machine_with_gpus_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpus.cuda_of_torch() == torch.version.cuda
+    monkeypatch.setattr(gpus, "listed", lambda: [("NVIDIA H100", "580.1"), ("NVIDIA H100", "580.1")])
+    monkeypatch.setattr(gpus, "cuda_of_torch", lambda: "13.0")
+    record = describe()
+    assert record.gpus == ["NVIDIA H100"] * 2 and record.versions["driver"] == "580.1"
+    assert gpus.usable() == Gpus(2) and _gpu()["ok"] and "driver 580.1, cuda 13.0" in _gpu()["found"]
+    monkeypatch.setattr(gpus, "cuda_of_torch", lambda: None)
+    assert gpus.usable().count == 0 and not _gpu()["ok"] and "without CUDA" in _gpu()["found"]
+
+
+def test_the_space_has_plans_for_gpus() -> None:
+    assert on_gpus(0, 8, 5, ("mpi",)) == []
+    one = [plan.short() for plan in on_gpus(1, 2, 5, ("openmp", "mpi", "gloo"))]
+    assert one == ["device=cuda", "dp=2,comm=mpi,device=cuda", "pp=2,microbatches=4,comm=mpi,device=cpu+cuda:0"]
+    four = on_gpus(4, 8, 3, ("mpi",))
+    assert {plan.comm for plan in four} == {"", "nccl"} and max(plan.mesh.size for plan in four) == 4
+    for plan in four:
+        check_devices(plan, Gpus(4))
 
 
 # -- time and samples ----------------------------------------------------------------------------------------------

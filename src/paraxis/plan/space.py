@@ -118,6 +118,24 @@ def _kinds(workers: int, layers: int, inexact: bool) -> Iterator[dict[str, objec
         yield {"dp": workers, "sync": "average@epoch"}
 
 
+def on_gpus(gpus: int, workers: int, layers: int, comms: tuple[str, ...]) -> list[Plan]:
+    """Plans for a host with so many GPUs: NCCL joins several, a single one is also shared, or helped by a CPU."""
+    if not gpus:
+        return []
+    found = [Plan(device="cuda")]
+    for ranks in rungs(gpus)[1:]:
+        found += [Plan(dp=ranks, device="cuda", comm="nccl"), Plan(dp=ranks, zero=1, device="cuda", comm="nccl")]
+        found.append(Plan(tp=ranks, device="cuda", comm="nccl"))
+        if ranks <= layers:
+            found.append(Plan(pp=ranks, microbatches=2 * ranks, schedule="1f1b", device="cuda", comm="nccl"))
+    process = next((comm for comm in comms if comm in ("mpi", "gloo")), "")
+    if gpus == 1 and workers > 1 and process:
+        found.append(Plan(dp=2, device="cuda", comm=process))
+        if layers > 1:
+            found.append(Plan(pp=2, microbatches=4, device="cpu+cuda:0", comm=process))
+    return found
+
+
 def _recomputed(plans: list[Plan]) -> Iterator[Plan]:
     """Of each grid of PyTorch ranks the first plan, computing forwards again."""
     firsts: dict[Mesh, Plan] = {}
