@@ -9,15 +9,17 @@ from torch import Tensor
 
 from paraxis.engine.flat import Flat, flatten
 from paraxis.engine.kept import keep
+from paraxis.engine.packed import Packed
 from paraxis.engine.pausing import pausing_for
 from paraxis.engine.rules import RULES, Hyper, State
 from paraxis.engine.sharding import Shards, ends, shard
 from paraxis.engine.statistics import joined
 from paraxis.engine.torch_stage import Step, TorchStage
 from paraxis.errors import PlanError, ProgramError
-from paraxis.program.instructions import MOMENTS, REDUCES, Program
-from paraxis.program.shares import chosen
+from paraxis.program.instructions import MIDWAY, MOMENTS, Program
+from paraxis.program.shares import chosen, sharing
 from paraxis.task.batches import Source
+from paraxis.task.gathering import apart
 from paraxis.task.shared import Shard, loss_of_parts, split
 from paraxis.task.task import Task
 
@@ -35,7 +37,9 @@ class TorchEngine:
         own = program.stages_of(rank)
         self.score = torch.zeros(3, dtype=torch.float64)
         self.shards = _share(task, program, rank)
-        self.now = Step(task.train, torch.ones((), dtype=task.dtype), self.score)
+        # Gradients that ranks have of their own tokens are added up: what all of them compute alike counts in parts.
+        alike = program.mesh.tp if program.sequenced() and task.shared_loss is None else 1
+        self.now = Step(task.train, torch.ones((), dtype=task.dtype) / alike, self.score)
         self.stages = {stage: TorchStage(self.now, task, program, stage) for stage in own}
         self.last_stage = own[-1] == len(program.stages) - 1
         self.segments = [segment for stage in self.stages.values() for segment in stage.segments]
@@ -81,6 +85,8 @@ class TorchEngine:
         elsewhere = {self.tied[n] for n, tie in program.ties_of(rank).items() if tie.stages[0] not in self.stages}
         if program.mesh.coordinates(rank)[2]:  # what is whole on every rank of its group is counted on the first
             elsewhere |= {range_ for name, range_ in named.items() if name not in self.shards}
+        alike = [self.gradients_flat[first:last] for name, (first, last) in named.items() if name not in self.shards]
+        self.whole = Packed(alike if program.sequenced() else [])
         self.elsewhere = elsewhere  # ranges of parameters that a rank before this one has, too
         counted = _without(list(elsewhere), max(at + len(own) for at, own in owned))  # in the norm: one copy of each
         self.counted = [
@@ -128,10 +134,12 @@ class TorchEngine:
             return self.shares.buffer(name, bucket, stage)
         if name == "grads":
             return self.flat.gradients(bucket if bucket < 0 else self.places[stage, bucket])
+        if name == "whole":
+            return self.whole.packed()
         if name == "tied":
             first, last = self.tied[bucket]
             return self.gradients_flat[first:last]
-        if name in (*MOMENTS.values(), *REDUCES):
+        if name in (*MOMENTS.values(), *MIDWAY):
             pausing = self.stages[stage].pausing
             assert pausing is not None, "only a stage that pauses has moments"
             return pausing.moments[bucket]
@@ -162,6 +170,10 @@ class TorchEngine:
     def take_share(self, bucket: int, stage: int) -> None:
         """Keep one's own part of gradients that have been reduced."""
         self._shares().take_share(bucket, stage)
+
+    def take_whole(self) -> None:
+        """Keep the sums of the gradients of what every rank of a `tp` group has."""
+        self.whole.unpack()
 
     def copy(self, bucket: int, stage: int) -> None:
         """Keep a copy of a bucket's parameters while they are whole."""
@@ -280,8 +292,12 @@ def _share(task: Task, program: Program, rank: int) -> dict[str, Shard]:
     tp, index = program.mesh.tp, program.mesh.coordinates(rank)[2]
     if tp == 1:
         return {}
-    own = chosen(tp, task.splits)
-    shards = split(task.net, own, task.draw, index, tp)
+    own, tokens = chosen(tp, task.splits), None
+    if program.sequenced():
+        tokens = sharing(tp, task.splits, task.tokens)
+        own = tuple(task.splits[n] for n in tokens.splits)
+        apart(task.net, task.chain, tokens, index, tp)
+    shards = split(task.net, own, task.draw, index, tp, tokens)
     task.shared_loss = loss_of_parts(task.net, own, index, tp)
     every = task.net.state_dict(keep_vars=True).items()
     return {name: shards[id(value)] for name, value in every if id(value) in shards}
