@@ -33,9 +33,9 @@ PLANS = (
 )
 
 
-def late(device: torch.device, own: Any, score: Tensor) -> Any:
+def late(device: torch.device, *words: Any) -> Any:
     """A step whose losses are added up as on a GPU."""
-    return replace(STEP_ON(device, own, score), sums=torch.zeros(2, dtype=torch.float64, device=device))
+    return replace(STEP_ON(device, *words), sums=torch.zeros(2, dtype=torch.float64, device=device))
 
 
 STEP_ON = torch_engine.step_on

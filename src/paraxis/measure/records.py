@@ -157,7 +157,7 @@ class Result(Record):
     peak_memory_bytes: int | None = None  # of the rank that needs most, in host memory
     devices: list[str] = []  # of each rank, where one has a GPU
     peak_device_memory_bytes: int | None = None  # of the rank that needs most of its GPU, by PyTorch's allocator
-    computed_memory: MemoryRecord | None = None  # null where it is not: engine=native, tensor parallelism
+    computed_memory: MemoryRecord | None = None  # null where it could not be computed
     oversubscribed: bool = False
     bound_by: str | None = None
     explanation: str | None = None  # what binds the plan and what to change, a sentence each

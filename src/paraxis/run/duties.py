@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from paraxis.engine.torch_engine import TorchEngine
 from paraxis.errors import Diverged, RankError
 from paraxis.measure.gradients import gradient_norms
 from paraxis.measure.layers import coupled, layer_seconds, measure_layers
+from paraxis.measure.saved import measure_sizes
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
 from paraxis.program.faults import FAULTS, Fault
@@ -34,7 +35,9 @@ from paraxis.run.devices import allocated, allow, device_for, give_back, open_li
 from paraxis.run.held import counting, held
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
+from paraxis.run.reserved import native_memory
 from paraxis.run.resident import peak_bytes, reset_peak
+from paraxis.run.running import Alone, Running
 from paraxis.run.weights import compare, difference, untied
 from paraxis.run.window import record_cost, traceable, window_of
 from paraxis.sync.rule import settled
@@ -46,21 +49,6 @@ from paraxis.task.trial import evaluating
 
 Tell = Callable[[dict[str, Any]], None]
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
-@dataclass
-class Running:
-    """A plan that has been set up on this rank."""
-
-    plan: Plan
-    cpus: list[int]
-    rank: Rank | Team | None = None  # a program's rank, all of its ranks as threads, or ...
-    plain: serial.Replica | None = None  # ... the framework's own loop
-    device: torch.device = CPU
-    done: int = 0
-    before: int = 0  # resident bytes before it was set up
-    record: float = 0.0  # nanoseconds that its interpreter adds to an instruction, once measured
-    losses: list[Tensor] = field(default_factory=list)  # of the framework's own loop
 
 
 class Duties:
@@ -82,6 +70,7 @@ class Duties:
         self.spec = TaskSpec()
         self.objects: dict[str, Any] = {}
         self.plans: dict[str, Running] = {}
+        self.tried: Task | None = None  # one that native plans are compiled for, to know what they would hold
         self.base = 0  # resident bytes of this process before any plan, the data in memory
         self.default_threads = torch.get_num_threads()
         self.every_cpu = sorted(os.sched_getaffinity(0))
@@ -103,12 +92,24 @@ class Duties:
         self.spec = TaskSpec.model_validate(request["spec"])
         self.objects = cloudpickle.loads(blob) if blob else {}
         self.plans.clear()
+        self.tried = None
         return {}
 
     def facts(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """What the driver has to know of the task."""
         task = self._task(torch.float32)
         return measure_layers(task, task.batch).as_json()
+
+    def sizes(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """Bytes of every layer of one rank's part, where `tp` ranks share layers."""
+        return asdict(measure_sizes(self._task(torch.float32), request["tp"]))
+
+    def reserved(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[dict[str, int]]:
+        """Of every rank of a plan of the native engine, bytes that it would hold."""
+        plan, task = parse(request["plan"]), self.tried or self._task(torch.float32)
+        self.tried = task
+        program = lower(plan, task.layout(), task.train.steps_per_epoch or 1)
+        return [asdict(m) for m in native_memory(task, program, plan)]
 
     def coupling(self, request: dict[str, Any], blob: bytes, tell: Tell) -> str:
         """A sentence if the loss couples samples."""
@@ -187,7 +188,7 @@ class Duties:
         if plan.engine == "native" and plan.processes == 1:
             running.rank = openmp.start(task, program, plan.sync == "hogwild")
             return {"program": program.digest(), "bytes": running.rank.bytes_held(), "batch": digest(task.train)}
-        world: Any = self.world.group(range(plan.mesh.size)) if self.world else _Alone()
+        world: Any = self.world.group(range(plan.mesh.size)) if self.world else Alone()
         world = reaching(world, self.transport, device)
         open_links(world, program)
         engine: Any
@@ -380,15 +381,6 @@ class Duties:
 def _shards(running: Running) -> dict[str, Shard]:
     """Of which tensors this rank has but a part."""
     return getattr(running.rank.engine, "shards", {}) if isinstance(running.rank, Rank) else {}
-
-
-class _Alone:
-    """The world of a single rank."""
-
-    rank, size = 0, 1
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""
 
 
 def _some(value: Any) -> Any:
