@@ -57,12 +57,17 @@ def open_links(world: Comm, program: Program) -> None:
     world.open(links(program))
 
 
-def allow(device: torch.device, limit: int | None) -> None:
-    """Before a plan is set up: how many bytes its rank may take of a GPU (all of them), and a peak that begins anew."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or total) / total), device)
-        torch.cuda.reset_peak_memory_stats(device)
+def allow(device: torch.device, limit: int | None) -> int:
+    """Before a plan is set up: how many bytes its rank may take of a GPU beside those taken already (None: all), and a
+    peak that begins anew. Gives the bytes that are taken already."""
+    if device.type == "cpu":
+        return 0
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    taken = int(torch.cuda.memory_allocated(device))
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (taken + (limit or total)) / total), device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return taken
 
 
 def allocated(device: torch.device) -> int:

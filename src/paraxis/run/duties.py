@@ -169,8 +169,8 @@ class Duties:
         plan = parse(request["plan"])
         dtype = DTYPES[request["dtype"]]
         device = device_for(plan, self.rank, self.launched)
-        allow(device, request.get("limit"))
-        running = Running(plan, request["cpus"][self.rank] if request["cpus"] else [], device=device)
+        taken = allow(device, request.get("limit"))
+        running = Running(plan, request["cpus"][self.rank] if request["cpus"] else [], device=device, taken=taken)
         self.plans[request["key"]] = running
         self._activate(running)
         keep_data(self.spec)
@@ -237,16 +237,19 @@ class Duties:
 
     def device_memory(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """This rank's device, and the most bytes that its allocator has handed out since the plan was set up."""
-        device = self.plans[request["key"]].device
-        return {"device": str(device), "bytes": allocated(device)}
+        running = self.plans[request["key"]]
+        return {"device": str(running.device), "bytes": allocated(running.device) - running.taken}
 
     def costs(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[list[float]]:
         """Seconds of each layer's forward and backward on a device."""
         device = torch.device(request["device"])
         self._activate(Running(Plan(), []))
+        allow(device, None)
         task = self._task(torch.float32)
         move(task, [task.chain], device)
         found = layer_seconds(task, task.batch, device=device)
+        del task
+        give_back(device)
         return [list(own) for own in found]
 
     def held(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, int]:

@@ -21,6 +21,7 @@ class Running:
     rank: Rank | Team | None = None  # a program's rank, all of its ranks as threads, or ...
     plain: serial.Replica | None = None  # ... the framework's own loop
     device: torch.device = CPU
+    taken: int = 0  # bytes that others had of it before
     done: int = 0
     before: int = 0  # resident bytes before it was set up
     record: float = 0.0  # nanoseconds that its interpreter adds to an instruction, once measured
