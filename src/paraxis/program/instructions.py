@@ -105,7 +105,7 @@ class Instruction:
             return {"zero": "zero", "step": "step"}.get(self.rule, self.rule)
         short = {"SendAct": "sA", "SendGrad": "sG", "RecvAct": "rA", "RecvGrad": "rG", "AllReduce": "AR", "Load": "L"}
         short |= {"ReduceScatter": "RS", "AllGather": "AG", "ReduceAct": "RA", "ReduceGrad": "RG"}
-        short |= {"GatherAct": "GA", "GatherGrad": "GG", "ScatterAct": "SA", "ScatterGrad": "SG"}
+        short |= {"GatherAct": "AGA", "GatherGrad": "AGG", "ScatterAct": "RSA", "ScatterGrad": "RSG"}
         mark = "<" if self.starts else ">" if self.waits else ""
         if self.base in MIDWAY:
             return f"{short[self.base]}{self.microbatch}.{self.segment}{mark}"
