@@ -310,7 +310,10 @@ FAULTS: dict[str, Fault] = {
         "tokens of other ranks are not gathered", _sequenced, "tp > 1 and sequence=1", _without(_of("GatherAct"))
     ),
     "dropped-token-gradients": Fault(
-        "gradients of other ranks' tokens are not gathered", _sequenced, "tp > 1 and sequence=1", _without(_of("GatherGrad"))
+        "gradients of other ranks' tokens are not gathered",
+        _sequenced,
+        "tp > 1 and sequence=1",
+        _without(_of("GatherGrad")),
     ),
     "partial-gradients": Fault(
         "gradients of one's own tokens are not added up",

@@ -146,7 +146,10 @@ class Task:
             for parameter in filter(lambda p: p.requires_grad, layer.parameters()):
                 owners.setdefault(id(parameter), []).append(index)
         return Layout(
-            parameters=tuple(sum(p.numel() for p in layer.parameters()) for layer in self.chain),
+            parameters=tuple(
+                sum(p.numel() for p in layer.parameters() if owners.get(id(p), [-1])[0] == index)
+                for index, layer in enumerate(self.chain)
+            ),
             weight_in_data=self.weight_in_data,
             statistics=any(b.is_floating_point() for m in self.net.modules() for b in running(m)),
             clip=self.spec.clip is not None,
@@ -263,7 +266,7 @@ def _sources(
         data = _in_memory(text)
         arrays, held = data.train, None
         if spec.validation:
-            arrays, held = data_module.hold_out(data.train, spec.validation, spec.seed)
+            arrays, held = _parted(text, spec.validation, spec.seed)
         batch = spec.batch or DEFAULT_BATCH
         return (
             ArraySource(arrays, batch, spec.seed, dtype),
@@ -300,6 +303,11 @@ def keep_data(spec: TaskSpec) -> None:
 def _in_memory(text: str) -> data_module.Data:
     """Every plan of a rank trains on the same samples, so they are read once."""
     return data_module.load(text)
+
+
+@lru_cache(maxsize=2)
+def _parted(text: str, fraction: float, seed: int) -> tuple[data_module.Arrays, data_module.Arrays]:
+    return data_module.hold_out(_in_memory(text).train, fraction, seed)
 
 
 def layers_of(net: nn.Module, recipe: Recipe) -> tuple[list[nn.Module], str]:
