@@ -42,11 +42,11 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CASES = [
     *(("gpt", text) for text in ("tp=2", "dp=2,tp=2", "pp=2,tp=2,microbatches=4", "dp=2,tp=2,zero=1")),
-    ("gpt", "dp=2,pp=2,tp=2,microbatches=2"),
+    ("gpt", "dp=2,pp=2,tp=2,microbatches=2,zero=2"),
     ("gpt", "pp=2,tp=2,schedule=zb-h1,microbatches=4"),
     ("gpt", "pp=2,interleave=2,tp=2,schedule=interleaved,microbatches=2"),
     *(("gpt", f"dp=2,tp=2,sync={rule}") for rule in ("average@2", "compressed")),
-    *(("thirds", text) for text in ("tp=3", "pp=2,tp=3,microbatches=2")),
+    *(("thirds", text) for text in ("tp=3", "dp=2,pp=2,tp=3,microbatches=2,zero=3")),
     *(("stream", text) for text in ("tp=2", "tp=4", "dp=2,tp=2", "pp=2,tp=2,split=6+2,microbatches=2")),
 ]
 

@@ -106,10 +106,10 @@ def test_dropout_between_splits_is_of_ones_own_tokens() -> None:
 def test_networks_without_tokens_have_none() -> None:
     assert shared(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)), torch.randn(4, 6)) == ()
     assert shared(nn.Sequential(nn.Linear(6, 8)), torch.randn(4, 6)) == ()
-    frozen = around(APART["a residual"])
+    frozen = around(APART["a number of the samples"])
     frozen[0].requires_grad_(False)
     (found,) = shared(frozen, torch.randn(6, 4, 3))
-    assert found.why, "the pair's input needs no gradient where it is the norm's"
+    assert found.why, "a border of a pair whose input needs no gradient is not met in a backward"
 
 
 def test_facts_carry_them() -> None:

@@ -319,8 +319,10 @@ def _check_whole(program: Program, rank: int, state: _Rank, i: Instruction, slot
             fail(slot, f"{i.label()} adds up the gradients of whole parameters twice")
         if done < program.microbatches * len(_buckets(program, rank)):
             fail(slot, f"{i.label()}: gradients of whole parameters are added up before their last backward")
-        if state.reduced:
+        if program.zero < 2 and state.reduced:
             fail(slot, f"{i.label()}: gradients of whole parameters must be added up before the replicas' reduction")
+        if any(o.buffer == "grads" for o in state.open.values()):
+            fail(slot, f"{i.label()} does not wait for the replicas' reduction")
     state.whole |= i.waits
 
 

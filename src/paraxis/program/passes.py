@@ -56,8 +56,10 @@ def training(
             body = add_reductions(body, buckets, "ReduceScatter" if plan.zero else "AllReduce")
     if plan.zero == 3:
         body = shard_parameters(body, cuts[2])
-    if plan.sequence:
+    if plan.sequence and plan.zero < 2:
         body = add_whole(body)
+    elif plan.sequence:  # of what replicas have reduced microbatch by microbatch, each has its share
+        tied = _both("tp", "whole", "sum") + tied
     body = add_totals(body, plan, layout, place)
     body = add_transfers(body, plan, rank)  # last, so that a gradient is on its way before a reduction begins
     body = add_meetings(body, cuts[1])

@@ -115,7 +115,7 @@ class Duties:
 
     def sizes(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Bytes of every layer of one rank's part, where `tp` ranks share layers."""
-        return asdict(measure_sizes(self._task(torch.float32), request["tp"]))
+        return asdict(measure_sizes(self._task(torch.float32), request["tp"], request["sequence"]))
 
     def reserved(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[dict[str, int]]:
         """Of every rank of a plan of the native engine, bytes that it would hold."""

@@ -28,7 +28,7 @@ def find_tokens(trial: Trial | None, splits: Sequence[Split]) -> tuple[Tokens, .
         fitting = [split for split in usable if split.size % tp == 0]
         own = chosen(tp, fitting) if fitting else ()
         found.setdefault(tuple(splits.index(split) for split in own), []).append(tp)
-    return tuple(_shared(trial, splits, numbers, size, tuple(tps)) for numbers, tps in found.items())
+    return tuple(_shared(trial, splits, n, size, tuple(tps)) for n, tps in (found or {(): []}).items() if size)
 
 
 class _Ends(Exception):
