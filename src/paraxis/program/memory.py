@@ -168,9 +168,7 @@ def _taken(program: Program, sizes: Sizes, samples: int, i: Instruction, parted:
         yield ("arriving", act, stage, i.microbatch), keyed(pieces, "" if act else "out")
         return
     if i.op == "Reserve":  # a whole bucket of parameters or gradients
-        cuts = [cut for own in program.segments for cut in own] if i.bucket < 0 else [program.segments[stage][i.bucket]]
-        size = sum(sum(sizes.parameters[first:last]) for first, last in cuts)
-        yield ("whole", i.buffer, stage, i.bucket), (((stage, -1, (i.buffer, i.bucket)), size),)
+        yield ("whole", i.buffer, stage, i.bucket), (((stage, -1, (i.buffer, i.bucket)), _whole(program, sizes, i)),)
     if i.op not in ("F", *BACKWARD):
         return
     first, last = program.segments[stage][i.segment]
@@ -193,6 +191,18 @@ def _taken(program: Program, sizes: Sizes, samples: int, i: Instruction, parted:
     if i.rule != "again" and last < len(sizes.saved):
         handed = ("leaving", True, stage, i.microbatch) if ends else ("between", stage, i.microbatch, i.segment + 1)
         yield handed, keyed(made, "sent" if ends and i.rule == "light" else "")  # the forward to come makes its own
+
+
+def _whole(program: Program, sizes: Sizes, i: Instruction) -> int:
+    """Bytes of a bucket: of a segment, without what has a bucket of its own, or behind those such a tied parameter."""
+    stages = [s for s, (first, last) in enumerate(program.stages) for _ in range(first, last)]
+    places = ({stages[layer] % program.mesh.pp for layer in tie[0]} for tie in sizes.tied)
+    ties = [tie for tie, ranks in zip(sizes.tied, places, strict=True) if len(ranks) > 1]  # as the program's
+    segments = program.segments[i.stage]
+    if i.bucket >= len(segments):
+        return ties[i.bucket - len(segments)][1]
+    first, last = segments[i.bucket]
+    return sum(sizes.parameters[first:last]) - sum(size for own, size, _ in ties if first <= own[0] < last)
 
 
 def _released(program: Program, i: Instruction) -> Iterator[Holder]:
