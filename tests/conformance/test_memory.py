@@ -41,6 +41,7 @@ TEXTS = (
     "dp=2,zero=2,bucket_bytes=1000",
     "dp=2,zero=3,bucket_bytes=1000,recompute=all",
     "dp=2,pp=2,microbatches=2,zero=3",
+    "dp=2,pp=2,microbatches=4,zero=3,schedule=zb-h1,bucket_bytes=1000",
 )
 PAIRS = [(name, text) for name in ("cnn", "transformer") for text in TEXTS if "zero" not in text or name == "cnn"]
 PAIRS += [("batch norm", text) for text in ("serial", "dp=2,pp=2,microbatches=4", "microbatches=2,recompute=all")]

@@ -97,10 +97,13 @@ def _hybrids(workers: int, layers: int, inexact: bool, sequence: bool) -> Iterat
         yield Plan(pp=2, tp=rest, sequence=1, schedule="zb-h1", microbatches=4)
     for schedule in ("1f1b", "gpipe", "zb-h1"):
         yield Plan(pp=2, tp=rest, schedule=schedule, microbatches=4)
-    yield Plan(dp=rest, tp=2, zero=1)
-    yield Plan(dp=rest, pp=2, microbatches=4, zero=1)
+    for zero in (1, 2, 3):
+        yield Plan(dp=rest, tp=2, zero=zero)
+        yield Plan(dp=rest, pp=2, microbatches=4, zero=zero)
+    yield Plan(dp=rest, pp=2, schedule="zb-h1", microbatches=4, zero=3)
     if rest % 2 == 0:
         yield Plan(dp=rest // 2, pp=2, tp=2, microbatches=4)
+        yield Plan(dp=rest // 2, pp=2, tp=2, microbatches=4, zero=3)
     if inexact:
         for rule in ("average", "diloco"):
             yield Plan(dp=rest, pp=2, microbatches=4, sync=f"{rule}@{AVERAGE_EVERY}")
