@@ -55,12 +55,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 WITHIN = 0.05
 LESS = 0.3  # what ZeRO-3 on 4 ranks may hold of the states of plain data parallelism
-COMM, RANKS = "mpi", 4
+COMM = "mpi"
 
 
 def compare(session: Session, network: str, text: str) -> list[dict[str, Any]]:
     """A row a rank: computed and counted bytes."""
     plan = session.settled(parse(text))
+    session.sizes[COMM] = plan.processes
     session.program(plan)
     computed = session.memory_of_ranks(plan)
     if plan.processes == 1:
@@ -97,8 +98,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for network in given.network:
         settings = SETTINGS.get(network, {}) | ({"batch": given.batch} if given.batch else {})
-        with open_session(make_spec(network, **settings), {}, {COMM: RANKS}, None, lambda *_: None) as session:
-            session.begin(("solo", COMM))
+        with open_session(make_spec(network, **settings), {}, {COMM: 2}, None, lambda *_: None) as session:
             for text in given.plan:
                 try:
                     found = compare(session, network, text)
