@@ -20,7 +20,7 @@ from paraxis.program.check import check
 from paraxis.program.cut import balanced
 from paraxis.program.instructions import Program
 from paraxis.program.lower import lower
-from paraxis.program.memory import Memory, Sizes, largest, sizes_of
+from paraxis.program.memory import Memory, Sizes, memory, sizes_of
 from paraxis.run.joined import JoinedPool
 from paraxis.run.launch import Pool, Starting, start, task_request
 from paraxis.task.spec import DEFAULT_BATCH, SHIPPED, TaskSpec
@@ -147,15 +147,18 @@ class Session:
     def memory(self, plan: Plan) -> Memory | None:
         """What the rank that needs most holds; None where facts have no sizes. Raises PlanError as `program` does."""
         if plan not in self.memories:
-            facts, alike = self.known(), replace(plan, engine="torch") if plan.engine == "plain" else plan
-            check_divides(plan, facts.batch, self.spec.bn_group, facts.least)
-            if plan.engine == "native":
-                found = self.pool("solo").ask({"do": "reserved", "plan": plan.text()})[0]
-                self.memories[plan] = max((Memory(**own) for own in found), key=lambda m: m.total)
-                return self.memories[plan]
-            program, sizes = lower(alike, facts.layout, facts.steps_per_epoch or 1), self._sizes(plan.tp, plan.sequence)
-            self.memories[plan] = largest(program, alike, sizes, facts.batch) if sizes else None
+            found = self.memory_of_ranks(plan)
+            self.memories[plan] = max(found, key=lambda m: m.total) if found else None
         return self.memories[plan]
+
+    def memory_of_ranks(self, plan: Plan) -> list[Memory]:
+        """What every rank holds; none where facts have no sizes."""
+        facts, alike = self.known(), replace(plan, engine="torch") if plan.engine == "plain" else plan
+        check_divides(plan, facts.batch, self.spec.bn_group, facts.least)
+        if plan.engine == "native":
+            return [Memory(**own) for own in self.pool("solo").ask({"do": "reserved", "plan": plan.text()})[0]]
+        program, sizes = lower(alike, facts.layout, facts.steps_per_epoch or 1), self._sizes(plan.tp, plan.sequence)
+        return memory(program, alike, sizes, facts.batch) if sizes else []
 
     def _sizes(self, tp: int, sequence: int) -> Sizes | None:
         """Bytes of every layer, as one of `tp` ranks has it, with all tokens or its own; tried once for each."""

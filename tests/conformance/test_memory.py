@@ -51,6 +51,7 @@ SHARED += [("gpt", "tp=2,sequence=1"), ("gpt", "dp=2,pp=2,tp=2,microbatches=2,se
 SHARED += [("gpt", "dp=2,tp=2,zero=1"), ("gpt", "pp=2,tp=2,schedule=interleaved,interleave=2,microbatches=2")]
 AGREEING = [("wide", f"dp=2,sync={sync}") for sync in ("average@2", "compressed", "diloco@2", "diloco@2:bf16")]
 AGREEING += [("wide", "dp=4,sync=diloco@2:int8:fragments=2"), ("gpt", "dp=2,pp=2,microbatches=2,sync=diloco@2:int8")]
+AGREEING += [("wide", "dp=2,sync=diloco@4:bf16:overlap=2")]
 NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "wide": ("mlp:12-64-48-80", {"batch": 64, "data": STREAM.format("1x3x4,80"), "momentum": 0.9}),
     "gpt": ("gpt:2-16-2-8,dropout=0.2", {"batch": 16, "optimizer": "adam"}),

@@ -22,6 +22,7 @@ MIDWAY = (*REDUCES, *GATHERS, *SCATTERS)
 COLLECTIVES = ("AllReduce", "ReduceScatter", "AllGather", *MIDWAY)
 MEMORY = ("Reserve", "Release")  # of a bucket that is whole only while it is needed (ZeRO)
 MOMENTS = {"F": "moments", "B": "moment_grads"}  # what replicas add up where a batch norm cuts a stage
+CROSSING = 1 << 16  # tokens from here on may stay open from one step of a period to a later one of the same
 HEAD = ("mesh", "microbatches", "stage", "meets", "buffer", "tie", "prologue", "period", "epilogue")  # of a program
 OPS = (
     *("Load", "F", "B", "I", "W", "Update"),
