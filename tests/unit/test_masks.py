@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from paraxis.errors import TaskError
+from paraxis.task.masks import dropout_key, kept, mix32, splitmix64, threshold
 from paraxis.task.networks import build, initialise
-from paraxis.task.randomness import Draw, dropout_key, kept, mix32, splitmix64, threshold
+from paraxis.task.randomness import Draw
 
 torch.set_num_threads(1)
 KEYS = st.integers(0, (1 << 64) - 1)
