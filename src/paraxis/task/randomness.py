@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle as Handle
 
 from paraxis.errors import TaskError
-from paraxis.task.masks import dropout_key, kept, kept_of_part, threshold
+from paraxis.task.masks import Words, dropout_key, kept_of_part, kept_on, threshold, words_of
 
 ATTENTION = F.scaled_dot_product_attention
 Call = tuple[str, int]  # (the module's name, which of its draws in one forward)
@@ -35,7 +35,8 @@ class Draw:
 
     `calls` counts how often each place has drawn in this forward; `dims` is the dimension of a call's tensor that
     counts samples (-1: none, one mask for all), learned by `key_randomness`. `parts`: of calls whose tensor is split
-    over ranks, (the dimension from the end, this rank's part, of how many).
+    over ranks, (the dimension from the end, this rank's part, of how many). `words` are a call's key in the memory of a
+    device, where whoever has set them changes them from step to step; without them the key is that of `step`.
     """
 
     seed: int = 0
@@ -48,6 +49,7 @@ class Draw:
     shapes: dict[Call, tuple[int, ...]] = field(default_factory=dict)  # as last seen
     parts: dict[Call, tuple[int, int, int]] = field(default_factory=dict)
     backward: bool = False
+    words: Callable[[Call], Words] | None = None
 
     def at(self, step: int, first: int, samples: int) -> None:
         """Move to a microbatch."""
@@ -70,18 +72,23 @@ class Draw:
         if dim >= 0 and x.shape[dim] % self.samples:
             raise TaskError(f"dropout in {name}: dimension {dim} of {tuple(x.shape)} does not count {self.samples}")
         samples, first = (self.samples, self.first) if dim >= 0 else (1, 0)
-        key = dropout_key(self.seed, self.step, crc32(f"{name}#{number}".encode()))
         moved = x.movedim(dim, 0) if dim > 0 else x
-        mask = torch.from_numpy(self._mask(call, key, first, samples, moved, p)).to(x.device).view(moved.shape)
+        mask = self._mask(call, first, samples, moved, p).reshape(moved.shape)
         return x * (mask.movedim(0, dim) if dim > 0 else mask) * (65536 / (65536 - cut))
 
-    def _mask(self, call: Call, key: int, first: int, samples: int, x: Tensor, p: float) -> np.ndarray:
-        """Bool, as many as x has: of its elements within the whole tensor if x is a rank's part of it."""
-        if call not in self.parts:
-            return kept(key, first, samples, x.numel() // samples, p)
-        dim, index, parts = self.parts[call]
-        run = math.prod(x.shape[dim:])
-        return kept_of_part(key, first, samples, x.numel() // samples // run, run, index, parts, p)
+    def key(self, call: Call, step: int) -> int:
+        """The key of a call's mask in a step."""
+        return dropout_key(self.seed, step, crc32(f"{call[0]}#{call[1]}".encode()))
+
+    def _mask(self, call: Call, first: int, samples: int, x: Tensor, p: float) -> Tensor:
+        """Bool, as many as x has, where x is: of its elements within the whole tensor if x is a rank's part of it."""
+        dim, index, parts = self.parts.get(call, (1, 0, 1))
+        run = math.prod(x.shape[dim:]) if parts > 1 else x.numel() // samples
+        place = x.numel() // samples // run, run, index, parts
+        if self.words is None and x.device.type == "cpu":  # where numpy is faster
+            return torch.from_numpy(kept_of_part(self.key(call, self.step), first, samples, *place, p))
+        words = self.words(call) if self.words else words_of(self.key(call, self.step))
+        return kept_on(x.device, words, first, samples, place, p)
 
 
 class KeyedDropout(nn.Module):
