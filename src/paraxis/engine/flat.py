@@ -44,11 +44,12 @@ def flatten(
     dtype: torch.dtype,
     parts: int = 1,
     ends: Collection[int] = (),
+    device: torch.device | None = None,
 ) -> Flat:
     """Move the trainable parameters of the segments into flat buffers, in place; a shared one counts once.
 
     Within a segment parameters of one group stand together, so that an update has few ranges. Behind the segments
-    `ends` they are padded to a multiple of `parts`.
+    `ends` they are padded to a multiple of `parts`. `device`: where all lie that is none of the parameters' own.
     """
     group_of = {id(p): index for index, group in enumerate(groups) for p in group}
     seen: set[int] = set()
@@ -59,7 +60,7 @@ def flatten(
         seen |= {id(p) for p in fresh}
         ordered.append(sorted(fresh, key=lambda p: group_of.get(id(p), len(groups))))
     every = [p for own in ordered for p in own]
-    like = every[0] if every else torch.zeros(0, dtype=dtype)
+    like = every[0] if every else torch.zeros(0, dtype=dtype, device=device)
     size = _padded(ordered, parts, ends)
     params = torch.zeros(size, dtype=like.dtype, device=like.device)
     grads = torch.zeros(TOTALS + size, dtype=like.dtype, device=like.device)

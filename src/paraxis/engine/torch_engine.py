@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraxis.engine.boundary import boundaries
+from paraxis.engine.devices import CPU, move
 from paraxis.engine.flat import Flat, flatten
 from paraxis.engine.kept import keep
 from paraxis.engine.pausing import pausing_for
 from paraxis.engine.rules import RULES, Hyper, State
 from paraxis.engine.sharding import Shards, ends, shard
 from paraxis.engine.statistics import joined
-from paraxis.engine.torch_stage import Step, TorchStage
+from paraxis.engine.torch_stage import TorchStage, step_on
 from paraxis.errors import PlanError, ProgramError
 from paraxis.program.instructions import MOMENTS, REDUCES, Program
 from paraxis.program.shares import chosen
@@ -28,15 +30,20 @@ BY_ELEMENT = (  # optimisers whose step of an element depends on that element al
 
 
 class TorchEngine:
-    """One rank's share of the computing; `step` is the optimiser step in progress. Not safe to share by threads."""
+    """One rank's share of the computing, on one device; `step` is the optimiser step in progress.
 
-    def __init__(self, task: Task, program: Program, rank: int) -> None:
-        self.task = task
+    Not safe to share by threads.
+    """
+
+    def __init__(self, task: Task, program: Program, rank: int, device: torch.device = CPU) -> None:
+        self.task, self.device = task, device
         own = program.stages_of(rank)
-        self.score = torch.zeros(3, dtype=torch.float64)
+        self.score = torch.zeros(3, dtype=torch.float64, device=device)
         self.shards = _share(task, program, rank)
-        self.now = Step(task.train, torch.ones((), dtype=task.dtype), self.score)
-        self.stages = {stage: TorchStage(self.now, task, program, stage) for stage in own}
+        edges = {stage: boundaries(task, program, stage) for stage in own}  # by the whole network, where it was made
+        move(task, [task.chain[slice(*program.stages[stage])] for stage in own], device)
+        self.now = step_on(device, task, self.score)
+        self.stages = {stage: TorchStage(self.now, task, program, stage, edges[stage], device) for stage in own}
         self.last_stage = own[-1] == len(program.stages) - 1
         self.segments = [segment for stage in self.stages.values() for segment in stage.segments]
         places = [(stage, k) for stage in own for k in range(len(program.segments[stage]))]
@@ -47,8 +54,8 @@ class TorchEngine:
         groups = [[p for p in g["params"] if id(p) not in unreached] for g in self.hyper.groups]
         self.shares: Shards | None = None
         apart = program.zero > 0 or program.common()
-        padded = (program.mesh.dp, ends(program, rank, places)) if apart else (1, ())
-        self.flat: Flat = flatten(self.segments, groups, task.names, task.dtype, *padded)
+        parts, padded = (program.mesh.dp, ends(program, rank, places)) if apart else (1, ())
+        self.flat: Flat = flatten(self.segments, groups, task.names, task.dtype, parts, padded, device)
         if apart:
             self.shares = shard(self.flat, program, rank, places)
             self.flat = self.shares.flat
@@ -57,16 +64,15 @@ class TorchEngine:
         sizes = {task.names[id(p)]: p.numel() for p in task.net.parameters() if p.requires_grad}
         self.kept = keep(program, self.flat.params, self.flat.names, sizes)
         for stage in self.stages.values():
-            stage.pausing = pausing_for(stage, program, self.flat.grads.device)
+            stage.pausing = pausing_for(stage, program, device)
         self._keep_own_parameters(task, first=own[0] == 0)
         self.gradients_flat = self.flat.grads[len(self.flat.totals) :]
         self.runs = self._runs()
         self.copies: dict[int, Tensor] = {}  # of parameters that no rank has whole
         self.totals = self.flat.totals
         self.rule: Callable[..., None] | None = RULES.get(self.hyper.rule)
-        self.now.unit = self.now.unit.to(self.flat.params.device)
         self._count(program, rank)
-        self.norm = torch.zeros(1, dtype=torch.float64)
+        self.norm = torch.zeros(1, dtype=torch.float64, device=device)
         self.running, self.collected = joined([stage.statistics for stage in self.stages.values()])
         replicas = program.mesh.dp if program.epilogue else 1  # those that agree later each train on their own batch
         self.known_weight = 0.0 if task.weight_in_data else task.batch / replicas

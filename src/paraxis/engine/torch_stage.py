@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraxis.engine.boundary import boundaries, leaf
+from paraxis.engine.boundary import Edges, leaf, slice_of
 from paraxis.engine.parted import Parting, parting_for
 from paraxis.engine.pausing import Pausing
 from paraxis.engine.statistics import StageStatistics
@@ -46,6 +46,11 @@ class Step:
             self.totals[0], self.totals[1] = self.loss_sum, self.loss_weight
 
 
+def step_on(device: torch.device, task: Task, score: Tensor) -> Step:
+    """Before the first step."""
+    return Step(task.train, torch.ones((), dtype=task.dtype, device=device), score)
+
+
 @dataclass(frozen=True)
 class Light:
     """What a segment was called with: enough to compute it again. `counts`: how often its modules had drawn masks."""
@@ -58,12 +63,12 @@ class Light:
 class TorchStage:
     """A run of layers on a rank, which shares its `now` with them. Not safe to share by threads."""
 
-    def __init__(self, now: Step, task: Task, program: Program, stage: int) -> None:
-        self.now, self.stage = now, stage
+    def __init__(self, now: Step, task: Task, program: Program, stage: int, edges: Edges, device: torch.device) -> None:
+        self.now, self.stage, self.device = now, stage, device
         self.task, self.draw = task, task.draw
         self.last = stage == len(program.stages) - 1
-        self.slice_size = task.batch // (program.mesh.dp * program.microbatches)
-        self.entry, self.exit, self.entry_counts = boundaries(task, program, stage, self.slice_size)
+        self.slice_size = slice_of(task, program)
+        self.entry, self.exit, self.entry_counts = edges
         cuts = program.segments[stage]
         self.segments = [task.chain[first:last] for first, last in cuts]
         self.parting: Parting | None = parting_for(program, stage, self.segments)
@@ -71,7 +76,7 @@ class TorchStage:
         self.altered = [first in task.altering for first, _ in cuts]
         self.words = program.borders(stage)
         self.pausing: Pausing | None = None
-        self.statistics = StageStatistics(self.segments)
+        self.statistics = StageStatistics(self.segments, device)
         self.clear()
 
     def clear(self) -> None:
@@ -292,7 +297,7 @@ class TorchStage:
         """Empty buffers for an activation to come, or for the gradients of what this stage sent."""
         edge = self.exit if gradient else self.entry
         pairs = zip(leaves(edge.nest), edge.gradients, strict=True)
-        return [torch.empty_like(t) for t, need in pairs if need or not gradient]
+        return [torch.empty_like(t, device=self.device) for t, need in pairs if need or not gradient]
 
     def arrive(self, gradient: bool, microbatch: int, tensors: list[Tensor]) -> None:
         """Take over what has been received."""

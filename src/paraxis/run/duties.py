@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paraxis.comm.clocks import shift
+from paraxis.engine.devices import CPU
 from paraxis.engine.native_rank import NativeEngine
 from paraxis.engine.torch_engine import TorchEngine
 from paraxis.errors import Diverged, RankError
@@ -26,6 +27,7 @@ from paraxis.program.check import check
 from paraxis.program.faults import FAULTS, Fault
 from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
+from paraxis.run.devices import device_for, found_here
 from paraxis.run.held import counting, held
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
@@ -51,6 +53,7 @@ class Running:
     cpus: list[int]
     rank: Rank | Team | None = None  # a program's rank, all of its ranks as threads, or ...
     plain: serial.Replica | None = None  # ... the framework's own loop
+    device: torch.device = CPU
     done: int = 0
     before: int = 0  # resident bytes before it was set up
     record: float = 0.0  # nanoseconds that its interpreter adds to an instruction, once measured
@@ -62,6 +65,7 @@ class Duties:
 
     def __init__(self, transport: str, rank: int = 0, size: int = 1, address: str = "") -> None:
         self.transport, self.rank = transport, rank
+        self.launched = transport == "mpi" or address == "env://"
         self.world: Any = None
         if transport == "mpi":
             from paraxis.comm import mpi
@@ -88,7 +92,8 @@ class Duties:
 
             library = mpi.library()
         size = self.world.size if self.world else 1
-        return {"size": size, "threads": self.default_threads, "torch": torch.__version__, "library": library}
+        own = {"size": size, "threads": self.default_threads, "torch": torch.__version__, "library": library}
+        return own | {"gpus": asdict(found_here())}
 
     def take_task(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """The task to work on; live objects of a notebook come with it, over a line only our own children have."""
@@ -159,14 +164,15 @@ class Duties:
         """Lower, check and bind a plan on this rank; raises what makes it impossible before anything is sent."""
         plan = parse(request["plan"])
         dtype = DTYPES[request["dtype"]]
-        running = Running(plan, request["cpus"][self.rank] if request["cpus"] else [])
+        device = device_for(plan, self.rank, self.launched)
+        running = Running(plan, request["cpus"][self.rank] if request["cpus"] else [], device=device)
         self.plans[request["key"]] = running
         self._activate(running)
         keep_data(self.spec)
         running.before = reset_peak()
         self.base = self.base or running.before
         if plan.engine == "plain":
-            running.plain = serial.replica(self._task(dtype, plain=True))
+            running.plain = serial.replica(self._task(dtype, plain=True), device)
             return {"program": None, "bytes": 0, "batch": 0}
         fault: Fault | None = FAULTS[request["fault"]] if request.get("fault") else None
         task = self._task(dtype)
@@ -182,7 +188,7 @@ class Duties:
         if plan.engine == "native":
             engine = NativeEngine(task, program, self.rank, plan.threads)
         else:
-            engine = TorchEngine(task, program, self.rank)
+            engine = TorchEngine(task, program, self.rank, device)
         if fault and self.rank == plan.mesh.size - 1:
             fault.spoil(engine)
         running.rank = Rank(program, self.rank, engine, world)

@@ -258,7 +258,7 @@ def _sources(
         data = _in_memory(text)
         arrays, held = data.train, None
         if spec.validation:
-            arrays, held = data_module.hold_out(data.train, spec.validation, spec.seed)
+            arrays, held = _parted(text, spec.validation, spec.seed)
         batch = spec.batch or DEFAULT_BATCH
         return (
             ArraySource(arrays, batch, spec.seed, dtype),
@@ -295,6 +295,11 @@ def keep_data(spec: TaskSpec) -> None:
 def _in_memory(text: str) -> data_module.Data:
     """Every plan of a rank trains on the same samples, so they are read once."""
     return data_module.load(text)
+
+
+@lru_cache(maxsize=2)
+def _parted(text: str, fraction: float, seed: int) -> tuple[data_module.Arrays, data_module.Arrays]:
+    return data_module.hold_out(_in_memory(text).train, fraction, seed)
 
 
 def layers_of(net: nn.Module, recipe: Recipe) -> tuple[list[nn.Module], str]:
