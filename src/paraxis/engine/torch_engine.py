@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraxis.engine import fed
 from paraxis.engine.boundary import boundaries
 from paraxis.engine.devices import CPU, move
+from paraxis.engine.fed import Fed
 from paraxis.engine.flat import Flat, flatten
 from paraxis.engine.kept import keep
 from paraxis.engine.pausing import pausing_for
@@ -77,7 +79,9 @@ class TorchEngine:
         replicas = program.mesh.dp if program.epilogue else 1  # those that agree later each train on their own batch
         self.known_weight = 0.0 if task.weight_in_data else task.batch / replicas
         self.now.totals = self.totals if task.weight_in_data else None
-        self.losses: list[tuple[float, float]] = []
+        self.feed: Fed | None = None  # where recorded steps read what differs between them
+        self.fed: Fed | None = None  # the same, while a step is recorded
+        self._losses: list[tuple[float, float]] = []
 
     def _count(self, program: Program, rank: int) -> None:
         """Which of its gradients this rank counts in the norm: of what several ranks have, one copy."""
@@ -110,6 +114,21 @@ class TorchEngine:
     @source.setter
     def source(self, source: Source) -> None:
         self.now.source = source
+
+    @property
+    def losses(self) -> list[tuple[float, float]]:
+        """Loss sum and weight of every step on the last stage."""
+        self.fetch_losses()
+        return self._losses
+
+    @losses.setter
+    def losses(self, losses: list[tuple[float, float]]) -> None:
+        self._losses = losses
+
+    def fetch_losses(self) -> None:
+        """From the device, where steps that were replayed have left theirs."""
+        if self.feed is not None:
+            self._losses += self.feed.fetched()
 
     def at(self, stage: int) -> TorchStage:
         """What computes a stage."""
@@ -189,7 +208,7 @@ class TorchEngine:
     def zero(self) -> None:
         """Begin a step."""
         self.flat.grads.zero_()
-        self.now.loss_sum = self.now.loss_weight = 0.0
+        self.now.zero()
 
     def scale(self) -> float:
         """1 / the weight of the batch that the gradients sum over."""
@@ -197,10 +216,16 @@ class TorchEngine:
 
     def gradient_norm(self) -> None:
         """Square of the gradient's norm on this rank."""
+        if self.fed is not None:
+            fed.gradient_norm(self)
+            return
         self.norm[0] = sum(float(torch.dot(g, g)) for g in self.counted) * self.scale() ** 2
 
     def update(self) -> None:
         """One optimiser step on the flat buffers."""
+        if self.fed is not None:
+            fed.update(self, self.fed)
+            return
         scale = self.scale()
         clip = self.task.spec.clip
         if clip is not None:

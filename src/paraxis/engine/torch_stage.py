@@ -28,6 +28,7 @@ class Step:
     """What the stages of a rank have in common while it trains; an object of its own, so that no stage holds its rank.
 
     `number` is the optimiser step in progress; `totals` (2,) get loss sum and weight, if data alone tell the weight.
+    While a step is recorded they are added up in `sums` (2,), on the device.
     """
 
     source: Source
@@ -37,13 +38,26 @@ class Step:
     number: int = 0
     loss_sum: float = 0.0
     loss_weight: float = 0.0
+    sums: Tensor | None = None
 
-    def add(self, loss: float, weight: float) -> None:
+    def add(self, loss: Tensor, weight: Any) -> None:
         """Of a microbatch, on the last stage."""
-        self.loss_sum += loss
-        self.loss_weight += weight
+        if self.sums is not None:
+            self.sums[0].add_(loss.detach())
+            self.sums[1].add_(weight)
+            if self.totals is not None:
+                self.totals.copy_(self.sums)
+            return
+        self.loss_sum += loss.item()
+        self.loss_weight += float(weight)
         if self.totals is not None:
             self.totals[0], self.totals[1] = self.loss_sum, self.loss_weight
+
+    def zero(self) -> None:
+        """Begin a step."""
+        self.loss_sum = self.loss_weight = 0.0
+        if self.sums is not None:
+            self.sums.zero_()
 
 
 def step_on(device: torch.device, task: Task, score: Tensor) -> Step:
@@ -76,6 +90,7 @@ class TorchStage:
         self.altered = [first in task.altering for first, _ in cuts]
         self.words = program.borders(stage)
         self.pausing: Pausing | None = None
+        self.landing: dict[tuple[bool, int], list[Tensor]] | None = None  # where what arrives always lies, if it does
         self.statistics = StageStatistics(self.segments, device)
         self.clear()
 
@@ -171,7 +186,7 @@ class TorchStage:
             self.between[segment + 1, microbatch] = made
         elif self.last:
             loss, weight = made
-            self.now.add(loss.item(), float(weight))
+            self.now.add(loss, weight)
         else:
             self.leaving[microbatch] = [t.detach().contiguous() for t in leaves(made)]
 
@@ -301,6 +316,9 @@ class TorchStage:
 
     def arrive(self, gradient: bool, microbatch: int, tensors: list[Tensor]) -> None:
         """Take over what has been received."""
+        if self.landing is not None:
+            lasting = self.landing.setdefault((gradient, microbatch), [torch.empty_like(t) for t in tensors])
+            tensors = [there.copy_(t).detach() for there, t in zip(lasting, tensors, strict=True)]
         if gradient:
             self.gradients[len(self.segments) - 1, microbatch] = list(tensors)
             return
