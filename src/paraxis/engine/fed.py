@@ -1,8 +1,8 @@
 """A step whose operations stay the same: what differs from step to step is fed to them through memory of the device.
 
 A recording (see `graphs`) repeats its kernels with the numbers they were launched with. Learning rates, what an
-optimiser makes of the number of its step, the keys of masks and the row that a step's loss goes into are therefore read
-from memory, to which one copy brings them before each replay. Only while it is recorded does a step compute this way.
+optimiser makes of the number of its step, and the keys of masks are therefore read from memory, to which one copy
+brings them before each replay. Only while it is recorded does a step compute this way.
 """
 
 import math
@@ -20,7 +20,6 @@ from paraxis.errors import TaskError
 from paraxis.task.masks import Words
 from paraxis.task.randomness import Call
 
-ROWS = 1024  # steps whose losses stay on the device before they are fetched
 CONSTANT = ("momentum", "nesterov", "weight_decay", "decoupled_weight_decay", "betas", "eps")
 Scale = float | Tensor
 RunNumbers = Callable[[State, Group], list[float]]
@@ -31,26 +30,22 @@ FedRule = Callable[[Tensor, Tensor, State, Group, Tensor, Scale], None]
 class Fed:
     """`there` (n,) int64 on the device gets what is written to `letter`, the host's: numbers, keys and a row, in turn.
 
-    `numbers` (k,) are the first of them as float64, `words` each mask's key as two int32, `row` (1,) the last of them.
-    `history` (ROWS, 2) has loss sum and weight of the steps that have not been fetched, of which there are `rows`.
+    `numbers` (k,) are the first of them as float64, `words` each mask's key as two int32. `sums` (2,) get loss sum and
+    weight of a step.
     """
 
     letter: Tensor
     there: Tensor
     numbers: Tensor
     words: dict[Call, Words]
-    row: Tensor
-    history: Tensor
-    sums: Tensor  # (2,) loss sum and weight of the step so far
-    rows: int = 0
+    sums: Tensor
 
     def send(self, numbers: Sequence[float], keys: Sequence[int]) -> None:
         """What the next replay is to read. From pageable memory: the driver keeps a copy before it returns, so that the
         letter may be written again at once, and nothing is waited for."""
         letter = self.letter.numpy()
         letter[: len(numbers)].view(np.float64)[:] = numbers
-        letter[len(numbers) : -1].view(np.uint64)[:] = keys
-        letter[-1] = self.rows
+        letter[len(numbers) :].view(np.uint64)[:] = keys
         self.there.copy_(self.letter, non_blocking=True)
 
     def word(self, call: Call) -> Words:
@@ -59,24 +54,17 @@ class Fed:
             raise TaskError(f"dropout in {call[0]} was not there when the network was tried")
         return self.words[call]
 
-    def fetched(self) -> list[tuple[float, float]]:
-        """(loss sum, weight) of the steps since this was last asked."""
-        rows, self.rows = self.rows, 0
-        return [(loss, weight) for loss, weight in self.history[:rows].tolist()] if rows else []
 
-
-def fed_by(device: torch.device, numbers: int, calls: Sequence[Call]) -> Fed:
+def fed_by(device: torch.device, numbers: int, calls: Sequence[Call], sums: Tensor | None = None) -> Fed:
     """Memory for so many numbers and the keys of these calls, in their order."""
-    there = torch.zeros(numbers + len(calls) + 1, dtype=torch.int64, device=device)
+    there = torch.zeros(numbers + len(calls), dtype=torch.int64, device=device)
     pairs = there.view(torch.int32).view(-1, 2)[numbers:]
     return Fed(
         letter=torch.zeros(len(there), dtype=torch.int64),
         there=there,
         numbers=there[:numbers].view(torch.float64),
-        words={call: (pair[0], pair[1]) for call, pair in zip(calls, pairs, strict=False)},
-        row=there[-1:],
-        history=torch.zeros(ROWS, 2, dtype=torch.float64, device=device),
-        sums=torch.zeros(2, dtype=torch.float64, device=device),
+        words={call: (pair[0], pair[1]) for call, pair in zip(calls, pairs, strict=True)},
+        sums=torch.zeros(2, dtype=torch.float64, device=device) if sums is None else sums,
     )
 
 
@@ -134,7 +122,8 @@ RULES: dict[str, tuple[int, RunNumbers, FedRule]] = {"sgd": (1, sgd_numbers, sgd
 
 def fed_for(engine: Any) -> Fed:
     """Memory for what a rank's steps are fed."""
-    return fed_by(engine.device, RULES[engine.hyper.rule][0] * len(engine.runs), list(engine.task.draw.shapes))
+    numbers = RULES[engine.hyper.rule][0] * len(engine.runs)
+    return fed_by(engine.device, numbers, list(engine.task.draw.shapes), engine.now.sums)
 
 
 def constants(engine: Any) -> tuple[Any, ...]:
@@ -154,45 +143,21 @@ def send(engine: Any, fed: Fed) -> None:
     )
 
 
-def advance(engine: Any, fed: Fed) -> None:
-    """What remains for the host to do after a step that has been replayed."""
-    engine.hyper.advance()
-    engine.now.number += 1
-    fed.rows += engine.last_stage
-    if fed.rows == ROWS:
-        engine.fetch_losses()
-
-
 @contextmanager
 def feeding(engine: Any, fed: Fed) -> Iterator[None]:
     """Within it the engine computes what it is fed, for a recording."""
+    sums = engine.now.sums
     engine.fed, engine.now.sums, engine.task.draw.words = fed, fed.sums, fed.word
     try:
         yield
     finally:
-        engine.fed = engine.now.sums = engine.task.draw.words = None
+        engine.fed, engine.now.sums, engine.task.draw.words = None, sums, None
 
 
-def gradient_norm(engine: Any) -> None:
-    """As the engine's."""
-    squares = [torch.dot(g, g).double() for g in engine.counted]
-    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=engine.device)
-    engine.norm[0].copy_(total * _share(engine) ** 2)
-
-
-def update(engine: Any, fed: Fed) -> None:
-    """As the engine's, of which `advance` is the host's part."""
-    scale = _share(engine)
-    if (clip := engine.task.spec.clip) is not None:
-        scale = scale * (clip / (engine.norm[0].sqrt() + 1e-6)).clamp(max=1.0).to(engine.flat.params.dtype)
+def descend(engine: Any, fed: Fed, scale: Scale) -> None:
+    """The update itself, of gradients times `scale`."""
     count, _, rule = RULES[engine.hyper.rule]
-    numbers = fed.numbers.to(engine.flat.params.dtype).split(count)
-    for (weights, gradients, state, group), own in zip(engine.runs, numbers, strict=True):
-        rule(weights, gradients, state, group, own, scale)
-    if engine.last_stage:
-        fed.history.index_copy_(0, fed.row, fed.sums[None])
-
-
-def _share(engine: Any) -> Scale:
-    """1 / the weight of the batch that the gradients sum over."""
-    return 1.0 / engine.known_weight if engine.known_weight else engine.totals[1].clamp_min(1e-30).reciprocal()
+    dtype = engine.flat.params.dtype
+    factor = scale.to(dtype) if isinstance(scale, Tensor) else scale
+    for (weights, gradients, state, group), own in zip(engine.runs, fed.numbers.to(dtype).split(count), strict=True):
+        rule(weights, gradients, state, group, own, factor)

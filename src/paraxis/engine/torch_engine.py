@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraxis.engine import fed
 from paraxis.engine.boundary import boundaries
 from paraxis.engine.devices import CPU, move
-from paraxis.engine.fed import Fed
+from paraxis.engine.fed import Fed, descend
 from paraxis.engine.flat import Flat, flatten
 from paraxis.engine.kept import keep
 from paraxis.engine.pausing import pausing_for
@@ -79,9 +78,8 @@ class TorchEngine:
         replicas = program.mesh.dp if program.epilogue else 1  # those that agree later each train on their own batch
         self.known_weight = 0.0 if task.weight_in_data else task.batch / replicas
         self.now.totals = self.totals if task.weight_in_data else None
-        self.feed: Fed | None = None  # where recorded steps read what differs between them
-        self.fed: Fed | None = None  # the same, while a step is recorded
-        self._losses: list[tuple[float, float]] = []
+        self.fed: Fed | None = None  # while a step is recorded, what it is fed
+        self._losses: list[tuple[float, float] | Tensor] = []
 
     def _count(self, program: Program, rank: int) -> None:
         """Which of its gradients this rank counts in the norm: of what several ranks have, one copy."""
@@ -115,21 +113,6 @@ class TorchEngine:
     def source(self, source: Source) -> None:
         self.now.source = source
 
-    @property
-    def losses(self) -> list[tuple[float, float]]:
-        """Loss sum and weight of every step on the last stage."""
-        self.fetch_losses()
-        return self._losses
-
-    @losses.setter
-    def losses(self, losses: list[tuple[float, float]]) -> None:
-        self._losses = losses
-
-    def fetch_losses(self) -> None:
-        """From the device, where steps that were replayed have left theirs."""
-        if self.feed is not None:
-            self._losses += self.feed.fetched()
-
     def at(self, stage: int) -> TorchStage:
         """What computes a stage."""
         return self.stages[stage]
@@ -138,7 +121,7 @@ class TorchEngine:
         """Forget all microbatches in flight."""
         for stage in self.stages.values():
             stage.clear()
-        self.now.loss_sum = self.now.loss_weight = 0.0
+        self.now.begin()
 
     def training(self, on: bool) -> None:
         """Switch noise and batch statistics on or off, and drop what an interrupted phase left."""
@@ -208,36 +191,62 @@ class TorchEngine:
     def zero(self) -> None:
         """Begin a step."""
         self.flat.grads.zero_()
-        self.now.zero()
+        self.now.begin()
 
-    def scale(self) -> float:
-        """1 / the weight of the batch that the gradients sum over."""
-        return 1.0 / (self.known_weight or max(float(self.totals[1]), 1e-30))
+    def scale(self) -> float | Tensor:
+        """1 / the weight of the batch that the gradients sum over; on a GPU a tensor, if data alone tell it."""
+        if self.known_weight:
+            return 1.0 / self.known_weight
+        if self.now.sums is None:
+            return 1.0 / max(float(self.totals[1]), 1e-30)
+        return self.totals[1].double().clamp_min(1e-30).reciprocal()
 
     def gradient_norm(self) -> None:
         """Square of the gradient's norm on this rank."""
-        if self.fed is not None:
-            fed.gradient_norm(self)
-            return
-        self.norm[0] = sum(float(torch.dot(g, g)) for g in self.counted) * self.scale() ** 2
+        self.norm.zero_()
+        for own in self.counted:
+            self.norm[0] += torch.dot(own, own)
+        self.norm *= self.scale() ** 2
+
+    def _clipped(self, scale: float | Tensor) -> float | Tensor:
+        """What gradients are multiplied by so that their norm is at most what the task allows."""
+        clip = self.task.spec.clip
+        if clip is None:
+            return scale
+        if self.now.sums is None:
+            return scale * min(1.0, clip / (float(self.norm[0]) ** 0.5 + 1e-6))
+        return scale * (clip / (self.norm[0].sqrt() + 1e-6)).clamp_max(1.0)
 
     def update(self) -> None:
         """One optimiser step on the flat buffers."""
-        if self.fed is not None:
-            fed.update(self, self.fed)
-            return
-        scale = self.scale()
-        clip = self.task.spec.clip
-        if clip is not None:
-            scale *= min(1.0, clip / (float(self.norm[0]) ** 0.5 + 1e-6))
+        scale = self._clipped(self.scale())
         next(iter(self.stages.values())).apart(partial(self._step, scale))
+        if self.fed is None:
+            self.advance(self.now.sums)
+
+    def advance(self, sums: Tensor | None) -> None:
+        """What the host does behind an update; `sums` (2,) are the step's loss and weight if they lie on a device."""
         self.hyper.advance()
         if self.last_stage:
-            self.losses.append((self.now.loss_sum, self.now.loss_weight))
+            self._losses.append((self.now.loss_sum, self.now.loss_weight) if sums is None else sums.clone())
         self.now.number += 1
 
-    def _step(self, scale: float) -> None:
-        if self.rule is not None:
+    @property
+    def losses(self) -> list[tuple[float, float]]:
+        """(sum, weight) of every step since they were last taken; a GPU is waited for here and not before."""
+        late = [own for own in self._losses if isinstance(own, Tensor)]
+        known = iter(torch.stack(late).tolist() if late else ())
+        self._losses = [tuple(next(known)) if isinstance(own, Tensor) else own for own in self._losses]
+        return list(self._losses)  # type: ignore[arg-type]
+
+    @losses.setter
+    def losses(self, rest: list[tuple[float, float]]) -> None:
+        self._losses = list(rest)
+
+    def _step(self, scale: float | Tensor) -> None:
+        if self.fed is not None:
+            descend(self, self.fed, scale)
+        elif self.rule is not None:
             for weights, gradients, state, group in self.runs:
                 self.rule(weights, gradients, state, group, scale)
         elif self.hyper.optimizer is not None:

@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from paraxis.comm.base import Comm
+from paraxis.comm.staged import IN_PLACE, THROUGH_HOST, StagedComm
 from paraxis.engine.devices import CPU
 from paraxis.plan.devices import Gpus, check_devices, device_of
 from paraxis.plan.plan import Plan
@@ -42,6 +44,17 @@ def device_for(plan: Plan, rank: int, launched: bool) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def reaching(world: Comm, transport: str, device: torch.device) -> Comm:
+    """A communicator for tensors of a device: NCCL's own, MPI's if it reads them, else one through host memory."""
+    if device.type == "cpu" or transport == "nccl":
+        return world
+    if transport == "mpi":
+        from paraxis.comm.mpi import cuda_aware
+
+        return StagedComm(world, IN_PLACE if cuda_aware() else THROUGH_HOST)
+    return StagedComm(world, THROUGH_HOST)
 
 
 def _told(names: tuple[str, ...], otherwise: int) -> int:

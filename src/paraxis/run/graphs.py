@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from paraxis.engine.fed import RULES, advance, constants, fed_for, feeding, send
+from paraxis.engine.fed import RULES, Fed, constants, fed_for, feeding, send
 from paraxis.engine.graphs import WARM, Action, CudaRecorder, Recorder, Recording, Recordings, stretches
 from paraxis.program.instructions import RECEIVES, SENDS, Instruction
 from paraxis.run.interpreter import Rank
@@ -28,6 +28,8 @@ def obstacle(rank: Rank) -> str:
     if engine.hyper.rule not in RULES:
         kind = type(engine.hyper.optimizer).__name__
         return f"{kind} as it is set runs itself; plain SGD, Adam and AdamW have rules that can be recorded"
+    if getattr(engine, "scaling", None) is not None:
+        return "precision=fp16 decides on the host whether gradients have overflowed; bf16 need not"
     if engine.task.keyed.unkeyed:
         return f"these modules draw random numbers that cannot be keyed: {', '.join(engine.task.keyed.unkeyed)}"
     return ""
@@ -45,21 +47,19 @@ def replay(rank: Rank, recorder: Recorder | None = None, warm: int = WARM) -> No
     recorder = recorder or CudaRecorder(device)
     for stage in rank.engine.stages.values():
         stage.landing = {}
+    fed = fed_for(rank.engine)
     for name, _ in rank.program.period:
-        body = Body(rank, rank.program.body(name)[rank.rank], rank.bodies[name], recorder, warm)
+        body = Body(rank, name, fed, recorder, warm)
         rank.bodies[name] = body.actions()
 
 
 class Body:
-    """One body of a rank, whose `instructions` are executed by `acts`, one each."""
+    """One body of a rank. `actions` are to be executed in the place of its own."""
 
-    def __init__(
-        self, rank: Rank, instructions: Sequence[Instruction], acts: Sequence[Action], recorder: Recorder, warm: int
-    ) -> None:
-        self.engine, self.recorder = rank.engine, recorder
-        self.instructions, self.acts = instructions, acts
-        self.fed = rank.engine.feed = rank.engine.feed or fed_for(rank.engine)
-        self.parts = stretches([_computes(i) for i in instructions])
+    def __init__(self, rank: Rank, name: str, fed: Fed, recorder: Recorder, warm: int) -> None:
+        self.engine, self.recorder, self.fed = rank.engine, recorder, fed
+        self.instructions, self.acts = rank.program.body(name)[rank.rank], rank.bodies[name]
+        self.parts = stretches([_computes(i) for i in self.instructions])
         self.recordings = Recordings(self._record, rank.remarks.append, warm)
         self.now: Recording | None = None  # what this pass replays
 
@@ -99,7 +99,7 @@ class Body:
             return
         self.now.parts[number]()
         if any(self._steps(i) for i in self._own(number)):
-            advance(self.engine, self.fed)
+            self.engine.advance(self.fed.sums)
 
     def _own(self, number: int) -> Sequence[Instruction]:
         return [self.instructions[place] for place in self.parts[number]]

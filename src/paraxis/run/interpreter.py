@@ -6,7 +6,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from time import perf_counter_ns
 from typing import Any, cast
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from paraxis.comm.base import Comm, Request
 from paraxis.comm.payload import PackedSum
 from paraxis.program.instructions import COLLECTIVES, REDUCES, Instruction, Program
+from paraxis.run.clock import HOST, Clock
 from paraxis.sync.rule import updates
 
 Action = Callable[[], None]
@@ -265,8 +265,10 @@ class Rank:
     The engine's methods are bound here, once: what replaces one of them must do so before.
     """
 
-    def __init__(self, program: Program, rank: int, engine: Any, world: Comm, blocking: bool = True) -> None:
-        self.program, self.rank, self.engine, self.world = program, rank, engine, world
+    def __init__(
+        self, program: Program, rank: int, engine: Any, world: Comm, blocking: bool = True, clock: Clock = HOST
+    ) -> None:
+        self.program, self.rank, self.engine, self.world, self.clock = program, rank, engine, world, clock
         mesh = program.mesh
         sizes = {"dp": mesh.dp, "pp": mesh.pp, "tp": mesh.tp}
         parts = {i.axis for _, ranks in program.bodies for i in ranks[rank] if ":" in i.axis}  # ranks with tied weights
@@ -311,15 +313,18 @@ class Rank:
         """Optimiser steps with the clock read between instructions; `clocks` has what was read."""
         self.begin()
         self.stamps = []
+        now, names, rows = self.clock.read, [], []
         for _ in range(steps):
             name = self.program.step_body(self.done)
-            stamps = [perf_counter_ns()]
+            stamps = [now()]
             read = stamps.append
             for action in self.bodies[name]:
                 action()
-                read(perf_counter_ns())
-            self.stamps.append((name, stamps))
+                read(now())
+            names.append(name)
+            rows.append(stamps)
             self.done += 1
+        self.stamps = list(zip(names, self.clock.told(rows), strict=True))
 
     def clocks(self, steps: int) -> list[tuple[str, list[list[int]]]]:
         """Of the last steps, which `run_traced` has run: (body, one list of nanoseconds) each."""
@@ -378,4 +383,4 @@ class Rank:
         self.run("score")
         engine.source, engine.step = kept
         engine.training(True)
-        return [float(v) for v in engine.score]
+        return list(map(float, engine.score.tolist()))
