@@ -55,8 +55,11 @@ class TorchEngine:
         groups = [[p for p in g["params"] if id(p) not in unreached] for g in self.hyper.groups]
         self.shares: Shards | None = None
         apart = program.zero > 0 or program.common()
-        parts, padded = (program.mesh.dp, ends(program, rank, places)) if apart else (1, ())
-        self.flat: Flat = flatten(self.segments, groups, task.names, task.dtype, parts, padded, device)
+        tied = program.own_buckets(rank)
+        places += tied.values()
+        padded = (program.mesh.dp, ends(program, rank, places)) if apart else (1, ())
+        alone = [program.ties[n].parameter for n in tied] if apart else []
+        self.flat: Flat = flatten(self.segments, groups, task.names, task.dtype, *padded, device, alone)
         if apart:
             self.shares = shard(self.flat, program, rank, places)
             self.flat = self.shares.flat
@@ -86,6 +89,7 @@ class TorchEngine:
         owned = self.shares.own_gradients() if self.shares else [(0, self.gradients_flat)]
         named = {name: (first, last) for name, first, last in self.flat.names}
         self.tied = {number: named[tie.parameter] for number, tie in program.ties_of(rank).items()}
+        self.own_buckets = program.own_buckets(rank)
         elsewhere = {self.tied[n] for n, tie in program.ties_of(rank).items() if tie.stages[0] not in self.stages}
         if program.mesh.coordinates(rank)[2]:  # what is whole on every rank of its group is counted on the first
             elsewhere |= {range_ for name, range_ in named.items() if name not in self.shards}
@@ -136,6 +140,8 @@ class TorchEngine:
             return self.shares.buffer(name, bucket, stage)
         if name == "grads":
             return self.flat.gradients(bucket if bucket < 0 else self.places[stage, bucket])
+        if name == "tied" and self.own_buckets:
+            return self._shares().share("grads", *reversed(self.own_buckets[bucket]))
         if name == "tied":
             first, last = self.tied[bucket]
             return self.gradients_flat[first:last]
@@ -282,8 +288,11 @@ class TorchEngine:
     def square_sum(self) -> float:
         """Of the parameters; as `state`."""
         copies, self.copies = self.copies, {}
-        again = 0.0 if copies else sum(float(self.flat.params[a:b].square().sum()) for a, b in self.elsewhere)
-        return sum(float(t.square().sum()) for t in copies.values() or [self.flat.params]) - again
+        if copies:
+            named = {id(self.named[name]): (first, last) for name, first, last in self.flat.names}
+            return sum(float(t.square().sum()) for p, t in copies.items() if named[p] not in self.elsewhere)
+        again = sum(float(self.flat.params[a:b].square().sum()) for a, b in self.elsewhere)
+        return float(self.flat.params.square().sum()) - again
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes of parameters and gradients, whole or in shares as they are now, and of the optimiser's state."""

@@ -114,7 +114,7 @@ def _computes(i: Instruction, stage: int) -> bool:
 
 def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[Instruction]) -> int:
     """What one rank can violate alone, in one body. Returns the peak of live microbatches."""
-    body, shards = program.body(part), Shards(program.zero)
+    body, shards = program.body(part), Shards(program, rank)
     keys = {ops: {(i.stage, i.segment, i.microbatch) for i in instructions if i.op in ops} for ops in ("F", "BI")}
     state = _Rank(leaks=keys["F"] - keys["BI"])
 
@@ -154,7 +154,7 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
     if state.open:
         token, i = next(iter(state.open.items()))
         fail(len(instructions) - 1, f"{i.op} {i.label()} (token {token}) is never awaited")
-    shards.end(set(_buckets(program, rank)), len(instructions) - 1, fail)
+    shards.end(len(instructions) - 1, fail)
     if any(i.op in BACKWARD for row in body for i in row):
         _check_complete(program, state, rank, fail, len(instructions) - 1)
         _check_shared(program, state, instructions, fail)
@@ -295,6 +295,8 @@ def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: 
     done = sum(1 for s, k, _ in state.backward if (s, k) in own)
     if done < program.microbatches * len(own) or any(key[:2] in own for key in state.parted):
         fail(slot, f"the copies of {tie.parameter} are added up before their last backward")
+    if program.zero > 1:
+        return
     whole = not program.epilogue and not program.common() and not program.zero
     replicas = program.mesh.dp > 1 and whole
     if any(o.buffer == "grads" for o in state.open.values()) or any((p in state.reduced) != replicas for p in own):
@@ -310,11 +312,9 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
         fail(slot, _leaked(min(live & state.leaks)[2]))
     if writes and live:
         fail(slot, f"{i.label()} writes parameters while microbatch {min(live)[2]} is between F and B")
-    if i.starts and i.buffer == "grads":
+    if i.starts and i.buffer == "grads" and program.zero < 2:  # or else microbatch by microbatch
         for stage, bucket in _buckets(program, rank) if i.bucket < 0 else [(i.stage, i.bucket)]:
             done = sum(1 for s, k, _ in state.backward - state.parted if (s, k) == (stage, bucket))
-            if done < program.microbatches and program.zero > 1:
-                return  # reduced microbatch by microbatch
             if done < program.microbatches:
                 fail(slot, f"bucket {bucket} is reduced after {done} of {program.microbatches} microbatches")
             state.reduced.add((stage, bucket))
@@ -336,7 +336,7 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
         if state.gathered:
             fail(slot, "the update comes after the weights were gathered")
         agree = program.mesh.dp > 1 and not program.epilogue  # otherwise replicas agree on weights, later
-        wanted = len(_buckets(program, rank)) if agree else 0
+        wanted = len(_buckets(program, rank)) if agree and program.zero < 2 else 0
         if len(state.reduced) < wanted:
             fail(slot, f"the update comes after {len(state.reduced)} of {wanted} buckets were reduced")
 

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paraxis.errors import PlanError
-from paraxis.plan.plan import Plan
+from paraxis.plan.plan import Plan, usual_bucket
 from paraxis.program.instructions import Tie
 from paraxis.program.shares import Split, chosen, told, words_of
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What lowering has to know of a network: parameters of each layer, and what its training needs to agree on.
+    """What lowering has to know of a network: the trained `parameters` of each layer (of one that several share the
+    first counts it), and what its training needs to agree on.
 
     `weight_in_data`: the loss's weight is known only after the forwards. `statistics`: it has running statistics.
     `clip`: gradients are clipped by their global norm. `cuttable`: empty, or why its layers cannot be split. `norms`:
@@ -95,9 +96,7 @@ def synchronised(plan: Plan, layout: Layout) -> bool:
         return False
     if plan.microbatches > 1 or plan.sync != "gradient":
         raise PlanError("batch norm over the whole batch needs microbatches=1 and sync=gradient; or a smaller bn_group")
-    if plan.zero > 1:
-        raise PlanError(f"zero={plan.zero}: batch norm over the whole batch cuts layers in two; zero=1 does not mind")
-    if plan.bucket_bytes:
+    if plan.bucket_bytes != usual_bucket(plan.zero):
         raise PlanError(
             "bucket_bytes: synchronised batch norm cuts stages where its layers are; leave bucket_bytes out"
         )
@@ -111,11 +110,7 @@ def words(plan: Plan, layout: Layout) -> tuple[tuple[str, ...], ...]:
         return tuple(("norm",) * count for count in layout.norms) if meets else ()
     if meets:
         raise PlanError(f"tp={plan.tp}: batch norm over all ranks cannot be had with it; set bn_group lower")
-    if plan.zero > 1:
-        raise PlanError(
-            f"tp={plan.tp}: zero={plan.zero} shares gradients segment by segment, which tp cuts; take zero=1"
-        )
-    if plan.bucket_bytes:
+    if plan.bucket_bytes != usual_bucket(plan.zero):
         raise PlanError("bucket_bytes: tensor parallelism cuts stages where its layers are; leave bucket_bytes out")
     return words_of(chosen(plan.tp, layout.splits), len(layout.parameters))
 

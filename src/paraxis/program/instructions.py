@@ -175,6 +175,12 @@ class Program:
         own = set(self.stages_of(rank))
         return {number: tie for number, tie in enumerate(self.ties) if own & set(tie.stages)}
 
+    def own_buckets(self, rank: int) -> dict[int, tuple[int, int]]:
+        """(stage, bucket) of a rank's tied parameters, by the tie's number, where gradients are sharded."""
+        ties = self.ties_of(rank).items() if self.zero > 1 else ()
+        first = {number: min(set(self.stages_of(rank)) & set(tie.stages)) for number, tie in ties}
+        return {number: (stage, len(self.segments[stage]) + number) for number, stage in first.items()}
+
     def common(self) -> bool:
         """Whether replicas have one copy of the weights."""
         return any(b.name == "params" and b.scope == "shared" for b in self.buffers)

@@ -144,7 +144,10 @@ class Task:
             for parameter in filter(lambda p: p.requires_grad, layer.parameters()):
                 owners.setdefault(id(parameter), []).append(index)
         return Layout(
-            parameters=tuple(sum(p.numel() for p in layer.parameters()) for layer in self.chain),
+            parameters=tuple(
+                sum(p.numel() for p in layer.parameters() if owners.get(id(p), [-1])[0] == index)
+                for index, layer in enumerate(self.chain)
+            ),
             weight_in_data=self.weight_in_data,
             statistics=any(b.is_floating_point() for m in self.net.modules() for b in running(m)),
             clip=self.spec.clip is not None,
