@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from paraxis.plan.plan import WARM
 from paraxis.task.batches import Nest, leaves, map_nest
 
 Action = Callable[[], None]
-WARM = 3  # steps before a recording: libraries choose their kernels, and lazily made buffers come into being
 SHAPES = 8  # recordings of one body at most: each keeps the memory of its tensors
 
 

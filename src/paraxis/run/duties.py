@@ -30,8 +30,8 @@ from paraxis.run import openmp, serial
 from paraxis.run.agreement import agreed
 from paraxis.run.clock import clock_of
 from paraxis.run.devices import device_for, found_here, reaching
-from paraxis.run.held import counting, held
 from paraxis.run.graphs import replay
+from paraxis.run.held import counting, held
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
 from paraxis.run.resident import peak_bytes, reset_peak

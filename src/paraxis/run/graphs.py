@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from paraxis.engine.fed import RULES, Fed, constants, fed_for, feeding, send
-from paraxis.engine.graphs import WARM, Action, CudaRecorder, Recorder, Recording, Recordings, stretches
+from paraxis.engine.graphs import Action, CudaRecorder, Recorder, Recording, Recordings, stretches
+from paraxis.plan.plan import WARM
 from paraxis.program.instructions import RECEIVES, SENDS, Instruction
 from paraxis.run.interpreter import Rank
 from paraxis.task.batches import Nest
@@ -64,20 +65,19 @@ class Body:
         self.now: Recording | None = None  # what this pass replays
 
     def actions(self) -> list[Action]:
-        """One for each instruction, as an interpreter expects them; the first of a part does all of it."""
+        """One for each instruction, as an interpreter expects them. The first F, B, I or W of a part does all of it, so
+        that clocks find the time of a recording there; the first Load does that of all."""
         made = [_nothing if _computes(i) else act for i, act in zip(self.instructions, self.acts, strict=True)]
         for number, places in enumerate(self.parts):
-            made[places.start] = partial(self._part, number)
-        first = made[0]
+            at = next((p for p in places if self.instructions[p].op in COMPUTES), places.start)
+            made[at] = partial(self._part, number)
+        loads = (p for p in self.parts[0] if self.instructions[p].op == "Load")
+        place = next(loads, 0)
+        made[place] = partial(self._begin, made[place])
+        return made
 
-        def begin() -> None:
-            self._begin()
-            first()
-
-        return [begin, *made[1:]]
-
-    def _begin(self) -> None:
-        """All samples of the pass, then what it replays."""
+    def _begin(self, act_here: Action) -> None:
+        """All samples of the pass, then what it replays; `act_here` is what else is to be done in its place."""
         for i, act in zip(self.instructions, self.acts, strict=True):
             if i.op == "Load":
                 act()
@@ -87,10 +87,11 @@ class Body:
         if self.now is None:
             for stage in stages.values():
                 stage.batches = {m: nest for (s, m), nest in samples.items() if s == stage.stage}
-            return
-        for stage in stages.values():
-            stage.batches = {}
-        send(self.engine, self.fed)
+        else:
+            for stage in stages.values():
+                stage.batches = {}
+            send(self.engine, self.fed)
+        act_here()
 
     def _part(self, number: int) -> None:
         if self.now is None:
