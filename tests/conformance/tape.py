@@ -18,6 +18,11 @@ ASKS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.defau
 class Tape(TorchDispatchMode):
     """Takes down every operation with its tensors."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """The compiler, whose import takes seconds, is not there to be kept out."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.entries: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor], list[Tensor]]] = []
