@@ -129,6 +129,22 @@ def test_rules_that_are_fed_compute_what_the_others_compute(name: str, group: di
     assert all(torch.equal(mine_state[key], their_state[key]) for key in ("step",) if key in their_state)
 
 
+@pytest.mark.parametrize("memory", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("group", [group for name, group in GROUPS if name == "adam"])
+def test_adam_in_one_kernel_is_adam(group: dict[str, Any], memory: bool) -> None:
+    """The kernel that GPUs take, here a CPU's."""
+    source = torch.Generator().manual_seed(1)
+    theirs = torch.randn(50, generator=source)
+    mine, mine_state, their_state = theirs.clone(), {}, {}
+    for step in range(1, 5):
+        gradient = torch.randn(50, generator=source)
+        rules.adam(theirs, gradient.clone(), their_state, group, 0.25)
+        mine_state = mine_state or {"first": torch.zeros(50), "second": torch.zeros(50)}
+        words: list[Any] = [torch.tensor(0.1), torch.tensor(0.25)] if memory else [0.1, 0.25]
+        rules.adam_in_one(mine, gradient, mine_state, group, torch.tensor(float(step)), *words)
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
 def test_graphs_are_for_our_engine_on_gpus() -> None:
     assert parse("device=cuda,graphs=1").graphs == 1
     for text, reason in (

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paraxis.engine.rules import Group, State
+from paraxis.engine.rules import Group, State, adam_in_one, in_one
 from paraxis.errors import TaskError
 from paraxis.task.masks import Words
 from paraxis.task.randomness import Call
@@ -96,13 +96,16 @@ def adam_numbers(state: State, group: Group) -> list[float]:
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
     state["step"] += 1
     step = int(state["step"])
-    return [1 - lr * group["weight_decay"], 1 / math.sqrt(1 - beta2**step), -lr / (1 - beta1**step)]
+    return [1 - lr * group["weight_decay"], 1 / math.sqrt(1 - beta2**step), -lr / (1 - beta1**step), lr, step]
 
 
 def adam(w: Tensor, g: Tensor, state: State, group: Group, numbers: Tensor, scale: Scale) -> None:
     """`rules.adam`; its moments must be there already."""
     decay, eps = group["weight_decay"], group["eps"]
     beta1, beta2 = group["betas"]
+    if in_one(w):
+        adam_in_one(w, g, state, group, numbers[4], numbers[3], scale)
+        return
     g.mul_(scale)
     if decay and group.get("decoupled_weight_decay"):
         w.mul_(numbers[0])
@@ -114,7 +117,7 @@ def adam(w: Tensor, g: Tensor, state: State, group: Group, numbers: Tensor, scal
     w.addcmul_(state["first"] / root, numbers[2])
 
 
-RULES: dict[str, tuple[int, RunNumbers, FedRule]] = {"sgd": (1, sgd_numbers, sgd), "adam": (3, adam_numbers, adam)}
+RULES: dict[str, tuple[int, RunNumbers, FedRule]] = {"sgd": (1, sgd_numbers, sgd), "adam": (5, adam_numbers, adam)}
 
 
 # -- a rank's step ---------------------------------------------------------------------------------------------
