@@ -12,15 +12,17 @@ from paraxis.engine.devices import CPU, move
 from paraxis.engine.fed import Fed, descend
 from paraxis.engine.flat import Flat, flatten
 from paraxis.engine.kept import keep
+from paraxis.engine.packed import Packed
 from paraxis.engine.pausing import pausing_for
 from paraxis.engine.rules import RULES, Hyper, State
 from paraxis.engine.sharding import Shards, ends, shard
 from paraxis.engine.statistics import joined
 from paraxis.engine.torch_stage import TorchStage, step_on
 from paraxis.errors import PlanError, ProgramError
-from paraxis.program.instructions import MOMENTS, REDUCES, Program
-from paraxis.program.shares import chosen
+from paraxis.program.instructions import MIDWAY, MOMENTS, Program
+from paraxis.program.shares import chosen, sharing
 from paraxis.task.batches import Source
+from paraxis.task.gathering import apart
 from paraxis.task.shared import Shard, loss_of_parts, split
 from paraxis.task.task import Task
 
@@ -43,7 +45,9 @@ class TorchEngine:
         self.shards = _share(task, program, rank)
         edges = {stage: boundaries(task, program, stage) for stage in own}  # by the whole network, where it was made
         move(task, [task.chain[slice(*program.stages[stage])] for stage in own], device)
-        self.now = step_on(device, task, self.score)
+        # Gradients that ranks have of their own tokens are added up: what all of them compute alike counts in parts.
+        alike = program.mesh.tp if program.sequenced() and task.shared_loss is None else 1
+        self.now = step_on(device, task, self.score, alike)
         self.stages = {stage: TorchStage(self.now, task, program, stage, edges[stage], device) for stage in own}
         self.last_stage = own[-1] == len(program.stages) - 1
         self.segments = [segment for stage in self.stages.values() for segment in stage.segments]
@@ -57,9 +61,9 @@ class TorchEngine:
         apart = program.zero > 0 or program.common()
         tied = program.own_buckets(rank)
         places += tied.values()
-        padded = (program.mesh.dp, ends(program, rank, places)) if apart else (1, ())
+        parts, padded = (program.mesh.dp, ends(program, rank, places)) if apart else (1, ())
         alone = [program.ties[n].parameter for n in tied] if apart else []
-        self.flat: Flat = flatten(self.segments, groups, task.names, task.dtype, *padded, device, alone)
+        self.flat: Flat = flatten(self.segments, groups, task.names, task.dtype, parts, padded, device, alone)
         if apart:
             self.shares = shard(self.flat, program, rank, places)
             self.flat = self.shares.flat
@@ -93,6 +97,8 @@ class TorchEngine:
         elsewhere = {self.tied[n] for n, tie in program.ties_of(rank).items() if tie.stages[0] not in self.stages}
         if program.mesh.coordinates(rank)[2]:  # what is whole on every rank of its group is counted on the first
             elsewhere |= {range_ for name, range_ in named.items() if name not in self.shards}
+        alike = [self.gradients_flat[first:last] for name, (first, last) in named.items() if name not in self.shards]
+        self.whole = Packed(alike if program.sequenced() else [])
         self.elsewhere = elsewhere  # ranges of parameters that a rank before this one has, too
         counted = _without(list(elsewhere), max(at + len(own) for at, own in owned))  # in the norm: one copy of each
         self.counted = [
@@ -142,10 +148,12 @@ class TorchEngine:
             return self.flat.gradients(bucket if bucket < 0 else self.places[stage, bucket])
         if name == "tied" and self.own_buckets:
             return self._shares().share("grads", *reversed(self.own_buckets[bucket]))
+        if name == "whole":
+            return self.whole.packed()
         if name == "tied":
             first, last = self.tied[bucket]
             return self.gradients_flat[first:last]
-        if name in (*MOMENTS.values(), *REDUCES):
+        if name in (*MOMENTS.values(), *MIDWAY):
             pausing = self.stages[stage].pausing
             assert pausing is not None, "only a stage that pauses has moments"
             return pausing.moments[bucket]
@@ -176,6 +184,10 @@ class TorchEngine:
     def take_share(self, bucket: int, stage: int) -> None:
         """Keep one's own part of gradients that have been reduced."""
         self._shares().take_share(bucket, stage)
+
+    def take_whole(self) -> None:
+        """Keep the sums of the gradients of what every rank of a `tp` group has."""
+        self.whole.unpack()
 
     def copy(self, bucket: int, stage: int) -> None:
         """Keep a copy of a bucket's parameters while they are whole."""
@@ -329,8 +341,12 @@ def _share(task: Task, program: Program, rank: int) -> dict[str, Shard]:
     tp, index = program.mesh.tp, program.mesh.coordinates(rank)[2]
     if tp == 1:
         return {}
-    own = chosen(tp, task.splits)
-    shards = split(task.net, own, task.draw, index, tp)
+    own, tokens = chosen(tp, task.splits), None
+    if program.sequenced():
+        tokens = sharing(tp, task.splits, task.tokens)
+        own = tuple(task.splits[n] for n in tokens.splits)
+        apart(task.net, task.chain, tokens, index, tp)
+    shards = split(task.net, own, task.draw, index, tp, tokens)
     task.shared_loss = loss_of_parts(task.net, own, index, tp)
     every = task.net.state_dict(keep_vars=True).items()
     return {name: shards[id(value)] for name, value in every if id(value) in shards}

@@ -60,10 +60,10 @@ class Step:
             self.sums.zero_()
 
 
-def step_on(device: torch.device, task: Task, score: Tensor) -> Step:
-    """Before the first step."""
+def step_on(device: torch.device, task: Task, score: Tensor, alike: int = 1) -> Step:
+    """Before the first step; `alike`: ranks that compute the same loss, of which each one's gradient counts in part."""
     sums = None if device.type == "cpu" else torch.zeros(2, dtype=torch.float64, device=device)
-    return Step(task.train, torch.ones((), dtype=task.dtype, device=device), score, sums=sums)
+    return Step(task.train, torch.ones((), dtype=task.dtype, device=device) / alike, score, sums=sums)
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from paraxis.program.instructions import (
     BACKWARD,
     COLLECTIVES,
     COMPUTE,
+    MIDWAY,
     MOMENTS,
     RECEIVES,
-    REDUCES,
     SENDS,
     Instruction,
     Program,
 )
-from paraxis.program.meetings import awaited, begins, kind, reach
+from paraxis.program.meetings import WORDS, awaited, begins, kind, reach
 from paraxis.sync.rule import updates
 
 SUMS = {
@@ -31,6 +31,10 @@ SUMS = {
     "moment_grads": "the replicas' sums of batch norm {}'s gradient",
     "ReduceAct": "the summed outputs of segment {}",
     "ReduceGrad": "the summed gradients behind segment {}",
+    "GatherAct": "the other ranks' tokens behind segment {}",
+    "ScatterGrad": "the summed gradients of one's own tokens behind segment {}",
+    "ScatterAct": "one's own tokens of segment {}",
+    "GatherGrad": "the gradients of the other ranks' tokens of segment {}",
 }
 Fail = Callable[[int, str], NoReturn]
 
@@ -59,6 +63,7 @@ class _Rank:
     met: set[tuple[str, int, int, int]] = field(default_factory=set)  # (buffer or op, stage, border, microbatch)
     midway: dict[int, Instruction] = field(default_factory=dict)  # of each stage, what stands still in the middle of it
     tied: set[int] = field(default_factory=set)  # ties whose copies have been added up
+    whole: bool = False  # gradients of what every rank of tp has, over the tokens of all of them
     parted: set[tuple[int, int, int]] = field(default_factory=set)  # I whose W is still to come
     leaks: set[tuple[int, int, int]] = field(default_factory=set)  # forwards whose backward never comes
     light: dict[tuple[int, int, int], int] = field(default_factory=dict)  # slices of forwards that kept nothing more
@@ -144,10 +149,12 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             _check_send(program, state, i, slot, fail)
         elif i.waits and i.base in RECEIVES:
             state.received.add((i.base, i.stage, i.microbatch))
-        elif i.buffer in MOMENTS.values() or i.base in REDUCES:
+        elif i.buffer in MOMENTS.values() or i.base in MIDWAY:
             _check_meeting(program, state, i, slot, fail)
         elif i.buffer == "tied":
             _check_tie(program, rank, state, i, slot, fail)
+        elif i.buffer == "whole":
+            _check_whole(program, rank, state, i, slot, fail)
         elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm", *updates()):
             _check_write(program, rank, state, i, slot, fail)
         state.peak = max(state.peak, len({(f[0], f[2]) for f in (state.forward - state.backward) | state.parted}))
@@ -249,14 +256,14 @@ def _check_midway(program: Program, state: _Rank, i: Instruction, slot: int, fai
 
 def _of_microbatch(i: Instruction, met: str) -> int:
     """Batch norms over all ranks have but one."""
-    return i.microbatch if met in REDUCES else -1
+    return i.microbatch if met in MIDWAY else -1
 
 
 def _check_meeting(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
     """What ranks add up in the middle of a stage has just been made, and is used by what comes next."""
-    stage, forward = i.stage, i.buffer == "moments" or i.base == "ReduceAct"
-    words, border = program.borders(stage), i.segment if i.base in REDUCES else i.bucket
-    word = {"ReduceAct": "act", "ReduceGrad": "grad"}.get(i.base, "norm")
+    stage, forward = i.stage, i.buffer == "moments" or i.base.endswith("Act")
+    words, border = program.borders(stage), i.segment if i.base in MIDWAY else i.bucket
+    word = WORDS.get(i.base, "norm")
     if not 0 <= border < len(words) or words[border] != word:
         found = f"{sum(w == word for w in words)} batch norms" if word == "norm" else f"borders {', '.join(words)}"
         fail(slot, f"{i.label()}: stage {stage} has {found}")
@@ -304,6 +311,19 @@ def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: 
         fail(slot, f"the copies of {tie.parameter} must be added up {order} the replicas' reduction")
 
 
+def _check_whole(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    """What ranks have computed from their tokens alone is added up once, complete, and before replicas reduce it."""
+    if i.starts:
+        done = len(state.backward) - len(state.parted)
+        if state.whole:
+            fail(slot, f"{i.label()} adds up the gradients of whole parameters twice")
+        if done < program.microbatches * len(_buckets(program, rank)):
+            fail(slot, f"{i.label()}: gradients of whole parameters are added up before their last backward")
+        if state.reduced:
+            fail(slot, f"{i.label()}: gradients of whole parameters must be added up before the replicas' reduction")
+    state.whole |= i.waits
+
+
 def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
     """Reductions and updates: complete gradients only, and no write between F and B of a microbatch."""
     live = state.forward - state.backward
@@ -333,6 +353,8 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
             fail(slot, f"the update comes without W{min(state.parted)[2]}, its microbatch's gradient of weights")
         if any(o.buffer == "grads" for o in state.open.values()):
             fail(slot, "the update does not wait for the reduction")
+        if program.sequenced() and not state.whole:
+            fail(slot, "the update comes before the gradients of whole parameters are added up over tp")
         if state.gathered:
             fail(slot, "the update comes after the weights were gathered")
         agree = program.mesh.dp > 1 and not program.epilogue  # otherwise replicas agree on weights, later

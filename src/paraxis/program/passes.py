@@ -10,7 +10,7 @@ from paraxis.plan.own import find, is_own
 from paraxis.plan.plan import Plan
 from paraxis.plan.schedules import Order
 from paraxis.program.cut import Layout
-from paraxis.program.instructions import Instruction, Tie
+from paraxis.program.instructions import GRADIENT, Instruction, Tie
 from paraxis.program.meetings import Words, add_meetings, begins
 from paraxis.program.recompute import recompute
 from paraxis.program.zero import Used, buckets_of, copying, gather_parameters, shard_gradients, shard_parameters
@@ -56,6 +56,8 @@ def training(
             body = add_reductions(body, buckets, "ReduceScatter" if plan.zero else "AllReduce")
     if plan.zero == 3:
         body = shard_parameters(body, cuts[2])
+    if plan.sequence:
+        body = add_whole(body)
     body = add_totals(body, plan, layout, place)
     body = add_transfers(body, plan, rank)  # last, so that a gradient is on its way before a reduction begins
     body = add_meetings(body, cuts[1])
@@ -168,6 +170,12 @@ def add_reductions(body: Body, buckets: dict[tuple[int, int], int], op: str = "A
         if i.op in ("B", "W") and ends[i.stage, i.segment] == index and (i.stage, i.segment) in buckets:
             out.append(_reduce("Start", i.stage, "grads", buckets[i.stage, i.segment], op))
     return out + [_reduce("Wait", stage, "grads", buckets[stage, k], op) for stage, k in reversed(buckets)]
+
+
+def add_whole(body: Body) -> Body:
+    """Parameters between splits see but a rank's own tokens: their gradients are added up as soon as all are there."""
+    last = max(n for n, i in enumerate(body) if i.op in GRADIENT)
+    return [*body[: last + 1], *_both("tp", "whole", "sum"), *body[last + 1 :]]
 
 
 def scatter(buckets: dict[tuple[int, int], int]) -> Body:

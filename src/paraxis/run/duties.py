@@ -22,6 +22,7 @@ from paraxis.engine.torch_engine import TorchEngine
 from paraxis.errors import Diverged, RankError
 from paraxis.measure.gradients import gradient_norms
 from paraxis.measure.layers import coupled, measure_layers
+from paraxis.measure.saved import measure_sizes
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
 from paraxis.program.faults import FAULTS, Fault
@@ -34,6 +35,7 @@ from paraxis.run.graphs import replay
 from paraxis.run.held import counting, held
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
+from paraxis.run.reserved import native_memory
 from paraxis.run.resident import peak_bytes, reset_peak
 from paraxis.run.weights import compare, difference, untied
 from paraxis.run.window import record_cost, traceable, window_of
@@ -82,6 +84,7 @@ class Duties:
         self.spec = TaskSpec()
         self.objects: dict[str, Any] = {}
         self.plans: dict[str, Running] = {}
+        self.tried: Task | None = None  # one that native plans are compiled for, to know what they would hold
         self.base = 0  # resident bytes of this process before any plan, the data in memory
         self.default_threads = torch.get_num_threads()
         self.every_cpu = sorted(os.sched_getaffinity(0))
@@ -103,12 +106,24 @@ class Duties:
         self.spec = TaskSpec.model_validate(request["spec"])
         self.objects = cloudpickle.loads(blob) if blob else {}
         self.plans.clear()
+        self.tried = None
         return {}
 
     def facts(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """What the driver has to know of the task."""
         task = self._task(torch.float32)
         return measure_layers(task, task.batch).as_json()
+
+    def sizes(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """Bytes of every layer of one rank's part, where `tp` ranks share layers."""
+        return asdict(measure_sizes(self._task(torch.float32), request["tp"]))
+
+    def reserved(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[dict[str, int]]:
+        """Of every rank of a plan of the native engine, bytes that it would hold."""
+        plan, task = parse(request["plan"]), self.tried or self._task(torch.float32)
+        self.tried = task
+        program = lower(plan, task.layout(), task.train.steps_per_epoch or 1)
+        return [asdict(m) for m in native_memory(task, program, plan)]
 
     def coupling(self, request: dict[str, Any], blob: bytes, tell: Tell) -> str:
         """A sentence if the loss couples samples."""

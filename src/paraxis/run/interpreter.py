@@ -12,13 +12,14 @@ from torch import Tensor
 
 from paraxis.comm.base import Comm, Request
 from paraxis.comm.payload import PackedSum
-from paraxis.program.instructions import COLLECTIVES, REDUCES, Instruction, Program
+from paraxis.program.instructions import COLLECTIVES, GATHERS, MIDWAY, SCATTERS, Instruction, Program
 from paraxis.run.clock import HOST, Clock
 from paraxis.sync.rule import updates
 
 Action = Callable[[], None]
 KINDS = ("SendAct", "RecvAct", "SendGrad", "RecvGrad")
 MAX_LEAVES = 64
+PARTIAL, COLLECTED = ("ReduceScatter", *SCATTERS), ("AllGather", *GATHERS)
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,12 @@ def _wait(i: Instruction, c: Context) -> Action:
 
 def _collective(i: Instruction) -> str:
     """What a communicator calls it."""
-    return {"ReduceScatter": "reduce_scatter", "AllGather": "all_gather"}.get(i.base, "all_reduce")
+    return "reduce_scatter" if i.base in PARTIAL else "all_gather" if i.base in COLLECTED else "all_reduce"
 
 
 def _tensor(i: Instruction, c: Context) -> Tensor:
     """What a collective is about: a buffer, or what a stage that stands still in its middle has just made."""
-    if i.base in REDUCES:
+    if i.base in MIDWAY:
         return cast(Tensor, c.engine.buffer(i.base, i.segment, i.stage))
     whole = i.payload and i.buffer == "grads"  # what is rounded on its way goes without the totals in front
     return cast(Tensor, c.engine.buffer("gradients" if whole else i.buffer, i.bucket, i.stage))
@@ -172,9 +173,10 @@ def _collect_at_once(i: Instruction, c: Context) -> Action:
     def meet() -> None:
         tensor = _tensor(i, c)
         collect(tensor)
+        finish()
         c.sent[0] += _collected_bytes(i, tensor, comm.size)
 
-    if i.base in REDUCES:
+    if i.base in MIDWAY or i.buffer == "whole":
         return meet
     tensor = _tensor(i, c)
     count = _collected_bytes(i, tensor, comm.size)
@@ -190,6 +192,7 @@ def _collect_at_once(i: Instruction, c: Context) -> Action:
 def _finish(i: Instruction, c: Context) -> Action:
     """What remains to be done with what a collective has brought."""
     take: Action = partial(c.engine.take_share, i.bucket, i.stage) if i.base == "ReduceScatter" else lambda: None
+    take = c.engine.take_whole if i.buffer == "whole" else take
     if i.reduction != "mean":
         return take
 
@@ -202,7 +205,7 @@ def _finish(i: Instruction, c: Context) -> Action:
 
 def _collected_bytes(i: Instruction, tensor: Tensor, ranks: int) -> int:
     """What each rank sends in a bandwidth-optimal collective: (p-1)/p of the bytes, in an all-reduce twice."""
-    return (1 if i.base in ("ReduceScatter", "AllGather") else 2) * (ranks - 1) * tensor.nbytes // ranks
+    return (1 if i.base in (*PARTIAL, *COLLECTED) else 2) * (ranks - 1) * tensor.nbytes // ranks
 
 
 def _gather(i: Instruction, c: Context) -> Action:
@@ -240,16 +243,14 @@ BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
     "RecvGradWait": _received,
     "AllReduceStart": _collect_start,
     "AllReduceWait": _collect_wait,
-    "ReduceActStart": _collect_start,
-    "ReduceActWait": _wait,
-    "ReduceGradStart": _collect_start,
-    "ReduceGradWait": _wait,
     "ReduceScatterStart": _collect_start,
     "ReduceScatterWait": _collect_wait,
     "AllGatherStart": _gather,
     "AllGatherWait": _gathered,
     "Reserve": _memory,
     "Release": _memory,
+    **{f"{op}Start": _collect_start for op in MIDWAY},
+    **{f"{op}Wait": _wait for op in MIDWAY},
 }
 
 
