@@ -9,6 +9,7 @@ from torch import Tensor
 
 from paraxis.engine.boundary import boundaries
 from paraxis.engine.devices import CPU, move
+from paraxis.engine.fed import Fed, descend
 from paraxis.engine.flat import Flat, flatten
 from paraxis.engine.kept import keep
 from paraxis.engine.packed import Packed, within
@@ -84,6 +85,7 @@ class TorchEngine:
         replicas = program.mesh.dp if program.epilogue else 1  # those that agree later each train on their own batch
         self.known_weight = 0.0 if task.weight_in_data else task.batch / replicas
         self.now.totals = self.totals if task.weight_in_data else None
+        self.fed: Fed | None = None  # while a step is recorded, what it is fed
         self._losses: list[tuple[float, float] | Tensor] = []
 
     def _count(self, program: Program, rank: int) -> None:
@@ -236,10 +238,14 @@ class TorchEngine:
         """One optimiser step on the flat buffers."""
         scale = self._clipped(self.scale())
         next(iter(self.stages.values())).apart(partial(self._step, scale))
+        if self.fed is None:
+            self.advance(self.now.sums)
+
+    def advance(self, sums: Tensor | None) -> None:
+        """What the host does behind an update; `sums` (2,) are the step's loss and weight if they lie on a device."""
         self.hyper.advance()
         if self.last_stage:
-            now = self.now
-            self._losses.append((now.loss_sum, now.loss_weight) if now.sums is None else now.sums.clone())
+            self._losses.append((self.now.loss_sum, self.now.loss_weight) if sums is None else sums.clone())
         self.now.number += 1
 
     @property
@@ -255,7 +261,9 @@ class TorchEngine:
         self._losses = list(rest)
 
     def _step(self, scale: float | Tensor) -> None:
-        if self.rule is not None:
+        if self.fed is not None:
+            descend(self, self.fed, scale)
+        elif self.rule is not None:
             for weights, gradients, state, group in self.runs:
                 self.rule(weights, gradients, state, group, scale)
         elif self.hyper.optimizer is not None:

@@ -31,6 +31,7 @@ from paraxis.run import openmp, serial
 from paraxis.run.agreement import agreed
 from paraxis.run.clock import clock_of
 from paraxis.run.devices import device_for, found_here, reaching
+from paraxis.run.graphs import replay
 from paraxis.run.held import counted
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
@@ -210,6 +211,8 @@ class Duties:
         if fault and self.rank == plan.mesh.size - 1:
             fault.spoil(engine)
         running.rank = Rank(program, self.rank, engine, world, clock=clock_of(device))
+        if plan.graphs:
+            replay(running.rank)
         gc.collect()
         gc.freeze()  # what lives as long as this rank need not be looked at again in the middle of a chunk
         return {"program": program.digest(), "bytes": engine.bytes_held(), "batch": digest(task.train)}
@@ -241,6 +244,11 @@ class Duties:
         """Bytes that this rank sends in a step."""
         running = self._ready(request["key"])
         return running.rank.sent_in_a_step() if isinstance(running.rank, Rank) else 0.0
+
+    def remarks(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[str]:
+        """What a reader of this rank's figures must know, such as that its CUDA graphs could not be recorded."""
+        rank = self._ready(request["key"]).rank
+        return list(rank.remarks) if isinstance(rank, Rank) else []
 
     def memory(self, request: dict[str, Any], blob: bytes, tell: Tell) -> int:
         """The peak of resident bytes since the plan was set up, less what plans set up before it hold."""

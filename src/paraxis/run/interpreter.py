@@ -281,6 +281,7 @@ class Rank:
         self.sent: dict[str, int] = {}  # bytes that the last pass over a body has sent
         self.done = 0  # optimiser steps
         self.stamps: list[tuple[str, list[int]]] = []  # of the steps that were traced last
+        self.remarks: list[str] = []  # what a reader of its figures must know
 
     def bind(self, instructions: Sequence[Instruction]) -> list[Action]:
         """One action an instruction."""
