@@ -131,7 +131,8 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
     facts = session.known()
     layers = 2 if facts.layout.cuttable else len(facts.layers)  # so that the refusal is listed once a kind
     rows, gpus = [], session.gpus()
-    plans = space(workers, layers, comms, recompute=session.limit is not None, hybrids=workers >= 4)
+    words: Any = {"recompute": session.limit is not None, "hybrids": workers >= 4}
+    plans = space(workers, layers, comms, **words, sequence=any(not own.why for own in facts.layout.tokens))
     for plan in (*on_gpus(0 if comms == ("openmp",) else gpus, workers, layers, comms), *plans):
         row = Row(plan, plan.text(), blank(plan))
         if plan.on_gpu() and (shared := crowded(plan, gpus, plan.mesh.size)):

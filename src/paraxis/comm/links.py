@@ -21,6 +21,11 @@ def tag_of(border: int, gradient: bool, microbatch: int, microbatches: int) -> i
     return (lane // LANES * microbatches + microbatch) * LEAVES * LANES + lane % LANES
 
 
+def tag_in(i: Instruction, ranks: int, microbatches: int) -> int:
+    """The tag of a transfer in a pipeline of so many ranks, alike on both sides."""
+    return tag_of(i.edge // ranks, i.base.endswith("Grad"), i.microbatch, microbatches)
+
+
 def lane_of(tag: int) -> int:
     """Which of the links between two ranks a message takes."""
     return tag % LANES
@@ -54,6 +59,6 @@ def _orders(
         for i in row:
             if i.starts and i.base in kinds:
                 pair = (rank, i.peer) if kinds is SENDS else (i.peer, rank)
-                lane = lane_of(tag_of(i.edge // ranks, i.base.endswith("Grad"), 0, 1))
+                lane = lane_of(tag_in(i, ranks, 1))
                 found[*pair, lane].append((i.edge, i.microbatch))
     return found
