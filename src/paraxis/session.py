@@ -16,6 +16,7 @@ from paraxis.measure.facts import Facts, facts_of
 from paraxis.measure.machine import ForeignLoad, pinning, usable_cores
 from paraxis.measure.records import Status
 from paraxis.plan.plan import Plan, period, with_split
+from paraxis.plan.precision import MIXED
 from paraxis.program.check import check
 from paraxis.program.cut import balanced
 from paraxis.program.instructions import Program
@@ -151,6 +152,7 @@ class Session:
             facts, alike = self.known(), replace(plan, engine="torch") if plan.engine == "plain" else plan
             check_divides(plan, facts.batch, self.spec.bn_group, facts.least)
             known = facts.sizes is not None and plan.engine != "native" and plan.tp == 1
+            known = known and plan.precision not in MIXED  # of which it would have to know what autocast does
             program = lower(alike, facts.layout, facts.steps_per_epoch or 1) if known else None
             self.memories[plan] = largest(program, alike, facts.sizes, facts.batch) if program and facts.sizes else None
         return self.memories[plan]
@@ -172,8 +174,11 @@ class Session:
         """Ask all processes of a plan that has been set up."""
         return self.home(plan).ask(request | {"key": key}, range(plan.processes))
 
-    def oracle(self, plan: Plan, steps: int, dtype: str, groups: int = 0, seed: int | None = None) -> dict[str, Any]:
-        """What a plan is proved against, made once: the serial run's losses, weights file and largest change."""
+    def oracle(
+        self, plan: Plan, steps: int, dtype: str, groups: int = 0, seed: int | None = None, parts: int = 1
+    ) -> dict[str, Any]:
+        """What a plan is proved against, made once: the losses, weights file and largest change of the serial run in
+        its precision; with `parts` its layers' sums are made in another order."""
         facts = self.known()
         turns = plan.dp if plan.sync == "hogwild" else 1
         replicas = 1 if plan.exact or turns > 1 else plan.dp
@@ -183,11 +188,13 @@ class Session:
             groups = facts.batch // replicas // self.spec.bn_group
         groups = groups or (plan.dp // replicas * plan.microbatches if facts.layout.statistics else 1)
         sync = plan.sync if replicas > 1 else "gradient"
-        key = (steps, dtype, groups, replicas, every, turns, seed, sync)
+        key = (steps, dtype, groups, replicas, every, turns, seed, sync, plan.precision, parts)
         if key not in self.oracles:
             path = str(self.folder / f"oracle-{'-'.join(map(str, key))}.safetensors")
             words = {"steps": steps, "dtype": dtype, "groups": groups, "replicas": replicas, "every": every}
-            words |= {"turns": turns, "seed": seed, "sync": sync}
+            words |= {"turns": turns, "seed": seed, "sync": sync, "parts": parts, "precision": plan.precision}
+            device = next((own for own in plan.devices() if own != "cpu"), "cpu")
+            words["plan"] = Plan(precision=plan.precision, device=device).text()
             answer = self.pool("solo").ask({"do": "oracle", "file": path} | words)[0]
             self.oracles[key] = answer | {"file": path}
         return self.oracles[key]

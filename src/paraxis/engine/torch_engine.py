@@ -11,6 +11,7 @@ from paraxis.engine.flat import Flat, flatten
 from paraxis.engine.kept import keep
 from paraxis.engine.pausing import pausing_for
 from paraxis.engine.rules import RULES, Hyper, State
+from paraxis.engine.scaling import scaling_for
 from paraxis.engine.sharding import Shards, ends, shard
 from paraxis.engine.statistics import joined
 from paraxis.engine.torch_stage import Step, TorchStage
@@ -67,6 +68,7 @@ class TorchEngine:
         self.now.unit = self.now.unit.to(self.flat.params.device)
         self._count(program, rank)
         self.norm = torch.zeros(1, dtype=torch.float64)
+        self.scaling = scaling_for(program, task.batch)
         self.running, self.collected = joined([stage.statistics for stage in self.stages.values()])
         replicas = program.mesh.dp if program.epilogue else 1  # those that agree later each train on their own batch
         self.known_weight = 0.0 if task.weight_in_data else task.batch / replicas
@@ -183,23 +185,27 @@ class TorchEngine:
     def zero(self) -> None:
         """Begin a step."""
         self.flat.grads.zero_()
+        if self.scaling:
+            self.now.unit.fill_(self.scaling.scale)
         self.now.loss_sum = self.now.loss_weight = 0.0
 
     def scale(self) -> float:
-        """1 / the weight of the batch that the gradients sum over."""
-        return 1.0 / (self.known_weight or max(float(self.totals[1]), 1e-30))
+        """1 / the weight of the batch that the gradients sum over, and 1 / what their losses were scaled by."""
+        weight = self.known_weight or max(float(self.totals[1]), 1e-30)
+        return 1.0 / (weight * self.scaling.scale if self.scaling else weight)
 
     def gradient_norm(self) -> None:
         """Square of the gradient's norm on this rank."""
         self.norm[0] = sum(float(torch.dot(g, g)) for g in self.counted) * self.scale() ** 2
 
     def update(self) -> None:
-        """One optimiser step on the flat buffers."""
+        """One optimiser step on the flat buffers; none if scaled gradients have overflowed, on any rank."""
         scale = self.scale()
         clip = self.task.spec.clip
         if clip is not None:
             scale *= min(1.0, clip / (float(self.norm[0]) ** 0.5 + 1e-6))
-        next(iter(self.stages.values())).apart(partial(self._step, scale))
+        if self.scaling is None or self.scaling.takes(float(self.norm[0])):
+            next(iter(self.stages.values())).apart(partial(self._step, scale))
         self.hyper.advance()
         if self.last_stage:
             self.losses.append((self.now.loss_sum, self.now.loss_weight))

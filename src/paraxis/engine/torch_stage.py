@@ -14,6 +14,7 @@ from torch import Tensor
 from paraxis.engine.boundary import boundaries, leaf
 from paraxis.engine.parted import Parting, parting_for
 from paraxis.engine.pausing import Pausing
+from paraxis.engine.precision import cast
 from paraxis.engine.statistics import StageStatistics
 from paraxis.program.instructions import Program
 from paraxis.program.meetings import reach
@@ -67,7 +68,9 @@ class TorchStage:
         cuts = program.segments[stage]
         self.segments = [task.chain[first:last] for first, last in cuts]
         self.parting: Parting | None = parting_for(program, stage, self.segments)
-        self.calls = [[task.callable(layer) for layer in segment] for segment in self.segments]
+        self.calls = [
+            cast(map(task.callable, own), program.precision, self._ends(k)) for k, own in enumerate(self.segments)
+        ]
         self.altered = [first in task.altering for first, _ in cuts]
         self.words = program.borders(stage)
         self.pausing: Pausing | None = None

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from paraxis.errors import PlanError
 from paraxis.plan.own import is_own
+from paraxis.plan.precision import check_precision
 from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES, parted
 from paraxis.sync import rule as sync_rule
 
@@ -32,6 +33,8 @@ def check(plan: "Plan") -> None:
     _check_threads(plan)
     _check_interleave(plan)
     _check_device(plan)
+    sync = sync_rule.parse(plan.sync)
+    check_precision(plan, plan.dp > 1 and sync is not None and bool(sync.rule.gradients))
     plan.recomputed()
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from paraxis.errors import ProgramError
+from paraxis.program.check_scaling import Verdict
 from paraxis.program.check_shards import Shards
 from paraxis.program.grid import point_at
 from paraxis.program.hang import check_hang
@@ -114,7 +115,7 @@ def _computes(i: Instruction, stage: int) -> bool:
 
 def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[Instruction]) -> int:
     """What one rank can violate alone, in one body. Returns the peak of live microbatches."""
-    body, shards = program.body(part), Shards(program.zero)
+    body, shards, verdict = program.body(part), Shards(program.zero), Verdict(program)
     keys = {ops: {(i.stage, i.segment, i.microbatch) for i in instructions if i.op in ops} for ops in ("F", "BI")}
     state = _Rank(leaks=keys["F"] - keys["BI"])
 
@@ -124,6 +125,7 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
     for slot, i in enumerate(instructions):
         _check_token(state, i, slot, fail)
         shards.see(i, slot, fail)
+        verdict.see(i, slot, fail)
         if i.op in COMPUTE and not (0 <= i.microbatch < program.microbatches and i.stage in program.stages_of(rank)):
             own, stages = ", ".join(map(str, program.stages_of(rank))), len(program.stages)
             known = f"there are {program.microbatches} microbatches and {stages} stages, of which {own} here"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from paraxis.comm.clocks import shift
 from paraxis.engine.native_rank import NativeEngine
+from paraxis.engine.precision import products
 from paraxis.engine.torch_engine import TorchEngine
 from paraxis.errors import Diverged, RankError
 from paraxis.measure.gradients import gradient_norms
@@ -29,6 +30,7 @@ from paraxis.run import openmp, serial
 from paraxis.run.held import counting, held
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
+from paraxis.run.oracle import DTYPES, train_oracle
 from paraxis.run.resident import peak_bytes, reset_peak
 from paraxis.run.weights import compare, difference, untied
 from paraxis.run.window import record_cost, traceable, window_of
@@ -37,10 +39,8 @@ from paraxis.task.batches import digest
 from paraxis.task.shared import Shard
 from paraxis.task.spec import TaskSpec
 from paraxis.task.task import Task, keep_data, make_task
-from paraxis.task.trial import evaluating
 
 Tell = Callable[[dict[str, Any]], None]
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass
@@ -121,21 +121,8 @@ class Duties:
 
         It computes one batch-norm group at a time, so the network's own batch norms do.
         """
-        self._activate(Running(Plan(), []))  # one thread, whatever plan this process has run before
-        spec = self.spec.model_copy(update={"bn_group": None, "seed": request["seed"]})
-        dtype = DTYPES[request["dtype"]]
-        copies = [serial.replica(make_task(spec, self.objects, dtype)) for _ in range(request["replicas"])]
-        before = {k: v.clone() for k, v in copies[0].task.net.state_dict().items()}
-        if request["turns"] > 1:
-            losses = serial.in_turn(copies[0], request["steps"], request["turns"])
-        else:
-            losses = serial.emulate(copies, 0, request["steps"], request["groups"], request["every"], request["sync"])
-        if request["replicas"] > 1 and not settled(request["sync"], request["steps"], request["every"]):
-            serial.average([c.task.net for c in copies])
-        after = {k: v.clone().contiguous() for k, v in copies[0].task.net.state_dict().items()}
-        changes = [float((after[k] - before[k]).abs().max()) for k in after if after[k].is_floating_point()]
-        save_file(untied(after), request["file"])
-        return {"losses": losses, "change": max(changes, default=0.0)}
+        self._activate(Running(parse(request["plan"]), []))  # one thread, whatever plan this process has run before
+        return train_oracle(self.spec, self.objects, request)
 
     def compare_files(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """The largest relative difference of two weight files."""
@@ -151,7 +138,16 @@ class Duties:
             rank.settle()
         wanted, state = load_file(request["file"]), self._state(running)
         worst, where = compare(state, wanted, _shards(running), request["change"])
-        return {"difference": worst, "where": where, "losses": self._losses(running), "compared": list(state)}
+        told = {"losses": self._losses(running), "skipped": self.skipped(request, blob, tell)}
+        return {"difference": worst, "where": where, "compared": list(state)} | told
+
+    def skipped(self, request: dict[str, Any], blob: bytes, tell: Tell) -> int:
+        """Steps that were not taken, because scaled gradients had overflowed."""
+        running = self.plans[request["key"]]
+        if running.rank is None:
+            return _some(running.plain).skipped
+        scaling = getattr(running.rank.engine, "scaling", None) if isinstance(running.rank, Rank) else None
+        return scaling.skipped if scaling else 0
 
     # -- running plans -----------------------------------------------------------------------------------------
 
@@ -166,7 +162,7 @@ class Duties:
         running.before = reset_peak()
         self.base = self.base or running.before
         if plan.engine == "plain":
-            running.plain = serial.replica(self._task(dtype, plain=True))
+            running.plain = serial.plain(self._task(dtype, plain=True), plan.precision)
             return {"program": None, "bytes": 0, "batch": 0}
         fault: Fault | None = FAULTS[request["fault"]] if request.get("fault") else None
         task = self._task(dtype)
@@ -263,21 +259,9 @@ class Duties:
         if most := request.get("most"):
             source = source.thinned(most)
         if rank is None:
-            return self._evaluate_plain(task, source)
+            return serial.score(_some(running.plain), source)
         with _agreed(rank):
             loss, weight, hits = rank.evaluate(source)
-        return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
-
-    def _evaluate_plain(self, task: Task, source: Any) -> dict[str, Any]:
-        loss = weight = hits = 0.0
-        with evaluating(task.net):
-            for number in range(source.steps_per_epoch):
-                count = source.valid(number, 0, source.batch)
-                batch = source.share(number, 0, count)
-                output = task.net(batch[0])
-                total, own = task.recipe.loss(output, batch)
-                loss, weight = loss + float(total), weight + float(own)
-                hits += task.recipe.hits(output, batch)
         return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
 
     def settle(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
@@ -303,7 +287,8 @@ class Duties:
         return running
 
     def _activate(self, running: Running) -> None:
-        """The plan's threads and cores: every thread of this process moves, new ones inherit."""
+        """The plan's precision, threads and cores: every thread of this process moves, new ones inherit."""
+        products(running.plan.precision)
         threads = running.plan.threads
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
@@ -321,7 +306,7 @@ class Duties:
             return
         plain = _some(running.plain)
         for _ in range(count):
-            loss = serial.plain_step(plain.task.net, plain.task, plain.optimizer, running.done)
+            loss = serial.plain_step(plain, running.done)
             if plain.scheduler is not None:
                 plain.scheduler.step()
             running.losses.append((float(loss), 1.0))
