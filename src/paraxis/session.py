@@ -193,11 +193,14 @@ class Session:
             path = str(self.folder / f"oracle-{'-'.join(map(str, key))}.safetensors")
             words = {"steps": steps, "dtype": dtype, "groups": groups, "replicas": replicas, "every": every}
             words |= {"turns": turns, "seed": seed, "sync": sync, "parts": parts, "precision": plan.precision}
-            device = next((own for own in plan.devices() if own != "cpu"), "cpu")
-            words["plan"] = Plan(precision=plan.precision, device=device).text()
+            words["plan"] = Plan(precision=plan.precision, device=self.device(plan)).text()
             answer = self.pool("solo").ask({"do": "oracle", "file": path} | words)[0]
             self.oracles[key] = answer | {"file": path}
         return self.oracles[key]
+
+    def device(self, plan: Plan) -> str:
+        """The one of a plan's devices whose arithmetic is in question: a GPU, if there is one."""
+        return next((own for own in plan.devices() if own != "cpu"), "cpu")
 
     def _own(self) -> list[Pool]:
         """Joined ranks outlive a session: another may follow, and whoever joined them has still to say how it ended."""

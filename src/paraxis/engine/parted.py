@@ -90,7 +90,7 @@ class _Layer:
         """The module's forward; its own where no I follows."""
         if not torch.is_grad_enabled() or (self.dims and x.ndim != self.dims):
             return self.own(x)
-        given = x, self.module.weight, self.module.bias
+        given: Sequence[Any] = x, self.module.weight, self.module.bias
         if torch.is_autocast_enabled(kind := x.device.type):  # which does not look into what autograd calls
             dtype = torch.get_autocast_dtype(kind)
             given = tuple(t if t is None else t.to(dtype) for t in given)

@@ -45,6 +45,7 @@ def summed(add_up: Callable[[Tensor], Tensor], part: Tensor) -> Tensor:
 def products(precision: str) -> None:
     """Let this process's GPUs multiply in TF32 or not; by default PyTorch lets convolutions do so, but not matrices."""
     mode = "tf32" if precision == "tf32" else "ieee"
-    for place in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+    backends: Any = torch.backends
+    for place in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
         if place.fp32_precision != mode:
             place.fp32_precision = mode

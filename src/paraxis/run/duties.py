@@ -32,7 +32,7 @@ from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
 from paraxis.run.oracle import DTYPES, train_oracle
 from paraxis.run.resident import peak_bytes, reset_peak
-from paraxis.run.weights import compare, difference, untied
+from paraxis.run.weights import compare, difference, relative, untied
 from paraxis.run.window import record_cost, traceable, window_of
 from paraxis.sync.rule import settled
 from paraxis.task.batches import digest
@@ -129,6 +129,11 @@ class Duties:
         a, b = load_file(request["a"]), load_file(request["b"])
         return max(difference(a[k], b[k], request["change"]) for k in b if b[k].is_floating_point())
 
+    def bands(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """How far two weight files lie apart, tensor by tensor and as a whole, relative to how far each has moved."""
+        tensors, whole = relative(load_file(request["a"]), load_file(request["b"]), {}, request["moved"])
+        return {"tensors": tensors, "whole": whole}
+
     def prove(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Train the first steps of a plan and compare this rank's weights with those of the file."""
         running = self._ready(request["key"])
@@ -138,7 +143,9 @@ class Duties:
             rank.settle()
         wanted, state = load_file(request["file"]), self._state(running)
         worst, where = compare(state, wanted, _shards(running), request["change"])
-        told = {"losses": self._losses(running), "skipped": self.skipped(request, blob, tell)}
+        moved = request.get("moved")  # a proof in mixed precision
+        apart = relative(state, wanted, _shards(running), moved)[0] if moved else {}
+        told = {"apart": apart, "losses": self._losses(running), "skipped": self.skipped(request, blob, tell)}
         return {"difference": worst, "where": where, "compared": list(state)} | told
 
     def skipped(self, request: dict[str, Any], blob: bytes, tell: Tell) -> int:

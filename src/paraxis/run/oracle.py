@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from paraxis.run import serial
-from paraxis.run.weights import untied
+from paraxis.run.weights import rms, untied
 from paraxis.sync.rule import settled
 from paraxis.task.spec import TaskSpec
 from paraxis.task.task import make_task
@@ -32,4 +32,6 @@ def train_oracle(spec: TaskSpec, objects: dict[str, Any], request: dict[str, Any
     after = {k: v.clone().contiguous() for k, v in copies[0].task.net.state_dict().items()}
     changes = [float((after[k] - before[k]).abs().max()) for k in after if after[k].is_floating_point()]
     save_file(untied(after), request["file"])
-    return {"losses": losses, "change": max(changes, default=0.0), "skipped": copies[0].skipped}
+    moved = {k: rms(after[k] - before[k]) for k in after if after[k].is_floating_point()}
+    skipped = copies[0].skipped
+    return {"losses": losses, "change": max(changes, default=0.0), "moved": moved, "skipped": skipped}
