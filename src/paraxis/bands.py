@@ -2,9 +2,9 @@
 
 How far rounding alone takes two runs apart is measured: the serial run is made once more with its sums in another
 order, that of the plan (its slices of the batch one after the other, the sums of its layers in as many parts as ranks
-share them). Each tensor has a band of its own, relative to how far it has moved, and so have the losses: a tensor whose true
-gradient is zero, which Adam moves by mere noise, widens no other's. Of each tensor the few elements that lie furthest
-apart are left out, for where a gradient is nearly zero rounding decides its sign.
+share them). Each tensor has a band of its own, relative to how far it has moved, and so have the losses: a tensor whose
+true gradient is zero, which Adam moves by mere noise, widens no other's. Of each tensor the few elements that lie
+furthest apart are left out, for where a gradient is nearly zero rounding decides its sign.
 """
 
 import math
