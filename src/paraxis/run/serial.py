@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paraxis.engine.devices import CPU, move
 from paraxis.run import mixed
 from paraxis.sync.rule import parse
 from paraxis.task.batches import cut
@@ -34,17 +35,18 @@ class Replica:
     skipped: int = 0  # steps whose scaled gradients have overflowed
 
 
-def replica(task: Task, precision: str = "fp32", parts: int = 1) -> Replica:
-    """A copy ready to train."""
+def replica(task: Task, precision: str = "fp32", parts: int = 1, device: torch.device = CPU) -> Replica:
+    """A copy ready to train, on a device."""
+    move(task, [[task.net]], device)
     optimizer = task.optimizer()
     scaler = mixed.scaler(task.net, precision, task.batch)
     return Replica(task, optimizer, task.scheduler(optimizer), precision, scaler, parts)
 
 
-def plain(task: Task, precision: str = "fp32", net: Callable[..., Any] | None = None) -> Replica:
-    """What the user has now, ready to train; `net` computes what the task's does."""
-    made = replica(task, precision)
-    made.scaler, made.net = mixed.scaler(task.net, precision, 1), net  # of mean losses
+def plain(task: Task, precision: str = "fp32", device: torch.device = CPU) -> Replica:
+    """What the user has now, ready to train."""
+    made = replica(task, precision, 1, device)
+    made.scaler = mixed.scaler(task.net, precision, 1)  # of mean losses
     return made
 
 
