@@ -91,6 +91,7 @@ class TorchStage:
         self.calls = [
             cast(map(task.callable, own), program.precision, self._ends(k)) for k, own in enumerate(self.segments)
         ]
+        self.plainly = self.calls  # uncompiled, for evaluations
         self.altered = [first in task.altering for first, _ in cuts]
         self.words = program.borders(stage)
         self.pausing: Pausing | None = None
@@ -281,7 +282,7 @@ class TorchStage:
         self.draw.at(self.now.number, part * self.slice_size, self.slice_size)
         with torch.no_grad():
             x, _ = self._opened(segments[0], self._taken(segments[0], microbatch))
-            x, segment = _through([call for k in segments for call in self.calls[k]], x, None), segments[-1]
+            x, segment = _through([call for k in segments for call in self.plainly[k]], x, None), segments[-1]
             if segment < len(self.segments) - 1:
                 self.between[segment + 1, microbatch] = x
             elif not self.last:

@@ -114,6 +114,10 @@ def _check_device(plan: "Plan") -> None:
                 raise PlanError(
                     f"{key}={getattr(plan, key)}: engine=native computes in fp32 on CPUs; take engine=torch"
                 )
+    if plan.compile and plan.tp > 1:
+        raise PlanError(f"compile=1: with tp={plan.tp} ranks meet in the middle of layers; leave one of the two out")
+    if plan.compile and ordered(plan) and parted(plan.schedule):
+        raise PlanError(f"compile=1: schedule={plan.schedule} parts the backward of layers; take 1f1b, or no compile")
     if plan.graphs and not plan.on_gpu():
         raise PlanError("graphs=1: CUDA graphs take device=cuda")
     if plan.comm == "nccl" and plan.mesh.size > 1 and "cpu" in places:

@@ -126,3 +126,16 @@ def _recomputed(plans: list[Plan]) -> Iterator[Plan]:
             firsts.setdefault(plan.mesh, plan)
     for plan in firsts.values():
         yield replace(plan, recompute="all")
+
+
+def in_bf16(plans: Iterable[Plan]) -> Iterator[Plan]:
+    """Of each grid of ranks on GPUs, and of their serial plan, the first one once more in bf16; on CPUs it is asked for.
+
+    A GPU multiplies 16-bit matrices many times as fast, a CPU without instructions for them not at all.
+    """
+    firsts: dict[Mesh, Plan] = {}
+    for plan in plans:
+        if plan.on_gpu() and plan.exact and plan.precision == "fp32":
+            firsts.setdefault(plan.mesh, plan)
+    for plan in firsts.values():
+        yield replace(plan, precision="bf16")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paraxis.comm.clocks import shift
+from paraxis.engine.compiling import compile_network, compile_segments
 from paraxis.engine.devices import CPU, wait
 from paraxis.engine.native_rank import NativeEngine
 from paraxis.engine.precision import products
@@ -31,6 +33,7 @@ from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
 from paraxis.run.agreement import agreed
 from paraxis.run.clock import clock_of
+from paraxis.run.compiled import FirstSteps
 from paraxis.run.devices import device_for, found_here, reaching
 from paraxis.run.held import counting, held
 from paraxis.run.interpreter import Rank
@@ -58,6 +61,7 @@ class Running:
     rank: Rank | Team | None = None  # a program's rank, all of its ranks as threads, or ...
     plain: serial.Replica | None = None  # ... the framework's own loop
     device: torch.device = CPU
+    first: FirstSteps | None = None  # of a compiled plan
     done: int = 0
     before: int = 0  # resident bytes before it was set up
     record: float = 0.0  # nanoseconds that its interpreter adds to an instruction, once measured
@@ -194,6 +198,8 @@ class Duties:
         self.base = self.base or running.before
         if plan.engine == "plain":
             running.plain = serial.plain(self._task(dtype, plain=True), plan.precision, device)
+            if plan.compile:
+                running.plain.compiled = compile_network(running.plain.task.net)
             return {"program": None, "bytes": 0, "batch": 0}
         fault: Fault | None = FAULTS[request["fault"]] if request.get("fault") else None
         task = self._task(dtype)
@@ -211,6 +217,8 @@ class Duties:
             engine = NativeEngine(task, program, self.rank, plan.threads)
         else:
             engine = TorchEngine(task, program, self.rank, device)
+            if plan.compile:
+                compile_segments(engine)
         if fault and self.rank == plan.mesh.size - 1:
             fault.spoil(engine)
         running.rank = Rank(program, self.rank, engine, world, clock=clock_of(device))
@@ -334,7 +342,19 @@ class Duties:
                 except (ProcessLookupError, PermissionError):
                     continue
 
+    def compiling(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float | None:
+        """Seconds that it took to compile a plan; None until it has made two steps."""
+        first = self.plans[request["key"]].first
+        return first.compiling if first else None
+
     def _steps(self, running: Running, count: int) -> None:
+        if running.plan.compile:
+            running.first = running.first or FirstSteps(running.device)
+            running.first.run(partial(self._go, running), count)
+        else:
+            self._go(running, count)
+
+    def _go(self, running: Running, count: int) -> None:
         if running.rank is not None:
             running.rank.steps(count)
             return

@@ -31,7 +31,7 @@ class Replica:
     precision: str
     scaler: torch.amp.GradScaler
     parts: int = 1
-    net: Callable[..., Any] | None = None  # the task's, compiled
+    compiled: Callable[..., Any] | None = None  # computes what the task's network does
     skipped: int = 0  # steps whose scaled gradients have overflowed
 
 
@@ -167,7 +167,7 @@ def plain_step(r: Replica, number: int) -> Tensor:
     task = r.task
     batch = task.train.share(number, 0, task.batch)
     r.optimizer.zero_grad()
-    run = partial(apply, r.net or task.net, task.recipe.inputs(batch))
+    run = partial(apply, r.compiled or task.net, task.recipe.inputs(batch))
     loss, weight = task.recipe.loss(mixed.compute(task.net, run, r.precision), batch)
     r.scaler.scale(loss / weight).backward()
     if task.spec.clip is not None:
