@@ -32,13 +32,17 @@ class Bands:
     whole: float
     losses: float
 
-    def furthest(self, ranks: list[dict[str, float]], losses: float) -> tuple[float, float, str]:
-        """(how far, its limit, what) of what lies furthest out of its band: a tensor of a rank, or the losses."""
+    def furthest(self, ranks: list[dict[str, float]], losses: float, tp: int) -> tuple[float, float, str]:
+        """(how far, its limit, what) of what lies furthest out of its band: a tensor, or the losses.
+
+        `tp` ranks in a row have parts of the same tensors, of which the band is that of the whole.
+        """
         found = [(losses, MARGIN * self.losses, "the loss")]
-        for rank, tensors in enumerate(ranks):
-            for name, apart in tensors.items():
+        for first in range(0, len(ranks), tp):
+            for name in ranks[first]:
+                apart = math.sqrt(sum(own[name] ** 2 for own in ranks[first : first + tp]) / tp)
                 limit = MARGIN * max(self.tensors[name], self.whole)
-                found.append((apart, limit, f"parameter {name} on rank {rank}"))
+                found.append((apart, limit, f"parameter {name} on rank {first}"))
         return max(found, key=lambda own: math.inf if math.isnan(own[0]) else own[0] / own[1])
 
 
@@ -81,7 +85,7 @@ def judged(
             "prove it over more steps, or take precision=bf16"
         )
     bands = measured(session, plan, steps, oracle)
-    apart, limit, what = bands.furthest([a["apart"] for a in answers], losses_apart(losses, oracle["losses"]))
+    apart, limit, what = bands.furthest([a["apart"] for a in answers], losses_apart(losses, oracle["losses"]), plan.tp)
     where = None if apart <= limit else f"step {steps}: {what} differs by {apart:.2g}"
     skips = {a["skipped"] for a in answers}
     if skips != {oracle["skipped"]}:

@@ -33,6 +33,8 @@ def compile_segments(engine: TorchEngine, backend: str = "inductor") -> None:
         )
     if any(stage.pausing is not None for stage in engine.stages.values()):
         raise PlanError("compile=1: ranks meet in the middle of a layer (bn_group); set bn_group lower")
+    if any(stage.parting is not None for stage in engine.stages.values()):
+        raise PlanError("compile=1: this schedule parts the backward of layers; take 1f1b, or no compile")
     draw: Any = engine.task.draw
     vars(draw)["dropout"] = torch.compiler.disable(draw.dropout)
     for stage in engine.stages.values():

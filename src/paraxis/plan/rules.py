@@ -116,7 +116,7 @@ def _check_device(plan: "Plan") -> None:
                 )
     if plan.compile and plan.tp > 1:
         raise PlanError(f"compile=1: with tp={plan.tp} ranks meet in the middle of layers; leave one of the two out")
-    if plan.compile and ordered(plan) and parted(plan.schedule):
+    if plan.compile and ordered(plan) and plan.schedule in SCHEDULES and parted(plan.schedule):
         raise PlanError(f"compile=1: schedule={plan.schedule} parts the backward of layers; take 1f1b, or no compile")
     if plan.graphs and not plan.on_gpu():
         raise PlanError("graphs=1: CUDA graphs take device=cuda")

@@ -1,6 +1,6 @@
 """The space of plans for a number of workers, the most promising first and every rung of workers early."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -129,7 +129,7 @@ def _recomputed(plans: list[Plan]) -> Iterator[Plan]:
 
 
 def in_bf16(plans: Iterable[Plan]) -> Iterator[Plan]:
-    """Of each grid of ranks on GPUs, and of their serial plan, the first one once more in bf16; on CPUs it is asked for.
+    """Of each grid of ranks on GPUs the first plan, in bf16; on CPUs one has to ask for it.
 
     A GPU multiplies 16-bit matrices many times as fast, a CPU without instructions for them not at all.
     """

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paraxis.comm.clocks import shift
+from paraxis.comm.local import Alone
 from paraxis.engine.compiling import compile_network, compile_segments
 from paraxis.engine.devices import CPU, wait
 from paraxis.engine.native_rank import NativeEngine
@@ -210,7 +211,7 @@ class Duties:
         if plan.engine == "native" and plan.processes == 1:
             running.rank = openmp.start(task, program, plan.sync == "hogwild")
             return {"program": program.digest(), "bytes": running.rank.bytes_held(), "batch": digest(task.train)}
-        world: Any = self.world.group(range(plan.mesh.size)) if self.world else _Alone()
+        world: Any = self.world.group(range(plan.mesh.size)) if self.world else Alone()
         world = reaching(world, self.transport, device)
         engine: Any
         if plan.engine == "native":
@@ -389,15 +390,6 @@ class Duties:
 def _shards(running: Running) -> dict[str, Shard]:
     """Of which tensors this rank has but a part."""
     return getattr(running.rank.engine, "shards", {}) if isinstance(running.rank, Rank) else {}
-
-
-class _Alone:
-    """The world of a single rank."""
-
-    rank, size = 0, 1
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""
 
 
 def _some(value: Any) -> Any:
