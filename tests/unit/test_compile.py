@@ -133,7 +133,7 @@ def test_a_failed_compilation_is_one_line_and_other_errors_are_themselves() -> N
 
     torch._dynamo.reset()
     broken = torch.compile(lambda x: x + 1, backend=fails)
-    with pytest.raises(PlanError, match="compile=1: torch.compile failed .*; leave compile out") as caught:
+    with pytest.raises(PlanError, match=r"compile=1: torch.compile failed .*; leave compile out") as caught:
         FirstSteps(CPU).run(lambda _: broken(torch.ones(2)), 1)
     assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(ZeroDivisionError):
