@@ -57,7 +57,7 @@ def measured(session: Session, plan: Plan, steps: int, oracle: dict[str, Any]) -
     words = {"do": "bands", "a": other["file"], "b": oracle["file"], "moved": oracle["moved"]}
     found = session.pool("solo").ask(words)[0]
     apart = losses_apart(other["losses"], oracle["losses"])
-    return Bands(found["tensors"], found["whole"], max(apart, LEAST * UNIT[plan.precision]))
+    return Bands(found[0], found[1], max(apart, LEAST * UNIT[plan.precision]))
 
 
 def losses_apart(mine: list[float], theirs: list[float]) -> float:

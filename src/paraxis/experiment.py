@@ -117,7 +117,9 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
     facts = session.known()
     layers = 2 if facts.layout.cuttable else len(facts.layers)  # so that the refusal is listed once a kind
     rows = []
-    plans = space(workers, layers, comms, recompute=session.limit is not None, hybrids=workers >= 4)
+    sequence = any(not own.why for own in facts.layout.tokens)
+    several, limited = workers >= 4, session.limit is not None
+    plans = space(workers, layers, comms, recompute=limited, hybrids=several, sequence=sequence)
     for plan in [*plans, *in_bf16(plans)]:
         row = Row(plan, plan.text(), blank(plan))
         try:

@@ -74,8 +74,9 @@ def _check_sync(plan: "Plan") -> None:
         raise PlanError(f"sync={plan.sync}: threads send nothing that could be smaller; take sync=gradient")
     if threads and sync.payload:
         raise PlanError(f"sync={plan.sync}: threads send nothing; leave out {sync.payload}")
-    if sync.fragments > 1 or sync.payload == "int8":
-        what = "fragments" if sync.fragments > 1 else "int8"
+    parted = [key for key, usual in (("fragments", 1), ("overlap", 0)) if sync.options.get(key, usual) != usual]
+    if parted or sync.payload == "int8":
+        what = " and ".join(parted) or "int8"
         raise PlanError(f"sync={plan.sync}: engine=native has its weights in one piece; leave out {what}")
 
 
@@ -114,12 +115,19 @@ def _check_device(plan: "Plan") -> None:
                 raise PlanError(
                     f"{key}={getattr(plan, key)}: engine=native computes in fp32 on CPUs; take engine=torch"
                 )
+    if plan.graphs and (plan.compile or plan.precision == "fp16"):
+        key = "compile=1" if plan.compile else "precision=fp16 (whose steps are taken or skipped as they come)"
+        raise PlanError(f"graphs=1: what is recorded cannot be changed by {key}; leave one of the two out")
     if plan.compile and plan.tp > 1:
         raise PlanError(f"compile=1: with tp={plan.tp} ranks meet in the middle of layers; leave one of the two out")
     if plan.compile and ordered(plan) and plan.schedule in SCHEDULES and parted(plan.schedule):
         raise PlanError(f"compile=1: schedule={plan.schedule} parts the backward of layers; take 1f1b, or no compile")
     if plan.graphs and not plan.on_gpu():
         raise PlanError("graphs=1: CUDA graphs take device=cuda")
+    if plan.graphs and plan.engine == "plain":
+        raise PlanError(
+            "graphs=1: engine=plain is the framework's own loop as it stands; engine=torch records its steps"
+        )
     if plan.comm == "nccl" and plan.mesh.size > 1 and "cpu" in places:
         raise PlanError(f"comm=nccl: it joins GPUs, and device={plan.device}; take comm=mpi or gloo")
 

@@ -36,7 +36,8 @@ from paraxis.run.agreement import agreed
 from paraxis.run.clock import clock_of
 from paraxis.run.compiled import FirstSteps
 from paraxis.run.devices import device_for, found_here, reaching
-from paraxis.run.held import counting, held
+from paraxis.run.graphs import replay
+from paraxis.run.held import counted
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
 from paraxis.run.oracle import DTYPES, train_oracle
@@ -120,7 +121,7 @@ class Duties:
 
     def sizes(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Bytes of every layer of one rank's part, where `tp` ranks share layers."""
-        return asdict(measure_sizes(self._task(torch.float32), request["tp"]))
+        return asdict(measure_sizes(self._task(torch.float32), request["tp"], request["sequence"]))
 
     def reserved(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[dict[str, int]]:
         """Of every rank of a plan of the native engine, bytes that it would hold."""
@@ -157,10 +158,9 @@ class Duties:
         a, b = load_file(request["a"]), load_file(request["b"])
         return max(difference(a[k], b[k], request["change"]) for k in b if b[k].is_floating_point())
 
-    def bands(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+    def bands(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[Any]:
         """How far two weight files lie apart, tensor by tensor and as a whole, relative to how far each has moved."""
-        tensors, whole = relative(load_file(request["a"]), load_file(request["b"]), {}, request["moved"])
-        return {"tensors": tensors, "whole": whole}
+        return list(relative(load_file(request["a"]), load_file(request["b"]), {}, request["moved"]))
 
     def prove(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Train the first steps of a plan and compare this rank's weights with those of the file."""
@@ -171,18 +171,15 @@ class Duties:
             rank.settle()
         wanted, state = load_file(request["file"]), self._state(running)
         worst, where = compare(state, wanted, _shards(running), request["change"])
-        moved = request.get("moved")  # a proof in mixed precision
-        apart = relative(state, wanted, _shards(running), moved)[0] if moved else {}
+        apart = relative(state, wanted, _shards(running), request.get("moved", {}))[0]  # in mixed precision
         told = {"apart": apart, "losses": self._losses(running), "skipped": self.skipped(request, blob, tell)}
         return {"difference": worst, "where": where, "compared": list(state)} | told
 
     def skipped(self, request: dict[str, Any], blob: bytes, tell: Tell) -> int:
         """Steps that were not taken, because scaled gradients had overflowed."""
         running = self.plans[request["key"]]
-        if running.rank is None:
-            return _some(running.plain).skipped
-        scaling = getattr(running.rank.engine, "scaling", None) if isinstance(running.rank, Rank) else None
-        return scaling.skipped if scaling else 0
+        keeper = running.plain or getattr(getattr(running.rank, "engine", None), "scaling", None)
+        return keeper.skipped if keeper else 0
 
     # -- running plans -----------------------------------------------------------------------------------------
 
@@ -223,6 +220,8 @@ class Duties:
         if fault and self.rank == plan.mesh.size - 1:
             fault.spoil(engine)
         running.rank = Rank(program, self.rank, engine, world, clock=clock_of(device))
+        if plan.graphs:
+            replay(running.rank)
         gc.collect()
         gc.freeze()  # what lives as long as this rank need not be looked at again in the middle of a chunk
         return {"program": program.digest(), "bytes": engine.bytes_held(), "batch": digest(task.train)}
@@ -255,19 +254,23 @@ class Duties:
         running = self._ready(request["key"])
         return running.rank.sent_in_a_step() if isinstance(running.rank, Rank) else 0.0
 
+    def remarks(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[str]:
+        """What a reader of this rank's figures must know, such as that its CUDA graphs could not be recorded."""
+        rank = self._ready(request["key"]).rank
+        return list(rank.remarks) if isinstance(rank, Rank) else []
+
     def memory(self, request: dict[str, Any], blob: bytes, tell: Tell) -> int:
         """The peak of resident bytes since the plan was set up, less what plans set up before it hold."""
         return peak_bytes() - max(0, self.plans[request["key"]].before - self.base)
 
     def held(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, int]:
-        """Bytes of each kind at the peak of a step, counted while it runs, and how far the process has grown."""
+        """Bytes of each kind at the peak of a period, counted while it runs, and how far the process has grown."""
         running = self._ready(request["key"])
         rank = _some(running.rank)
         self._steps(running, 2)
         grown = peak_bytes() - running.before
-        with counting(rank) as count:
-            self._steps(running, 1)
-        return held(rank, count.peak) | {"grown": grown}
+        steps = rank.program.steps_in_period()
+        return counted(rank, lambda: self._steps(running, steps)) | {"grown": grown}
 
     def norm(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """Sum of squares of this rank's parameters, of which it counts what no rank before it has."""
