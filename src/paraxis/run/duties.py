@@ -348,8 +348,7 @@ class Duties:
 
     def compiling(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float | None:
         """Seconds that it took to compile a plan; None until it has made two steps."""
-        first = self.plans[request["key"]].first
-        return first.compiling if first else None
+        return getattr(self.plans[request["key"]].first, "compiling", None)
 
     def _steps(self, running: Running, count: int) -> None:
         if running.plan.compile:
