@@ -47,7 +47,7 @@ class Session:
     oracles: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
     limit: int | None = None  # bytes that a rank may hold
     memories: dict[Plan, Memory | None] = field(default_factory=dict)  # computed so far
-    parts: dict[int, Sizes] = field(default_factory=dict)  # of layers that so many ranks share
+    parts: dict[tuple[int, int], Sizes] = field(default_factory=dict)  # of layers that so many ranks share
 
     def known(self) -> Facts:
         """The task's facts, measured once by the rank that works alone."""
@@ -157,14 +157,15 @@ class Session:
         check_divides(plan, facts.batch, self.spec.bn_group, facts.least)
         if plan.engine == "native":
             return [Memory(**own) for own in self.pool("solo").ask({"do": "reserved", "plan": plan.text()})[0]]
-        program, sizes = lower(alike, facts.layout, facts.steps_per_epoch or 1), self._sizes(plan.tp)
+        program, sizes = lower(alike, facts.layout, facts.steps_per_epoch or 1), self._sizes(plan.tp, plan.sequence)
         return memory(program, alike, sizes, facts.batch) if sizes else []
 
-    def _sizes(self, tp: int) -> Sizes | None:
-        """Bytes of every layer, as one of `tp` ranks has it; tried once for each."""
-        if tp > 1 and tp not in self.parts:
-            self.parts[tp] = sizes_of(self.pool("solo").ask({"do": "sizes", "tp": tp})[0])
-        return self.parts[tp] if tp > 1 else self.known().sizes
+    def _sizes(self, tp: int, sequence: int) -> Sizes | None:
+        """Bytes of every layer, as one of `tp` ranks has it, with all tokens or its own; tried once for each."""
+        if tp > 1 and (tp, sequence) not in self.parts:
+            request = {"do": "sizes", "tp": tp, "sequence": sequence}
+            self.parts[tp, sequence] = sizes_of(self.pool("solo").ask(request)[0])
+        return self.parts[tp, sequence] if tp > 1 else self.known().sizes
 
     def setup(self, key: str, plan: Plan, dtype: str = "float32", fault: str | None = None) -> list[Any]:
         """Set a plan up on all its ranks under a key."""

@@ -114,6 +114,10 @@ def _check_device(plan: "Plan") -> None:
                 )
     if plan.graphs and not plan.on_gpu():
         raise PlanError("graphs=1: CUDA graphs take device=cuda")
+    if plan.graphs and plan.engine == "plain":
+        raise PlanError(
+            "graphs=1: engine=plain is the framework's own loop as it stands; engine=torch records its steps"
+        )
     if plan.comm == "nccl" and plan.mesh.size > 1 and "cpu" in places:
         raise PlanError(f"comm=nccl: it joins GPUs, and device={plan.device}; take comm=mpi or gloo")
 
