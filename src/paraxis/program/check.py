@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from paraxis.errors import ProgramError
+from paraxis.program.check_meetings import check_meeting, check_midway
 from paraxis.program.check_shards import Shards
 from paraxis.program.grid import point_at
 from paraxis.program.hang import check_hang
@@ -24,19 +25,9 @@ from paraxis.program.instructions import (
     Instruction,
     Program,
 )
-from paraxis.program.meetings import WORDS, awaited, begins, kind, reach
+from paraxis.program.meetings import kind, reach
 from paraxis.sync.rule import updates
 
-SUMS = {
-    "moments": "the replicas' sums of batch norm {}",
-    "moment_grads": "the replicas' sums of batch norm {}'s gradient",
-    "ReduceAct": "the summed outputs of segment {}",
-    "ReduceGrad": "the summed gradients behind segment {}",
-    "GatherAct": "the other ranks' tokens behind segment {}",
-    "ScatterGrad": "the summed gradients of one's own tokens behind segment {}",
-    "ScatterAct": "one's own tokens of segment {}",
-    "GatherGrad": "the gradients of the other ranks' tokens of segment {}",
-}
 Fail = Callable[[int, str], NoReturn]
 
 
@@ -152,7 +143,7 @@ def _check_rank(
             known = f"there are {program.microbatches} microbatches and {stages} stages, of which {own} here"
             fail(slot, f"{i.label()} of stage {i.stage}: {known}")
         if i.op in MOMENTS:
-            _check_midway(program, state, i, slot, fail)
+            check_midway(program, state, i, slot, fail)
         if i.op == "F" and i.rule == "again":
             _check_again(state, i, slot, fail)
         elif i.op == "F":
@@ -168,7 +159,7 @@ def _check_rank(
         elif i.waits and i.base in RECEIVES:
             state.received.add((i.base, i.stage, i.microbatch))
         elif i.buffer in MOMENTS.values() or i.base in MIDWAY:
-            _check_meeting(program, state, i, slot, fail)
+            check_meeting(program, state, i, slot, fail)
         elif i.buffer == "tied":
             _check_tie(program, rank, state, i, slot, fail)
         elif i.buffer == "whole":
@@ -256,43 +247,6 @@ def _check_send(program: Program, state: _Rank, i: Instruction, slot: int, fail:
 def _covered(program: Program, i: Instruction) -> range:
     """The segments that a computation covers."""
     return range(i.segment, reach(kind(i), program.borders(i.stage), i.segment) + 1)
-
-
-def _check_midway(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
-    """What stands still where ranks meet goes on before its stage computes anything else, and once they have met."""
-    words, op = program.borders(i.stage), kind(i)
-    if i.segment not in begins(op, words):
-        fail(slot, f"{i.label()}: nothing stops a computation in front of segment {i.segment} of stage {i.stage}")
-    before = state.midway.pop(i.stage, None)
-    if before and (kind(before), before.microbatch) != (op, i.microbatch):
-        fail(slot, f"{i.label()} while {before.label()} stands still in the middle of stage {i.stage}")
-    wanted = awaited(i, words)
-    if wanted and (wanted[1], i.stage, wanted[0], _of_microbatch(i, wanted[1])) not in state.met:
-        fail(slot, f"{i.label()} before {SUMS[wanted[1]].format(wanted[0])} are there")
-    ends = i.segment - 1 if op == "B" else reach(op, words, i.segment)
-    if 0 <= ends < len(words) and words[ends] != "cut":
-        state.midway[i.stage] = i
-
-
-def _of_microbatch(i: Instruction, met: str) -> int:
-    """Batch norms over all ranks have but one."""
-    return i.microbatch if met in MIDWAY else -1
-
-
-def _check_meeting(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
-    """What ranks add up in the middle of a stage has just been made, and is used by what comes next."""
-    stage, forward = i.stage, i.buffer == "moments" or i.base.endswith("Act")
-    words, border = program.borders(stage), i.segment if i.base in MIDWAY else i.bucket
-    word = WORDS.get(i.base, "norm")
-    if not 0 <= border < len(words) or words[border] != word:
-        found = f"{sum(w == word for w in words)} batch norms" if word == "norm" else f"borders {', '.join(words)}"
-        fail(slot, f"{i.label()}: stage {stage} has {found}")
-    mine = {(s, k) for s, k, m in (state.forward if forward else state.backward) if m == max(i.microbatch, 0)}
-    before, behind = (border, border + 1) if forward else (border + 1, border)
-    if (stage, before) not in mine or (stage, behind) in mine:
-        fail(slot, f"{i.label()} must stand between segments {before} and {behind}")
-    if i.waits:
-        state.met.add((i.buffer or i.base, stage, border, i.microbatch))
 
 
 def _check_weight_gradient(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
