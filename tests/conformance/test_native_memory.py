@@ -73,13 +73,9 @@ def on_the_way(rank: Rank) -> int:
     tensors = [t for own in rank.engine.held.values() for t in own]
     for request in (r for requests in rank.context.open.values() for r in requests):
         tensors += request.letters() if isinstance(request, PackedSum) else [getattr(request, "tensor", torch.empty(0))]
-    whole = {"grads": rank.engine.flat.grads.data_ptr()}.values()
-    sizes = {t.data_ptr(): t.nbytes for t in tensors if t.data_ptr() not in whole}
-    for name in ("params", "delta"):
-        kept = rank.engine.kept.buffers if rank.engine.kept else {"params": rank.engine.flat.params}
-        if name in kept:
-            sizes.pop(kept[name].data_ptr(), None)
-    return sum(sizes.values())
+    kept = rank.engine.kept.buffers.values() if rank.engine.kept else ()
+    own = {t.data_ptr() for t in (rank.engine.flat.params, rank.engine.flat.grads, *kept)}
+    return sum({t.data_ptr(): t.nbytes for t in tensors if t.data_ptr() not in own}.values())
 
 
 def counted(spec: TaskSpec, plan: Plan) -> list[int]:

@@ -143,8 +143,7 @@ def _check_rank(
         elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm", *updates()):
             _check_write(program, rank, state, i, slot, fail)
         state.peak = max(state.peak, len({(f[0], f[2]) for f in (state.forward - state.backward) | state.parted}))
-    crossing.clear()
-    crossing |= {token: state.open.pop(token) for token in list(state.open) if token >= CROSSING}
+    _leave_open(state, crossing)
     if state.open:
         token, i = next(iter(state.open.items()))
         fail(len(instructions) - 1, f"{i.op} {i.label()} (token {token}) is never awaited")
@@ -153,6 +152,12 @@ def _check_rank(
         _check_complete(program, state, rank, fail, len(instructions) - 1)
         _check_shared(program, state, instructions, fail)
     return state.peak if any(i.op in BACKWARD for i in instructions) else 1
+
+
+def _leave_open(state: State, crossing: dict[int, Instruction]) -> None:
+    """To the steps that follow."""
+    crossing.clear()
+    crossing |= {token: state.open.pop(token) for token in list(state.open) if token >= CROSSING}
 
 
 def _check_token(state: State, i: Instruction, slot: int, fail: Fail) -> None:
