@@ -207,6 +207,21 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_why(number: int, folder:
     assert all(recorder.played == 0 for recorder in failing)
 
 
+@pytest.mark.parametrize("text", ["serial", "pp=2,microbatches=2"])
+def test_what_is_seen_before_a_recording_prevents_it(text: str, folder: Path) -> None:
+    """In the middle of a body, whose other parts then run as they are, too."""
+    spec = spec_of(folder, "tiny", *TASKS["tiny"])
+    ranks = reference_started(spec, parse(text))
+    recorders = [TapeRecorder("a module asks for a value") for _ in ranks]
+    for rank, recorder in zip(ranks, recorders, strict=True):
+        replay(rank, recorder, WARM)
+    reference.run_steps(ranks, STEPS)
+    assert difference(spec, parse(text), outcome(ranks)) < EXACT
+    for rank, recorder in zip(ranks, recorders, strict=True):
+        assert rank.remarks == ["graphs: fell back to eager: a module asks for a value"]
+        assert recorder.recorded == recorder.played == 0
+
+
 def torch_free(remark: str) -> bool:
     """One line, that says what has happened."""
     return "\n" not in remark and remark.startswith("graphs: fell back to eager: ")

@@ -96,7 +96,10 @@ class Body:
     def _part(self, number: int) -> None:
         if self.now is None:
             compute = partial(self._compute, number)
-            compute() if self.recordings.reason else self.recorder.warm(compute)
+            if self.recordings.reason:
+                compute()
+            elif reason := self.recorder.warm(compute, self.recordings.last):
+                self.recordings.give_up(reason)
             return
         self.now.parts[number]()
         if any(self._steps(i) for i in self._own(number)):
