@@ -12,7 +12,7 @@ from paraxis.engine.devices import CPU, move
 from paraxis.engine.fed import Fed, descend
 from paraxis.engine.flat import Flat, flatten
 from paraxis.engine.kept import keep
-from paraxis.engine.packed import Packed
+from paraxis.engine.packed import Packed, within
 from paraxis.engine.pausing import pausing_for
 from paraxis.engine.rules import RULES, Hyper, State
 from paraxis.engine.sharding import Shards, ends, shard
@@ -95,15 +95,14 @@ class TorchEngine:
         self.tied = {number: named[tie.parameter] for number, tie in program.ties_of(rank).items()}
         self.own_buckets = program.own_buckets(rank)
         elsewhere = {self.tied[n] for n, tie in program.ties_of(rank).items() if tie.stages[0] not in self.stages}
+        alike = {range_ for name, range_ in named.items() if name not in self.shards}
         if program.mesh.coordinates(rank)[2]:  # what is whole on every rank of its group is counted on the first
-            elsewhere |= {range_ for name, range_ in named.items() if name not in self.shards}
-        alike = [self.gradients_flat[first:last] for name, (first, last) in named.items() if name not in self.shards]
-        self.whole = Packed(alike if program.sequenced() else [])
+            elsewhere |= alike
+        reduced = owned if program.zero > 1 else [(0, self.gradients_flat)]
+        self.whole = Packed(within(reduced, sorted(alike)) if program.sequenced() else [], self.gradients_flat)
         self.elsewhere = elsewhere  # ranges of parameters that a rank before this one has, too
         counted = _without(list(elsewhere), max(at + len(own) for at, own in owned))  # in the norm: one copy of each
-        self.counted = [
-            own[max(a - at, 0) : b - at] for at, own in owned for a, b in counted if a < at + len(own) and b > at
-        ]
+        self.counted = within(owned, counted)
 
     @property
     def step(self) -> int:
