@@ -17,6 +17,7 @@ from paraxis.plan.plan import WARM
 from paraxis.task.batches import Nest, leaves, map_nest
 
 Action = Callable[[], None]
+Record = Callable[[dict[Any, Nest]], list[Action]]
 SHAPES = 8  # recordings of one body at most: each keeps the memory of its tensors
 
 
@@ -106,12 +107,11 @@ class Recording:
 
 @dataclass
 class Recordings:
-    """The recordings of one body, by what they take for granted; `reason` is why there will be no more.
+    """The recordings of one body, by what they take for granted; `reason` is why there will be no more, as `tell` gets.
 
-    `record(inputs)` makes one, all parts in turn, and leaves everything else as it was; `tell` gets the reason.
+    None of this holds whoever records: what is dropped must go at once, with the memory of its device.
     """
 
-    record: Callable[[dict[Any, Nest]], list[Action]]
     tell: Callable[[str], None]
     warm: int = WARM
     most: int = SHAPES
@@ -119,8 +119,11 @@ class Recordings:
     reason: str = ""
     last: bool = False  # whether this pass is the last one before a recording
 
-    def next(self, samples: dict[Any, Nest], granted: Hashable) -> Recording | None:
-        """What to replay in the pass that begins, with its samples in place; None: run it as it is."""
+    def next(self, samples: dict[Any, Nest], granted: Hashable, record: Record) -> Recording | None:
+        """What to replay in the pass that begins, with its samples in place; None: run it as it is.
+
+        `record(inputs)` makes a recording, all parts in turn, and leaves everything else as it was.
+        """
         if self.reason:
             return None
         found = self.known.setdefault((signature(samples), granted), Recording())
@@ -134,7 +137,7 @@ class Recordings:
                 return None
             found.inputs = {name: map_nest(nest, Tensor.clone) for name, nest in samples.items()}
             try:
-                found.parts = self.record(found.inputs)
+                found.parts = record(found.inputs)
             except Exception as error:
                 self.give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
                 return None
