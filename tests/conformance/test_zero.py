@@ -118,7 +118,11 @@ MUTANTS = [
     *((fault, f"dp=2,zero={z},microbatches=2") for z in (1, 2) for fault in ("mean-of-sums", "early-update")),
     ("stale-bucket", f"dp=2,zero=1{SMALL}"),
     *(("lost-shard", f"dp=2,zero={z},microbatches=2") for z in (2, 3)),
-    *((fault, f"dp=2,pp=2,zero={z},schedule=zb-h1,microbatches=4") for z in (2, 3) for fault in ("late-weights", "lost-shard")),
+    *(
+        (fault, f"dp=2,pp=2,zero={z},schedule=zb-h1,microbatches=4")
+        for z in (2, 3)
+        for fault in ("late-weights", "lost-shard")
+    ),
 ]
 
 

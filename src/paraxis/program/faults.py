@@ -95,7 +95,9 @@ def _after_reducing(program: Program, rank: int, body: list[Instruction]) -> lis
     out = list(body)
     for w in (i for i in body if i.op == "W"):
         behind = out[out.index(w) :]
-        ends = (i for i in behind if i.op == "Release" and (i.buffer, i.stage, i.bucket) == ("grads", w.stage, w.segment))
+        ends = (
+            i for i in behind if i.op == "Release" and (i.buffer, i.stage, i.bucket) == ("grads", w.stage, w.segment)
+        )
         if end := next(ends, None):
             out.remove(w)
             out.insert(out.index(end), w)
