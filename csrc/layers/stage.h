@@ -20,8 +20,8 @@ struct Samples {
 // What several ranks may share: parameters, running statistics and the optimiser's state of one stage.
 template <class T>
 struct Weights {
-    Weights(size_t parameters, size_t statistics)
-        : params(parameters), running(statistics), first(parameters), second(parameters) {}
+    Weights(size_t parameters, size_t statistics, bool dry)
+        : params(parameters, dry), running(statistics, dry), first(parameters, dry), second(parameters, dry) {}
     Memory<T> params, running, first, second;
 };
 
@@ -33,9 +33,10 @@ template <class T>
 class Stage {
   public:
     // `slice`: samples of a microbatch; `head`: takes samples in; `tail`: ends in the loss; `tokens` of a sample, which
-    // then lie along the lanes, each with a loss of its own (0: a sample is a lane). Throws std::invalid_argument.
+    // then lie along the lanes, each with a loss of its own (0: a sample is a lane). `dry`: it reserves no memory and
+    // computes nothing, but knows how much that would be. Throws std::invalid_argument.
     Stage(const std::vector<Spec>& specs, int slice, int microbatches, bool head, bool tail, const Kernels<T>& kernels,
-          uint64_t seed, int tokens = 0);
+          uint64_t seed, int tokens = 0, bool dry = false);
 
     void load(int microbatch, const Samples& samples, int64_t step, int64_t first);
     // Segments end where a layer meets the other replicas: behind its measuring, before it uses the sums of all.
@@ -59,6 +60,7 @@ class Stage {
     int symbols() const { return layers.front()->spec.entries; }  // that it takes in, where it is the head of tokens
     std::pair<size_t, size_t> tied(int tie) const;  // where the parameters of that number lie: begin, end
     int segments() const { return int(meeting.size()) + 1; }
+    size_t activation_bytes() const;  // of all microbatches, with what the layers need while they compute
 
     struct Place {
         size_t weights, statistics;
@@ -72,7 +74,7 @@ class Stage {
     Score step_score, evaluation;
     int backwards = 0;  // of this step; the first one overwrites the gradients
     const int slice, microbatches, tokens;
-    const bool head, tail;
+    const bool head, tail, dry;
     const Kernels<T>& kernels;
 
   private:

@@ -14,14 +14,23 @@ from paraxis.program.faults import FAULTS, _nothing
 from paraxis.program.grid import cell, draw, explain, several, simplify
 from paraxis.program.instructions import MOMENTS, Instruction, Program, parse_program
 from paraxis.program.lower import lower
-from paraxis.program.shares import Split
+from paraxis.program.shares import Split, Tokens
 
 I = Instruction  # noqa: E741
 Row = list[Instruction]
 SPLITS = (Split("columns", 12, ("0", "3"), ((0, 1, "grad"), (3, 2, "act")), (0, 3)),)
 PLAIN = Layout(parameters=(2, 0, 3, 4), splits=SPLITS)
 TIED = Layout(parameters=(2, 0, 3, 4), clip=True, tied=(("w", (0, 2, 3)),))
-RICH = Layout(parameters=(2, 0, 3, 4), splits=SPLITS, weight_in_data=True, statistics=True, clip=True, tied=TIED.tied)
+TOKENS = (Tokens((2,), 4, splits=(0,), meets=((0, 1, "gather"), (3, 2, "scatter"))),)
+RICH = Layout(
+    parameters=(2, 0, 3, 4),
+    splits=SPLITS,
+    tokens=TOKENS,
+    weight_in_data=True,
+    statistics=True,
+    clip=True,
+    tied=TIED.tied,
+)
 ODD = (
     "microbatches=3",
     "dp=2,bucket_bytes=8",
@@ -504,6 +513,7 @@ CARRIERS = [
 CARRIERS.append(parse("dp=2,sync=diloco@2"))
 CARRIERS += map(parse, ("dp=2,zero=1", "dp=2,zero=3,microbatches=2,bucket_bytes=8"))
 CARRIERS += map(parse, ("pp=2,microbatches=2,recompute=all", "dp=2,pp=2,zero=2,microbatches=2,schedule=zb-h1"))
+CARRIERS.append(parse("tp=2,sequence=1"))
 
 
 @pytest.mark.parametrize("name", FAULTS)

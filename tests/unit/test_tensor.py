@@ -24,7 +24,8 @@ from paraxis.program.shares import Split, chosen, split_of, told
 from paraxis.program.simulate import simulate, uniform
 from paraxis.run.shards import whole
 from paraxis.task.gpt import GPT, Shape
-from paraxis.task.randomness import Draw, KeyedDropout, kept, kept_of_part
+from paraxis.task.masks import kept, kept_of_part
+from paraxis.task.randomness import Draw, KeyedDropout
 from paraxis.task.shared import CrossEntropy, Shard
 from paraxis.task.tensor import find
 

@@ -232,6 +232,10 @@ def _shared(p: Plan) -> bool:
     return p.tp > 1
 
 
+def _sequenced(p: Plan) -> bool:
+    return p.sequence > 0
+
+
 def _any(p: Plan) -> bool:
     return True
 
@@ -315,17 +319,37 @@ FAULTS: dict[str, Fault] = {
         "pp > 1 and a network that ties weights across stages",
         _without(lambda i: i.buffer == "tied"),
     ),
-    "dropped-output": Fault("parts of outputs are not added up", _shared, "tp > 1", _without(_of("ReduceAct"))),
+    "dropped-output": Fault(
+        "parts of outputs are not added up",
+        _shared,
+        "tp > 1",
+        _without(lambda i: i.base in ("ReduceAct", "ScatterAct")),
+    ),
     "dropped-input-gradient": Fault(
         "gradients of an input that ranks share are not added up",
         _shared,
         "tp > 1 and a split layer whose input needs a gradient",
-        _without(_of("ReduceGrad")),
+        _without(lambda i: i.base in ("ReduceGrad", "ScatterGrad")),
+    ),
+    "dropped-tokens": Fault(
+        "tokens of other ranks are not gathered", _sequenced, "tp > 1 and sequence=1", _without(_of("GatherAct"))
+    ),
+    "dropped-token-gradients": Fault(
+        "gradients of other ranks' tokens are not gathered",
+        _sequenced,
+        "tp > 1 and sequence=1",
+        _without(_of("GatherGrad")),
+    ),
+    "partial-gradients": Fault(
+        "gradients of one's own tokens are not added up",
+        _sequenced,
+        "tp > 1 and sequence=1",
+        _without(_of("AllReduce", buffer="whole")),
     ),
     "wrong-part": Fault(
         "dropout masks of another rank's part",
         _shared,
-        "tp > 1 and dropout between two layers that are split",
+        "tp > 1 and dropout of what is split",
         spoil=_first_masks,
     ),
     "summed-whole": Fault("gradients that every rank has whole are added up", _shared, "tp > 1", spoil=_summed_whole),

@@ -89,6 +89,7 @@ def buffers(layout: Layout, plan: Plan, tied: Sequence[Tie] = ()) -> list[Buffer
     names += ["statistics", "running"] * layout.statistics + ["norm"] * layout.clip
     names += list(MOMENTS.values()) * synchronised(plan, layout)
     names += ["tied"] * bool(tied)
+    names += ["whole"] * plan.sequence
     names += ["factors"] * (plan.gradients == "owner")
     names += ["state"] * (plan.zero > 0)
     sync = parse(plan.sync)

@@ -1,9 +1,9 @@
 """ZeRO (Rajbhandari et al. 2020) as passes: replicas keep shares of what they would all keep, and send for the rest.
 
-A bucket is a segment's part of a flat buffer (under tp, of the rank's own). Stage 1: gradients are reduce-scattered,
-each replica updates its share and the new parameters are gathered. Stage 2: gradients are whole only until they are
-reduced, microbatch by microbatch. Stage 3: parameters too are whole only around their use; the next segment's are on
-their way while one is computed.
+A bucket is a segment's part of a flat buffer, under tp of the rank's own part of it. Stage 1: gradients are
+reduce-scattered, each replica updates its share and the new parameters are gathered. Stage 2: gradients are whole only
+until they are reduced, microbatch by microbatch. Stage 3: parameters too are whole only around their use; the next
+segment's are on their way while one is computed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
