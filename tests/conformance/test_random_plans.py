@@ -13,7 +13,7 @@ from paraxis.plan.plan import Plan
 from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES
 from paraxis.task.spec import TaskSpec
 
-FEW, MANY = 10, 1000
+FEW, MANY = 4, 1000
 RELAXED: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
