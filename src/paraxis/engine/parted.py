@@ -138,11 +138,13 @@ def parting_for(program: Program, stage: int, segments: Sequence[Sequence[nn.Mod
 
 
 def can_part(module: Any) -> bool:
-    """Whether it is a linear layer or a convolution that nobody watches."""
+    """Whether it is a linear layer or a convolution that nobody watches, but for what counts its draws of masks."""
     if type(module) is not nn.Linear and type(module) not in CONVOLUTIONS:
         return False
     parameters = [p for p in (module.weight, module.bias) if p is not None]
-    watched = any(getattr(module, name) for name in HOOKS) or "forward" in vars(module)
+    hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
+    watched = any(not str(getattr(hook, "__module__", "")).startswith("paraxis.") for hook in hooks)
+    watched |= "forward" in vars(module)
     watched |= any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
     return not watched and all(type(p) is nn.Parameter for p in parameters)
 
