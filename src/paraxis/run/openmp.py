@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paraxis.engine.native_engine import extension, stages_of, tokens_of
-from paraxis.engine.native_task import check_native, feed_of, get_weights, hyper_of, put_weights
+from paraxis.engine.native_task import feed_of, get_weights, hyper_of, put_weights
 from paraxis.engine.rules import Hyper
 from paraxis.errors import PlanError
 from paraxis.measure.machine import usable_cores
@@ -133,7 +133,6 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
         plain = hyper.rule == "sgd" and not (hyper.groups[0]["momentum"] or hyper.groups[0]["weight_decay"])
         if not plain or task.spec.clip:
             raise PlanError("sync=hogwild is plain SGD: give --momentum 0, no decay and no clipping")
-    check_native(program)
     if task.altering:
         raise PlanError(
             "engine=native: a layer works in place and alters its neighbour's output; make it inplace=False"
@@ -160,7 +159,7 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
         usable_cores=usable_cores(),
         seed=task.spec.seed,
         naive=False,
-        whole=(0, mesh.pp),
+        ends=(True, True),
         tokens=tokens_of(task),
     )
     team = Team(task, program, ensemble, hyper, [name for name, _ in program.bodies])
@@ -170,7 +169,19 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
 
 def _words(i: Instruction) -> tuple[Any, ...]:
     axis = i.axis.partition(":")[0]  # which places of a pipeline C++ knows from the tie
-    return i.op, i.microbatch, i.slice, i.peer, axis, i.buffer, i.rule, i.reduction == "mean", i.segment, i.bucket
+    return (
+        i.op,
+        i.microbatch,
+        i.slice,
+        i.peer,
+        axis,
+        i.buffer,
+        i.rule,
+        i.reduction == "mean",
+        i.segment,
+        i.bucket,
+        i.stage,
+    )
 
 
 @lru_cache(maxsize=1)
@@ -185,7 +196,7 @@ def record_cost(count: int = 256, passes: int = 200) -> float:
     spec.kind, spec.name, spec.x, spec.y = "affine", "one", 0, 1
     spec.in_ = spec.out = native.Shape(1, 1, 1)
     spec.kernel_h = spec.kernel_w = 1
-    nothing = ("SendActWait", -1, -1, -1, "", "", "", False, -1, -1)
+    nothing = ("SendActWait", -1, -1, -1, "", "", "", False, -1, -1, -1)
     ensemble = native.Float(
         dp=1,
         pp=1,
@@ -198,7 +209,7 @@ def record_cost(count: int = 256, passes: int = 200) -> float:
         usable_cores=usable_cores(),
         seed=0,
         naive=False,
-        whole=(0, 1),
+        ends=(True, True),
     )
     samples = np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
     warm = native.RING
