@@ -157,7 +157,8 @@ template <class T>
 T* Stage<T>::grad(int m, int id) {
     if (!id) return slots[m].entering.data();
     if (id + 1 == int(elements.size())) return tail ? slots[m].acts.back().data() : slots[m].gradient;
-    return (shelved[id] ? slots[m].shelf->gradients : grads)[rooms[id]].data();
+    if (!shelved[id]) return grads[rooms[id]].data();
+    return slots[m].shelf ? slots[m].shelf->gradients[rooms[id]].data() : nullptr;  // a forward has none
 }
 
 template <class T>

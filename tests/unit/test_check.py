@@ -492,7 +492,7 @@ CARRIERS = [
 ]
 CARRIERS.append(parse("dp=2,sync=diloco@2"))
 CARRIERS += map(parse, ("dp=2,zero=1", "dp=2,zero=3,microbatches=2,bucket_bytes=8"))
-CARRIERS += [parse("pp=2,microbatches=2,recompute=all")]
+CARRIERS += [parse("pp=2,microbatches=2,recompute=all"), parse("pp=2,schedule=zb-h1,microbatches=2")]
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -379,4 +379,4 @@ def _check_copies(task: Task, program: Program) -> None:
             before = seen.setdefault((place, p), stage)
             if before != stage:
                 shared = f"stages {before} and {stage} of one rank both use {task.names.get(p, 'a parameter')}"
-                raise PlanError(f"engine=native: {shared}; take another interleave or split, or engine=torch")
+                raise PlanError(f"engine=native: {shared}; take another split or interleave, or engine=torch")

@@ -169,19 +169,8 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
 
 def _words(i: Instruction) -> tuple[Any, ...]:
     axis = i.axis.partition(":")[0]  # which places of a pipeline C++ knows from the tie
-    return (
-        i.op,
-        i.microbatch,
-        i.slice,
-        i.peer,
-        axis,
-        i.buffer,
-        i.rule,
-        i.reduction == "mean",
-        i.segment,
-        i.bucket,
-        i.stage,
-    )
+    words = i.op, i.microbatch, i.slice, i.peer, axis, i.buffer, i.rule
+    return *words, i.reduction == "mean", i.segment, i.bucket, i.stage
 
 
 @lru_cache(maxsize=1)
