@@ -1,6 +1,7 @@
 // The extension module: nanobind only, no arithmetic. What Python hands over is checked here, before the GIL is let go.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -140,7 +141,7 @@ template <class T>
 std::unique_ptr<Ensemble<T>> make(int dp, int pp, const std::vector<std::vector<Spec>>& specs, int slice,
                                   int microbatches, const std::vector<std::pair<std::string, nb::list>>& bodies,
                                   Hyper hyper, bool shared, int usable_cores, uint64_t seed, bool naively,
-                                  std::pair<bool, bool> ends, int tokens) {
+                                  std::pair<bool, bool> ends, const std::vector<int>& kept, int tokens, bool dry) {
     const Grid grid{dp, pp};
     const Kernels<T>* kernels;
     if constexpr (std::is_same_v<T, float>)
@@ -152,7 +153,9 @@ std::unique_ptr<Ensemble<T>> make(int dp, int pp, const std::vector<std::vector<
         for (size_t n = grid.pp_of(rank); n < specs.size(); n += pp) {
             // `ends`: whether samples come into the first stage here, and the last one ends in the loss.
             const bool head = ends.first && n == 0, tail = ends.second && n + 1 == specs.size();
-            stages.push_back(std::make_unique<Stage<T>>(specs[n], slice, microbatches, head, tail, *kernels, seed, tokens));
+            stages.push_back(std::make_unique<Stage<T>>(specs[n], slice, microbatches, head, tail, *kernels, seed, tokens, dry));
+            // `kept`: of every stage, for how many microbatches at once an I keeps what their W needs (0: never).
+            if (kept.at(n)) stages.back()->part(kept[n], pp > 1);
         }
     return std::make_unique<Ensemble<T>>(grid, std::move(stages), bodies_of(bodies, microbatches), hyper, shared,
                                          usable_cores);
@@ -163,7 +166,14 @@ void bind(nb::module_& m, const char* name) {
     using E = Ensemble<T>;
     nb::class_<E> c(m, name);
     c.def(nb::new_(&make<T>), "dp"_a, "pp"_a, "stages"_a, "slice"_a, "microbatches"_a, "bodies"_a, "hyper"_a, "shared"_a,
-          "usable_cores"_a, "seed"_a, "naive"_a, "ends"_a, "tokens"_a = 0);
+          "usable_cores"_a, "seed"_a, "naive"_a, "ends"_a, "kept"_a, "tokens"_a = 0, "dry"_a = false);
+    c.def("reserved", &E::reserved, "rank"_a);
+    // Bytes of what comes into a stage from another one, and of what goes out.
+    c.def("edges", [](E& e, int number, int rank) {
+        Stage<T>& stage = stage_of(e, rank, number);
+        const size_t entering = stage.head ? 0 : stage.input_elements(), leaving = stage.tail ? 0 : stage.output_elements();
+        return std::pair{entering * sizeof(T), leaving * sizeof(T)};
+    }, "stage"_a, "rank"_a);
     c.def(
         "run",
         [](E& e, int64_t first, const std::vector<int>& body, const std::vector<double>& rates, nb::object inputs,
@@ -227,10 +237,6 @@ void bind(nb::module_& m, const char* name) {
             e.weigh(number, checked_segment(e, number, segment), checked(e, microbatch));
         },
         "stage"_a, "segment"_a, "microbatch"_a);
-    // That a stage will have its backwards in two halves.
-    c.def("part", [](E& e, int number) {
-        for (int rank = 0; rank < e.grid.size(); ++rank) stage_of(e, rank, number).part();
-    }, "stage"_a);
     c.def("finish", &E::finish, nb::call_guard<nb::gil_scoped_release>(), "step"_a, "rate"_a, "scale"_a);
     // Of one thread's samples: what a microbatch hands on, and where it takes in what others hand on.
     c.def("output", [](nb::handle self, int number, int rank, int m) {
@@ -325,6 +331,7 @@ NB_MODULE(_native, m) {
     m.attr("BUFFERS") = nb::cast(std::vector<std::string>(BUFFERS.begin(), BUFFERS.end()));
     m.attr("RING") = RING;
     m.def("choose", [](const std::string& name) { return choose(name.c_str()); }, "name"_a);
+    m.def("reserved", [] { return reserved_bytes.load(); });
     m.def("kernels", [] { return std::string(fastest().name); });
     nb::class_<Shape>(m, "Shape").def(nb::init<int, int, int>()).def_rw("h", &Shape::h).def_rw("w", &Shape::w).def_rw(
         "c", &Shape::c);

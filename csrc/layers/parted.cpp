@@ -14,32 +14,37 @@ void Stage<T>::join(Stage& first) {
         place.weights += begins;
         place.statistics += first.collected.size();
     }
-    first.gradients = Memory<T>(begins + parameters);
-    first.collected = Memory<T>(first.collected.size() + statistics);
+    first.gradients = Memory<T>(begins + parameters, dry);
+    first.collected = Memory<T>(first.collected.size() + statistics, dry);
     gradients = Memory<T>();
     collected = Memory<T>();
     flat = &first;
 }
 
 template <class T>
-void Stage<T>::part() {
+void Stage<T>::part(int most, bool borrowed) {
+    const auto reads = [](const auto& layer) { return layer->matrix && layer->spec.x == 0; };
     halved = true;
+    borrows = borrowed && !head && std::any_of(layers.begin(), layers.end(), reads);
     for (const auto& layer : layers)
         if (layer->matrix && layer->spec.y + 1 < int(elements.size())) shelved[layer->spec.y] = true;
     house_gradients(false);
+    for (int n = 0; n < most; ++n) add_shelf();
+}
+
+template <class T>
+void Stage<T>::add_shelf() {
+    Shelf& shelf = *shelves.emplace_back(std::make_unique<Shelf>());
+    for (size_t id = 0; id < shelved.size(); ++id) shelf.gradients.emplace_back(shelved[id] ? elements[id] : 0, dry);
+    if (borrows) shelf.input = Memory<T>(elements[0], dry);
+    idle.push_back(&shelf);
 }
 
 // The rest of what W needs stays where it is until the next forward of the microbatch.
 template <class T>
 void Stage<T>::shelve(Slot& slot) {
     if (slot.shelf) return;
-    if (idle.empty()) {
-        shelves.push_back(std::make_unique<Shelf>());
-        idle.push_back(shelves.back().get());
-        idle.back()->gradients.resize(std::count(shelved.begin(), shelved.end(), true));
-        for (size_t id = 0; id < shelved.size(); ++id)
-            if (shelved[id]) idle.back()->gradients[rooms[id]] = Memory<T>(elements[id]);
-    }
+    if (idle.empty()) add_shelf();  // a program that forgets a W needs more
     slot.shelf = idle.back();
     idle.pop_back();
 }
@@ -47,10 +52,8 @@ void Stage<T>::shelve(Slot& slot) {
 // An input that lies with the stage in front is overwritten once that has its gradient, which may be before W.
 template <class T>
 void Stage<T>::keep_input(int m) {
-    const auto reads = [](const auto& layer) { return layer->matrix && layer->spec.x == 0; };
-    if (head || !halved || std::none_of(layers.begin(), layers.end(), reads)) return;
+    if (!borrows) return;
     Memory<T>& kept = slots[m].shelf->input;
-    if (!kept.size()) kept = Memory<T>(elements[0]);
     std::copy(slots[m].given, slots[m].given + elements[0], kept.data());
     slots[m].given = kept.data();
 }

@@ -7,8 +7,9 @@ namespace paraxis {
 
 template <class T>
 Stage<T>::Stage(const std::vector<Spec>& specs, int slice, int microbatches, bool head, bool tail,
-                const Kernels<T>& kernels, uint64_t seed, int tokens)
-    : slice(slice), microbatches(microbatches), tokens(tokens), head(head), tail(tail), kernels(kernels), seed(seed),
+                const Kernels<T>& kernels, uint64_t seed, int tokens, bool dry)
+    : slice(slice), microbatches(microbatches), tokens(tokens), head(head), tail(tail), dry(dry), kernels(kernels),
+      seed(seed),
       blocks(tokens ? slice * blocks_of(tokens) : blocks_of(slice)) {
     if (specs.empty() || slice < 1 || microbatches < 1) throw std::invalid_argument("a stage needs layers and samples");
     elements.push_back(size_t(blocks) * specs[0].in.size() * LANES);
@@ -27,17 +28,17 @@ Stage<T>::Stage(const std::vector<Spec>& specs, int slice, int microbatches, boo
         elements.push_back(size_t(blocks) * spec.out.size() * LANES);
     }
     if (tail && specs.back().out.positions() != 1) throw std::invalid_argument("the last layer must give one row a sample");
-    gradients = Memory<T>(parameters);
-    collected = Memory<T>(statistics);
-    scratch = Memory<T>(most);
+    gradients = Memory<T>(parameters, dry);
+    collected = Memory<T>(statistics, dry);
+    scratch = Memory<T>(most, dry);
     for (int m = 0; m < microbatches; ++m) {
         Slot& slot = slots.emplace_back();
-        for (size_t id = 0; id < elements.size(); ++id) slot.acts.emplace_back(id || head ? elements[id] : 0);
+        for (size_t id = 0; id < elements.size(); ++id) slot.acts.emplace_back(id || head ? elements[id] : 0, dry);
         for (const auto& layer : layers) {
-            slot.kept.emplace_back(blocks * layer->kept);
-            slot.marks.emplace_back(blocks * layer->marks);
+            slot.kept.emplace_back(blocks * layer->kept, dry);
+            slot.marks.emplace_back(blocks * layer->marks, dry);
         }
-        slot.entering = Memory<T>(head ? 0 : elements[0]);
+        slot.entering = Memory<T>(head ? 0 : elements[0], dry);
         slot.given = slot.acts[0].data();
         slot.targets.resize(size_t(blocks) * LANES);
         slot.valid = slice;
@@ -45,6 +46,24 @@ Stage<T>::Stage(const std::vector<Spec>& specs, int slice, int microbatches, boo
     plan_gradients();
     shelved.assign(elements.size(), false);
     house_gradients(false);
+}
+
+template <class T>
+size_t Stage<T>::activation_bytes() const {
+    size_t total = scratch.bytes();
+    for (const auto& own : grads) total += own.bytes();
+    for (const auto& own : moments) total += own.bytes();
+    for (const auto& shelf : shelves) {
+        total += shelf->input.bytes();
+        for (const auto& own : shelf->gradients) total += own.bytes();
+    }
+    for (const Slot& slot : slots) {
+        total += slot.entering.bytes();
+        for (const auto& own : slot.acts) total += own.bytes();
+        for (const auto& own : slot.kept) total += own.bytes();
+        for (const auto& own : slot.marks) total += own.bytes();
+    }
+    return total;
 }
 
 template <class T>
@@ -120,12 +139,11 @@ template <class T>
 void Stage<T>::house_gradients(bool apart) {
     std::vector<size_t> sizes;
     std::vector<int> empty;
-    int kept = 0;
     rooms.assign(elements.size(), -1);
     const auto house = [&](int id) {
         if (id <= 0 || id + 1 == int(elements.size()) || rooms[id] >= 0) return;
         if (shelved[id]) {
-            rooms[id] = kept++;
+            rooms[id] = id;  // of its shelf
             return;
         }
         if (empty.empty()) {
@@ -150,7 +168,7 @@ void Stage<T>::house_gradients(bool apart) {
         if (!apart && rooms[spec.y] >= 0 && !shelved[spec.y]) empty.push_back(rooms[spec.y]);
     }
     grads.clear();
-    for (size_t size : sizes) grads.emplace_back(size);
+    for (size_t size : sizes) grads.emplace_back(size, dry);
 }
 
 template <class T>
@@ -249,7 +267,7 @@ void Stage<T>::backward(int segment, int m, uint64_t step, int64_t first, bool p
 
 template <class T>
 void Stage<T>::own_by(int owners) {
-    scratch = Memory<T>(scratch.size() * owners);
+    scratch = Memory<T>(scratch.size() * owners, dry);
     house_gradients(true);  // they read all gradients when the backward is over
 }
 

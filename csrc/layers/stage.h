@@ -20,8 +20,8 @@ struct Samples {
 // What several ranks may share: parameters, running statistics and the optimiser's state of one stage.
 template <class T>
 struct Weights {
-    Weights(size_t parameters, size_t statistics)
-        : params(parameters), running(statistics), first(parameters), second(parameters) {}
+    Weights(size_t parameters, size_t statistics, bool dry)
+        : params(parameters, dry), running(statistics, dry), first(parameters, dry), second(parameters, dry) {}
     Memory<T> params, running, first, second;
 };
 
@@ -33,9 +33,10 @@ template <class T>
 class Stage {
   public:
     // `slice`: samples of a microbatch; `head`: takes samples in; `tail`: ends in the loss; `tokens` of a sample, which
-    // then lie along the lanes, each with a loss of its own (0: a sample is a lane). Throws std::invalid_argument.
+    // then lie along the lanes, each with a loss of its own (0: a sample is a lane). `dry`: it reserves no memory and
+    // computes nothing, but knows how much that would be. Throws std::invalid_argument.
     Stage(const std::vector<Spec>& specs, int slice, int microbatches, bool head, bool tail, const Kernels<T>& kernels,
-          uint64_t seed, int tokens = 0);
+          uint64_t seed, int tokens = 0, bool dry = false);
 
     void load(int microbatch, const Samples& samples, int64_t step, int64_t first);
     // Segments end where a layer meets the other replicas: behind its measuring, before it uses the sums of all.
@@ -46,7 +47,8 @@ class Stage {
     void join(Stage& first);
     // I and W apart: a backward leaves the gradient of matrices to `weigh`, and keeps until then what that is made of; one
     // that is not `parted` calls it itself.
-    void part();
+    // `most`: microbatches between their I and W at once; `borrowed`: their inputs lie with the stage in front.
+    void part(int most, bool borrowed);
     void keep_input(int microbatch);
     void weigh(int segment, int microbatch);
     // The n-th owner's part of the gradient of matrices, over the samples of all replicas of this stage.
@@ -66,6 +68,7 @@ class Stage {
     int symbols() const { return layers.front()->spec.entries; }  // that it takes in, where it is the head of tokens
     std::pair<size_t, size_t> tied(int tie) const;  // where the parameters of that number lie: begin, end
     int segments() const { return int(meeting.size()) + 1; }
+    size_t activation_bytes() const;  // of all microbatches, with what the layers need while they compute
 
     struct Place {
         size_t weights, statistics;
@@ -82,7 +85,7 @@ class Stage {
     int backwards = 0;  // of this step; the first one overwrites the gradients
     int weighed = 0;    // microbatches whose gradients are complete; the first one overwrites those of matrices
     const int slice, microbatches, tokens;
-    const bool head, tail;
+    const bool head, tail, dry;
     const Kernels<T>& kernels;
 
   private:
@@ -102,10 +105,10 @@ class Stage {
         Shelf* shelf = nullptr;
     };
     std::vector<Slot> slots;
-    std::vector<std::unique_ptr<Shelf>> shelves;  // as many as there have ever been microbatches between I and W
+    std::vector<std::unique_ptr<Shelf>> shelves;
     std::vector<Shelf*> idle;
     std::vector<bool> shelved;  // activations whose gradient is kept for a W; none where I and W are not apart
-    bool halved = false;
+    bool halved = false, borrows = false;
     Stage* flat = this;         // the first stage of the rank
     // Of every activation but the input and, in the tail, the output; no two microbatches are in a backward at once. One
     // that has been used up leaves its room to another.
@@ -124,6 +127,7 @@ class Stage {
     void check(const Spec& spec) const;
     void settle(const Spec& spec, const Layer<T>& layer);
     void plan_gradients();
+    void add_shelf();
     void shelve(Slot& slot);
     void house_gradients(bool apart);
     void load_tokens(Slot& slot, const Samples& samples, const int64_t* index);

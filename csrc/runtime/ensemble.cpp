@@ -29,14 +29,15 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
     for (const Body& body : this->bodies)
         for (int rank = 0; rank < grid.size(); ++rank)
             for (const Instruction& i : body.ranks[rank]) fits(body, rank, i);
-    settle_stages();
+    for (int rank = 0; rank < grid.size(); ++rank)
+        for (int number = 1; number < each; ++number) stage(rank, number).join(*stages[rank]);
     for (int rank = 0; rank < grid.size(); ++rank) {
         Stage<T>& own = *stages[rank];
         const int first = grid.rank(0, grid.pp_of(rank));
         if (shared && rank != first)
             own.weights = stages[first]->weights;
         else
-            own.weights = std::make_shared<Weights<T>>(own.gradients.size(), own.collected.size());
+            own.weights = std::make_shared<Weights<T>>(own.gradients.size(), own.collected.size(), own.dry);
         strips.emplace_back(STRIP);
     }
     bool owners = false, outer = false;
@@ -45,7 +46,8 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
             for (const Instruction& i : list) owners |= i.rule == Rule::owner, outer |= i.rule >= Rule::snapshot;
     for (int rank = 0; outer && rank < grid.size(); ++rank) {
         const size_t count = stages[rank]->weights->params.size();
-        outers.push_back({Memory<T>(count), Memory<T>(count), Memory<T>(count)});
+        const bool dry = stages[rank]->dry;
+        outers.push_back({Memory<T>(count, dry), Memory<T>(count, dry), Memory<T>(count, dry)});
     }
     // Of a pipeline, the stage in front would overwrite what the owners behind it still read.
     if (owners && (!shared || stages[0]->microbatches > 1 || grid.pp > 1))
@@ -55,18 +57,17 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
     connect();
 }
 
-// What stages of a rank have in common, and which of them have their backwards in two halves.
 template <class T>
-void Ensemble<T>::settle_stages() {
-    for (int rank = 0; rank < grid.size(); ++rank) {
-        for (int number = 1; number < each; ++number) stage(rank, number).join(*stages[rank]);
-        for (int number = 0; number < each; ++number)
-            for (const Body& body : bodies)
-                if (std::any_of(body.ranks[rank].begin(), body.ranks[rank].end(), [&](const Instruction& i) {
-                        return i.op == Op::W && i.rule != Rule::owner && std::max(i.stage, 0) / grid.pp == number;
-                    }))
-                    stage(rank, number).part();
+std::array<size_t, 4> Ensemble<T>::reserved(int rank) const {
+    const Stage<T>& own = *stages[rank];
+    const Weights<T>& weights = *own.weights;
+    size_t state = weights.first.bytes() + weights.second.bytes(), activations = strips[rank].bytes();
+    if (!outers.empty()) {
+        const Outer& outer = outers[rank];
+        state += outer.snapshot.bytes() + outer.delta.bytes() + outer.momentum.bytes();
     }
+    for (int number = 0; number < each; ++number) activations += every[rank * each + number]->activation_bytes();
+    return {weights.params.bytes() + weights.running.bytes(), own.gradients.bytes() + own.collected.bytes(), state, activations};
 }
 
 // Throws if an instruction names a stage that does not lie on its rank, or what that stage has not.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <memory>
 #include <utility>
@@ -90,6 +91,9 @@ class Ensemble {
     void finish(int64_t step, double rate, double scale);
     void begin();
 
+    // Bytes of a rank's parameters (which replicas may have in common), gradients, optimiser's state, activations.
+    std::array<size_t, 4> reserved(int rank) const;
+
     Stage<T>& stage(int rank, int number = 0) { return *every[rank * each + number]; }
     std::pair<size_t, size_t> tied(int rank, int tie);  // where a rank's flat buffers have the parameters of a tie
     const Grid grid;
@@ -136,7 +140,6 @@ class Ensemble {
     std::vector<std::vector<Stage<T>*>> kin;  // replicas of each stage
     std::vector<std::vector<const T*>> sources;  // whose gradients a rank is summing
 
-    void settle_stages();
     void fits(const Body& body, int rank, const Instruction& i);
     int place(const Hand& hand, const Instruction& i) const { return i.stage < 0 ? grid.pp_of(hand.rank) : i.stage; }
     Links& link(const Hand& hand, int edge) { return *links[edge * grid.dp + grid.dp_of(hand.rank)]; }

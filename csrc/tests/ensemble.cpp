@@ -237,9 +237,11 @@ Result trained(const Plan& plan, const Data& data) {
             if (spec.kind == "batch_norm" && plan.whole) spec.across = plan.grid.dp;
     std::vector<std::unique_ptr<Stage<float>>> stages;
     for (int rank = 0; rank < plan.grid.size(); ++rank)
-        for (int s = plan.grid.pp_of(rank); s < plan.stages(); s += plan.grid.pp)
+        for (int s = plan.grid.pp_of(rank); s < plan.stages(); s += plan.grid.pp) {
             stages.push_back(std::make_unique<Stage<float>>(every[s], slice, plan.microbatches, s == 0, s == plan.stages() - 1,
                                                             *plan.kernels, 5, network.tokens));
+            if (plan.halved) stages.back()->part(plan.microbatches, true);
+        }
     Hyper hyper;
     hyper.momentum = 0.9, hyper.decay = 0.01, hyper.clip = plan.clipped ? 0.5 : 0, hyper.weight = BATCH;
     Ensemble<float> e(plan.grid, std::move(stages), bodies_of(plan), hyper, plan.shared, 2);

@@ -45,8 +45,6 @@ class NativeStage:
         self.last = stage == len(program.stages) - 1
         self.last_segment = len(program.segments[stage]) - 1
         self.slice_size = now.task.batch // (program.mesh.dp * program.microbatches)
-        if program.parted(stage):
-            ensemble.part(self.number)
         self.parted = program.parted(stage)
         self.places: dict[int, int] = {}  # of each microbatch's first sample in the global batch
         self.clear()

@@ -68,10 +68,10 @@ def plain(optimizer: torch.optim.Optimizer) -> str:
     return "sgd" if kind is torch.optim.SGD else "adam"
 
 
-def sgd(w: Tensor, g: Tensor, state: State, group: Group, scale: float) -> None:
+def sgd(w: Tensor, g: Tensor, state: State, group: Group, scale: float | Tensor) -> None:
     """SGD with momentum, Nesterov and weight decay (as torch.optim.SGD); the gradient is `scale` times g. Alters g."""
     lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
-    if not momentum and not decay:
+    if not momentum and not decay and not isinstance(scale, Tensor):
         w.add_(g, alpha=-lr * scale)
         return
     g.mul_(scale)
@@ -85,7 +85,7 @@ def sgd(w: Tensor, g: Tensor, state: State, group: Group, scale: float) -> None:
     w.add_(g, alpha=-lr)
 
 
-def adam(w: Tensor, g: Tensor, state: State, group: Group, scale: float) -> None:
+def adam(w: Tensor, g: Tensor, state: State, group: Group, scale: float | Tensor) -> None:
     """Adam, or AdamW where the decay is decoupled (Kingma and Ba 2015; Loshchilov and Hutter 2019). Alters g."""
     lr, decay, eps = float(group["lr"]), group["weight_decay"], group["eps"]
     beta1, beta2 = group["betas"]

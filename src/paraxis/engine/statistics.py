@@ -11,13 +11,13 @@ from paraxis.task.trial import running
 class StageStatistics:
     """Those of one stage. `values` (n,) are the step's, `collected` (n,) sums of what each group has made of them."""
 
-    def __init__(self, segments: Iterable[Iterable[nn.Module]]) -> None:
+    def __init__(self, segments: Iterable[Iterable[nn.Module]], device: torch.device) -> None:
         modules = {id(m): m for segment in segments for layer in segment for m in layer.modules()}
         found = [b for m in modules.values() for b in running(m)]
         self.buffers = [b for b in found if b.is_floating_point()]
         self.counters = [(b, int(b)) for b in found if not b.is_floating_point()]
         flat = [b.reshape(-1) for b in self.buffers]
-        self.use(torch.cat(flat) if flat else torch.zeros(0))
+        self.use(torch.cat(flat) if flat else torch.zeros(0, device=device))
 
     def use(self, values: Tensor, collected: Tensor | None = None) -> None:
         """Keep them in this memory."""

@@ -16,14 +16,14 @@ from paraxis.program.instructions import (
     BACKWARD,
     COLLECTIVES,
     COMPUTE,
+    MIDWAY,
     MOMENTS,
     RECEIVES,
-    REDUCES,
     SENDS,
     Instruction,
     Program,
 )
-from paraxis.program.meetings import awaited, begins, kind, reach
+from paraxis.program.meetings import WORDS, awaited, begins, kind, reach
 from paraxis.sync.rule import updates
 
 SUMS = {
@@ -31,6 +31,10 @@ SUMS = {
     "moment_grads": "the replicas' sums of batch norm {}'s gradient",
     "ReduceAct": "the summed outputs of segment {}",
     "ReduceGrad": "the summed gradients behind segment {}",
+    "GatherAct": "the other ranks' tokens behind segment {}",
+    "ScatterGrad": "the summed gradients of one's own tokens behind segment {}",
+    "ScatterAct": "one's own tokens of segment {}",
+    "GatherGrad": "the gradients of the other ranks' tokens of segment {}",
 }
 Fail = Callable[[int, str], NoReturn]
 
@@ -59,6 +63,7 @@ class _Rank:
     met: set[tuple[str, int, int, int]] = field(default_factory=set)  # (buffer or op, stage, border, microbatch)
     midway: dict[int, Instruction] = field(default_factory=dict)  # of each stage, what stands still in the middle of it
     tied: set[int] = field(default_factory=set)  # ties whose copies have been added up
+    whole: bool = False  # gradients of what every rank of tp has, over the tokens of all of them
     parted: set[tuple[int, int, int]] = field(default_factory=set)  # I whose W is still to come
     leaks: set[tuple[int, int, int]] = field(default_factory=set)  # forwards whose backward never comes
     light: dict[tuple[int, int, int], int] = field(default_factory=dict)  # slices of forwards that kept nothing more
@@ -114,7 +119,7 @@ def _computes(i: Instruction, stage: int) -> bool:
 
 def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[Instruction]) -> int:
     """What one rank can violate alone, in one body. Returns the peak of live microbatches."""
-    body, shards = program.body(part), Shards(program.zero)
+    body, shards = program.body(part), Shards(program, rank)
     keys = {ops: {(i.stage, i.segment, i.microbatch) for i in instructions if i.op in ops} for ops in ("F", "BI")}
     state = _Rank(leaks=keys["F"] - keys["BI"])
 
@@ -144,17 +149,19 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             _check_send(program, state, i, slot, fail)
         elif i.waits and i.base in RECEIVES:
             state.received.add((i.base, i.stage, i.microbatch))
-        elif i.buffer in MOMENTS.values() or i.base in REDUCES:
+        elif i.buffer in MOMENTS.values() or i.base in MIDWAY:
             _check_meeting(program, state, i, slot, fail)
         elif i.buffer == "tied":
             _check_tie(program, rank, state, i, slot, fail)
+        elif i.buffer == "whole":
+            _check_whole(program, rank, state, i, slot, fail)
         elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm", *updates()):
             _check_write(program, rank, state, i, slot, fail)
         state.peak = max(state.peak, len({(f[0], f[2]) for f in (state.forward - state.backward) | state.parted}))
     if state.open:
         token, i = next(iter(state.open.items()))
         fail(len(instructions) - 1, f"{i.op} {i.label()} (token {token}) is never awaited")
-    shards.end(set(_buckets(program, rank)), len(instructions) - 1, fail)
+    shards.end(len(instructions) - 1, fail)
     if any(i.op in BACKWARD for row in body for i in row):
         _check_complete(program, state, rank, fail, len(instructions) - 1)
         _check_shared(program, state, instructions, fail)
@@ -249,14 +256,14 @@ def _check_midway(program: Program, state: _Rank, i: Instruction, slot: int, fai
 
 def _of_microbatch(i: Instruction, met: str) -> int:
     """Batch norms over all ranks have but one."""
-    return i.microbatch if met in REDUCES else -1
+    return i.microbatch if met in MIDWAY else -1
 
 
 def _check_meeting(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
     """What ranks add up in the middle of a stage has just been made, and is used by what comes next."""
-    stage, forward = i.stage, i.buffer == "moments" or i.base == "ReduceAct"
-    words, border = program.borders(stage), i.segment if i.base in REDUCES else i.bucket
-    word = {"ReduceAct": "act", "ReduceGrad": "grad"}.get(i.base, "norm")
+    stage, forward = i.stage, i.buffer == "moments" or i.base.endswith("Act")
+    words, border = program.borders(stage), i.segment if i.base in MIDWAY else i.bucket
+    word = WORDS.get(i.base, "norm")
     if not 0 <= border < len(words) or words[border] != word:
         found = f"{sum(w == word for w in words)} batch norms" if word == "norm" else f"borders {', '.join(words)}"
         fail(slot, f"{i.label()}: stage {stage} has {found}")
@@ -295,11 +302,26 @@ def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: 
     done = sum(1 for s, k, _ in state.backward if (s, k) in own)
     if done < program.microbatches * len(own) or any(key[:2] in own for key in state.parted):
         fail(slot, f"the copies of {tie.parameter} are added up before their last backward")
+    if program.zero > 1:
+        return
     whole = not program.epilogue and not program.common() and not program.zero
     replicas = program.mesh.dp > 1 and whole
     if any(o.buffer == "grads" for o in state.open.values()) or any((p in state.reduced) != replicas for p in own):
         order = "after" if replicas else "before"
         fail(slot, f"the copies of {tie.parameter} must be added up {order} the replicas' reduction")
+
+
+def _check_whole(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    """What ranks have computed from their tokens alone is added up once, complete, and before replicas reduce it."""
+    if i.starts:
+        done = len(state.backward) - len(state.parted)
+        if state.whole:
+            fail(slot, f"{i.label()} adds up the gradients of whole parameters twice")
+        if done < program.microbatches * len(_buckets(program, rank)):
+            fail(slot, f"{i.label()}: gradients of whole parameters are added up before their last backward")
+        if state.reduced:
+            fail(slot, f"{i.label()}: gradients of whole parameters must be added up before the replicas' reduction")
+    state.whole |= i.waits
 
 
 def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
@@ -310,11 +332,9 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
         fail(slot, _leaked(min(live & state.leaks)[2]))
     if writes and live:
         fail(slot, f"{i.label()} writes parameters while microbatch {min(live)[2]} is between F and B")
-    if i.starts and i.buffer == "grads":
+    if i.starts and i.buffer == "grads" and program.zero < 2:  # or else microbatch by microbatch
         for stage, bucket in _buckets(program, rank) if i.bucket < 0 else [(i.stage, i.bucket)]:
             done = sum(1 for s, k, _ in state.backward - state.parted if (s, k) == (stage, bucket))
-            if done < program.microbatches and program.zero > 1:
-                return  # reduced microbatch by microbatch
             if done < program.microbatches:
                 fail(slot, f"bucket {bucket} is reduced after {done} of {program.microbatches} microbatches")
             state.reduced.add((stage, bucket))
@@ -333,10 +353,12 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
             fail(slot, f"the update comes without W{min(state.parted)[2]}, its microbatch's gradient of weights")
         if any(o.buffer == "grads" for o in state.open.values()):
             fail(slot, "the update does not wait for the reduction")
+        if program.sequenced() and not state.whole:
+            fail(slot, "the update comes before the gradients of whole parameters are added up over tp")
         if state.gathered:
             fail(slot, "the update comes after the weights were gathered")
         agree = program.mesh.dp > 1 and not program.epilogue  # otherwise replicas agree on weights, later
-        wanted = len(_buckets(program, rank)) if agree else 0
+        wanted = len(_buckets(program, rank)) if agree and program.zero < 2 else 0
         if len(state.reduced) < wanted:
             fail(slot, f"the update comes after {len(state.reduced)} of {wanted} buckets were reduced")
 

@@ -69,6 +69,10 @@ def explain(program: Program) -> str:
     keys = "F forward, B backward of a microbatch; L load; r/s receive/send A activation, G gradient; AR all-reduce"
     keys += ", ARm of a batch norm's sums" * program.synchronised()
     keys += ", RA/RG sums of outputs and input gradients of split layers" * (program.mesh.tp > 1)
+    keys += (
+        ", GA/SA/GG/SG gather and scatter tokens of activations and gradients, ARw adds up gradients of what is whole"
+        * (program.sequenced())
+    )
     keys += ", ARt of a tied parameter's gradient" * bool(program.ties)
     keys += ", RS reduce-scatter, AG all-gather" * (program.zero > 0)
     keys += ", +/- memory for a segment's gradients (g)" * (program.zero > 1)

@@ -10,7 +10,7 @@ from paraxis.program.cut import Layout, bucketed, cut, met, synchronised, ties, 
 from paraxis.program.instructions import MOMENTS, Buffer, Instruction, Program, Tie
 from paraxis.program.passes import evaluation, follow, pair_tokens, scoring, state, training
 from paraxis.program.recompute import check_recompute, sublinear
-from paraxis.program.zero import check_zero
+from paraxis.program.zero import used_buckets
 from paraxis.sync.rule import Do, Sync, parse
 
 
@@ -22,9 +22,10 @@ def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
     segments = tuple(met(stage, meets) if meets else bucketed(stage, layout, plan.bucket_bytes) for stage in stages)
     segments = tuple(sublinear(own) if s in plan.recomputed() else own for s, own in enumerate(segments))
     borders = tuple(tuple(w for own in meets[first:last] for w in own) for first, last in stages) if meets else ()
-    cuts = segments, borders or tuple(("cut",) * (len(own) - 1) for own in segments)
+    met_in = [[n for n in range(*stage) for _ in meets[n]] for stage in stages] if meets else []
+    between = borders or tuple(("cut",) * (len(own) - 1) for own in segments)
     tied = ties(plan, layout, stages)
-    check_zero(plan, bool(meets), tied)
+    cuts = segments, between, used_buckets(segments, between, met_in, layout, tied, plan.pp) if plan.zero > 1 else {}
     sync = parse(plan.sync)
 
     def step(agree: str, reduce: Iterable[Do] = (), after: Iterable[Do] = ()) -> list[list[Instruction]]:
@@ -88,6 +89,7 @@ def buffers(layout: Layout, plan: Plan, tied: Sequence[Tie] = ()) -> list[Buffer
     names += ["statistics", "running"] * layout.statistics + ["norm"] * layout.clip
     names += list(MOMENTS.values()) * synchronised(plan, layout)
     names += ["tied"] * bool(tied)
+    names += ["whole"] * plan.sequence
     names += ["factors"] * (plan.gradients == "owner")
     names += ["state"] * (plan.zero > 0)
     sync = parse(plan.sync)

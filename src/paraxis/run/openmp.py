@@ -127,8 +127,15 @@ class Team:
 
 def start(task: Task, program: Program, hogwild: bool) -> Team:
     """A team with the task's initial weights; raises PlanError for what C++ cannot do."""
-    native, mesh = extension(), program.mesh
     hyper = task.hyper()
+    ensemble = ensemble_of(task, program, hyper, hogwild)
+    put_weights(ensemble, task, range(program.mesh.size))
+    return Team(task, program, ensemble, hyper, [name for name, _ in program.bodies])
+
+
+def ensemble_of(task: Task, program: Program, hyper: Hyper, hogwild: bool, dry: bool = False) -> Any:
+    """What C++ executes, with weights of zero; `dry`: it reserves no memory, but knows how much that would be."""
+    native, mesh = extension(), program.mesh
     if hogwild:
         plain = hyper.rule == "sgd" and not (hyper.groups[0]["momentum"] or hyper.groups[0]["weight_decay"])
         if not plain or task.spec.clip:
@@ -147,7 +154,7 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
     samples = task.batch // (mesh.dp * program.microbatches)
     make = native.Float if task.dtype == torch.float32 else native.Double
     replicas = mesh.dp if program.epilogue else 1
-    ensemble = make(
+    return make(
         dp=mesh.dp,
         pp=mesh.pp,
         stages=stages_of(task, program, samples),
@@ -160,11 +167,10 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
         seed=task.spec.seed,
         naive=False,
         ends=(True, True),
+        kept=[program.halved(stage) for stage in range(len(program.stages))],
         tokens=tokens_of(task),
+        dry=dry,
     )
-    team = Team(task, program, ensemble, hyper, [name for name, _ in program.bodies])
-    put_weights(ensemble, task, range(mesh.size))
-    return team
 
 
 def _words(i: Instruction) -> tuple[Any, ...]:
@@ -199,6 +205,7 @@ def record_cost(count: int = 256, passes: int = 200) -> float:
         seed=0,
         naive=False,
         ends=(True, True),
+        kept=[0],
     )
     samples = np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
     warm = native.RING

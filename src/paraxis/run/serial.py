@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from paraxis.engine.devices import CPU, move
 from paraxis.sync.rule import parse
 from paraxis.task.batches import cut
 from paraxis.task.task import Task
@@ -26,8 +27,9 @@ class Replica:
     scheduler: object
 
 
-def replica(task: Task) -> Replica:
-    """A copy ready to train."""
+def replica(task: Task, device: torch.device = CPU) -> Replica:
+    """A copy ready to train, on a device."""
+    move(task, [[task.net]], device)
     optimizer = task.optimizer()
     return Replica(task, optimizer, task.scheduler(optimizer))
 
