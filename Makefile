@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PARAXIS = .venv/bin/paraxis
 
-.PHONY: explore test slow lint bench clean sanitize arm64 wheels test-gpu
+.PHONY: explore test slow lint bench clean sanitize arm64 wheels test-gpu bench-gpu
 
 explore: .venv/installed
 	$(PARAXIS) explore cnn $(ARGS)
@@ -52,6 +52,9 @@ wheels: .venv/installed
 
 test-gpu: .gpu/installed
 	.gpu/bin/python -m pytest -m cuda -rs $(ARGS)
+
+bench-gpu: .gpu/installed
+	.gpu/bin/python benchmarks/gpu.py $(ARGS)
 
 # An environment on top of the one that PYTHON belongs to: whose packages are read, but never changed.
 .gpu/installed: pyproject.toml CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')

@@ -14,12 +14,12 @@ from paraxis.measure.facts import Facts
 from paraxis.measure.records import Event, MemoryRecord, Study
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
-from paraxis.program.cut import Layout
+from paraxis.program.cut import Layout, told_of
 from paraxis.program.grid import blocks, draw, explain, simplify, slot_width
 from paraxis.program.instructions import COMPUTE, Instruction, Program
 from paraxis.program.lower import lower
 from paraxis.program.meetings import kind, reach
-from paraxis.program.shares import Split, chosen, told
+from paraxis.program.shares import MEETS, Split, Tokens, chosen
 from paraxis.program.simulate import Costs, simulate, uniform
 from paraxis.program.timeline import cells
 from paraxis.progress import err
@@ -44,7 +44,7 @@ def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
             program, facts = session.program(plan), session.known()
             found = record(session.memory(plan))
             memory = found.model_dump() if found else None
-            splits = told(plan.tp, facts.layout.splits, facts.layout.modules) if plan.tp > 1 else ""
+            splits = "".join(told_of([plan], facts.layout))
         share = facts.batch / facts.samples / plan.dp / plan.microbatches
         costs = measured(program, *_shared(plan, facts), share)
         source = f"measured layers of {facts.network}, links free"
@@ -76,11 +76,12 @@ def drawn(plan: Plan, program: Program, costs: Costs, source: str) -> dict[str, 
 
 
 def _textbook(plan: Plan) -> Layout:
-    """A layer a stage, each of which ranks can share."""
+    """A layer a stage, each of which ranks can share, and the tokens between them."""
     layers = max(plan.stages, sum(plan.split))
     meets = [((k, 2 * k, "grad"), (k, 2 * k + 1, "act"))[k == 0 :] for k in range(layers)]
-    splits = [Split("columns", plan.tp, (str(k),), meets[k], (k, k)) for k in range(layers)]
-    return Layout((1,) * layers, splits=tuple(splits))
+    splits = tuple(Split("columns", plan.tp, (str(k),), meets[k], (k, k)) for k in range(layers))
+    along = tuple((k, place, MEETS[word]) for own in meets for k, place, word in own)
+    return Layout((1,) * layers, splits=splits, tokens=(Tokens((plan.tp,), plan.tp, meets=along),))
 
 
 def _shared(plan: Plan, facts: Facts) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -41,14 +41,17 @@ TEXTS = (
     "dp=2,zero=2,bucket_bytes=1000",
     "dp=2,zero=3,bucket_bytes=1000,recompute=all",
     "dp=2,pp=2,microbatches=2,zero=3",
+    "dp=2,pp=2,microbatches=4,zero=3,schedule=zb-h1,bucket_bytes=1000",
 )
 PAIRS = [(name, text) for name in ("cnn", "transformer") for text in TEXTS if "zero" not in text or name == "cnn"]
 PAIRS += [("batch norm", text) for text in ("serial", "dp=2,pp=2,microbatches=4", "microbatches=2,recompute=all")]
 SHARED = [("wide", "tp=2"), ("wide", "dp=2,tp=2"), ("wide", "pp=2,tp=2,microbatches=4"), ("gpt", "tp=2")]
 SHARED += [("gpt", "pp=2,tp=2,microbatches=4"), ("gpt", "pp=2,tp=2,schedule=zb-h1,microbatches=4")]
+SHARED += [("gpt", "tp=2,sequence=1"), ("gpt", "dp=2,pp=2,tp=2,microbatches=2,sequence=1")]
 SHARED += [("gpt", "dp=2,tp=2,zero=1"), ("gpt", "pp=2,tp=2,schedule=interleaved,interleave=2,microbatches=2")]
 AGREEING = [("wide", f"dp=2,sync={sync}") for sync in ("average@2", "compressed", "diloco@2", "diloco@2:bf16")]
 AGREEING += [("wide", "dp=4,sync=diloco@2:int8:fragments=2"), ("gpt", "dp=2,pp=2,microbatches=2,sync=diloco@2:int8")]
+AGREEING += [("wide", "dp=2,sync=diloco@4:bf16:overlap=2")]
 NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "wide": ("mlp:12-64-48-80", {"batch": 64, "data": STREAM.format("1x3x4,80"), "momentum": 0.9}),
     "gpt": ("gpt:2-16-2-8,dropout=0.2", {"batch": 16, "optimizer": "adam"}),
@@ -57,8 +60,8 @@ PAIRS += [("mlp", text) for text in ("serial", "pp=2,interleave=2,schedule=gpipe
 
 
 @cache
-def sizes_of(spec: TaskSpec, tp: int = 1) -> Sizes:
-    return measure_sizes(make_task(spec), tp)
+def sizes_of(spec: TaskSpec, tp: int = 1, sequence: int = 0) -> Sizes:
+    return measure_sizes(make_task(spec), tp, sequence)
 
 
 def named(folder: Path, name: str) -> TaskSpec:
@@ -80,7 +83,7 @@ def counted(spec: TaskSpec, plan: Plan) -> tuple[list[Memory], list[dict[str, in
         counts = [stack.enter_context(counting(rank)) for rank in ranks]
         reference.run_steps(ranks, program.steps_in_period())
     found = [held(rank, count.peak) for rank, count in zip(ranks, counts, strict=True)]
-    return memory(program, plan, sizes_of(spec, plan.tp), task.batch), found
+    return memory(program, plan, sizes_of(spec, plan.tp, plan.sequence), task.batch), found
 
 
 def apart(spec: TaskSpec, plan: Plan) -> float:
@@ -111,6 +114,14 @@ def test_sizes_of_the_whole_network_are_no_parts(name: str, text: str, folder: P
     (right, *_), (found, *_) = counted(spec, plan)
     wrong = memory(lower(plan, make_task(spec).layout(), 3), plan, sizes_of(spec), spec.batch or 0)[0]
     assert wrong.total > 1.3 * sum(found.values()) and right.activations < 0.8 * wrong.activations
+
+
+def test_tokens_of_other_ranks_are_not_held(folder: Path) -> None:
+    """Mutant: between its splits a rank held all tokens."""
+    spec, plan = named(folder, "gpt"), parse("tp=2,sequence=1")
+    (right, *_), (found, *_) = counted(spec, plan)
+    wrong = memory(lower(plan, make_task(spec).layout(), 3), plan, sizes_of(spec, 2), spec.batch or 0)[0]
+    assert wrong.total > 1.05 * sum(found.values()) and right.activations < wrong.activations
 
 
 @pytest.mark.parametrize("sync, term", [("diloco@2", "copies"), ("diloco@2:bf16", "packed"), ("compressed", "packed")])

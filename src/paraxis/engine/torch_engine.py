@@ -9,9 +9,10 @@ from torch import Tensor
 
 from paraxis.engine.boundary import boundaries
 from paraxis.engine.devices import CPU, move
+from paraxis.engine.fed import Fed, descend
 from paraxis.engine.flat import Flat, flatten
 from paraxis.engine.kept import keep
-from paraxis.engine.packed import Packed
+from paraxis.engine.packed import Packed, within
 from paraxis.engine.pausing import pausing_for
 from paraxis.engine.rules import RULES, Hyper, State
 from paraxis.engine.sharding import Shards, ends, shard
@@ -84,6 +85,7 @@ class TorchEngine:
         replicas = program.mesh.dp if program.epilogue else 1  # those that agree later each train on their own batch
         self.known_weight = 0.0 if task.weight_in_data else task.batch / replicas
         self.now.totals = self.totals if task.weight_in_data else None
+        self.fed: Fed | None = None  # while a step is recorded, what it is fed
         self._losses: list[tuple[float, float] | Tensor] = []
 
     def _count(self, program: Program, rank: int) -> None:
@@ -93,15 +95,14 @@ class TorchEngine:
         self.tied = {number: named[tie.parameter] for number, tie in program.ties_of(rank).items()}
         self.own_buckets = program.own_buckets(rank)
         elsewhere = {self.tied[n] for n, tie in program.ties_of(rank).items() if tie.stages[0] not in self.stages}
+        alike = {range_ for name, range_ in named.items() if name not in self.shards}
         if program.mesh.coordinates(rank)[2]:  # what is whole on every rank of its group is counted on the first
-            elsewhere |= {range_ for name, range_ in named.items() if name not in self.shards}
-        alike = [self.gradients_flat[first:last] for name, (first, last) in named.items() if name not in self.shards]
-        self.whole = Packed(alike if program.sequenced() else [])
+            elsewhere |= alike
+        reduced = owned if program.zero > 1 else [(0, self.gradients_flat)]
+        self.whole = Packed(within(reduced, sorted(alike)) if program.sequenced() else [], self.gradients_flat)
         self.elsewhere = elsewhere  # ranges of parameters that a rank before this one has, too
         counted = _without(list(elsewhere), max(at + len(own) for at, own in owned))  # in the norm: one copy of each
-        self.counted = [
-            own[max(a - at, 0) : b - at] for at, own in owned for a, b in counted if a < at + len(own) and b > at
-        ]
+        self.counted = within(owned, counted)
 
     @property
     def step(self) -> int:
@@ -237,10 +238,14 @@ class TorchEngine:
         """One optimiser step on the flat buffers."""
         scale = self._clipped(self.scale())
         next(iter(self.stages.values())).apart(partial(self._step, scale))
+        if self.fed is None:
+            self.advance(self.now.sums)
+
+    def advance(self, sums: Tensor | None) -> None:
+        """What the host does behind an update; `sums` (2,) are the step's loss and weight if they lie on a device."""
         self.hyper.advance()
         if self.last_stage:
-            now = self.now
-            self._losses.append((now.loss_sum, now.loss_weight) if now.sums is None else now.sums.clone())
+            self._losses.append((self.now.loss_sum, self.now.loss_weight) if sums is None else sums.clone())
         self.now.number += 1
 
     @property
@@ -256,7 +261,9 @@ class TorchEngine:
         self._losses = list(rest)
 
     def _step(self, scale: float | Tensor) -> None:
-        if self.rule is not None:
+        if self.fed is not None:
+            descend(self, self.fed, scale)
+        elif self.rule is not None:
             for weights, gradients, state, group in self.runs:
                 self.rule(weights, gradients, state, group, scale)
         elif self.hyper.optimizer is not None:

@@ -91,6 +91,7 @@ class TorchStage:
         self.altered = [first in task.altering for first, _ in cuts]
         self.words = program.borders(stage)
         self.pausing: Pausing | None = None
+        self.landing: dict[tuple[bool, int], list[Tensor]] | None = None  # where what arrives always lies, if it does
         self.statistics = StageStatistics(self.segments, device)
         self.clear()
 
@@ -316,6 +317,9 @@ class TorchStage:
 
     def arrive(self, gradient: bool, microbatch: int, tensors: list[Tensor]) -> None:
         """Take over what has been received."""
+        if self.landing is not None:
+            lasting = self.landing.setdefault((gradient, microbatch), [torch.empty_like(t) for t in tensors])
+            tensors = [there.copy_(t).detach() for there, t in zip(lasting, tensors, strict=True)]
         if gradient:
             self.gradients[len(self.segments) - 1, microbatch] = list(tensors)
             return

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from paraxis.engine.parted import can_part
 from paraxis.program.memory import Piece, Sizes
-from paraxis.program.shares import chosen
+from paraxis.program.shares import chosen, sharing
 from paraxis.task.batches import Nest, leaves, map_nest
+from paraxis.task.gathering import apart
 from paraxis.task.shared import loss_of_parts, split
 from paraxis.task.task import Task
 
@@ -63,14 +64,18 @@ class Nobody:
         return part
 
 
-def measure_sizes(task: Task, tp: int = 1) -> Sizes:
-    """Bytes of every layer, of one rank's part where `tp` ranks share them (PlanError if they cannot).
+def measure_sizes(task: Task, tp: int = 1, sequence: int = 0) -> Sizes:
+    """Bytes of every layer, of one rank's part where `tp` ranks share them, with `sequence` the tokens between, too
+    (PlanError if they cannot).
 
     The task's optimiser may take a step for it, so that the task is used up.
     """
     if tp > 1:
-        own = chosen(tp, task.splits)
-        split(task.net, own, task.draw, 0, tp)
+        tokens = sharing(tp, task.splits, task.tokens) if sequence else None
+        own = tuple(task.splits[n] for n in tokens.splits) if tokens else chosen(tp, task.splits)
+        if tokens:
+            apart(task.net, task.chain, tokens, 0, tp)
+        split(task.net, own, task.draw, 0, tp, tokens)
         task.shared_loss = loss_of_parts(task.net, own, 0, tp)
         for module in (m for m in task.net.modules() if hasattr(m, "meeting")):
             vars(module)["meeting"] = Nobody()

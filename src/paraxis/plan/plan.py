@@ -11,6 +11,7 @@ from paraxis.plan.schedules import STAGES
 from paraxis.sync import rule as sync_rule
 
 SHARDED_BUCKET = 512 << 10  # bytes of a bucket of ZeRO 2 and 3 by default: below it messages cost more than memory
+WARM = 3  # steps of graphs=1 before one is recorded: libraries choose their kernels, and lazy buffers come into being
 SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 

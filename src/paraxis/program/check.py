@@ -16,6 +16,7 @@ from paraxis.program.instructions import (
     BACKWARD,
     COLLECTIVES,
     COMPUTE,
+    CROSSING,
     MIDWAY,
     MOMENTS,
     RECEIVES,
@@ -75,14 +76,19 @@ class _Rank:
 def check(program: Program) -> Checked:
     """Raises ProgramError or Deadlock with the grid and an arrow at the fault; else tells the peak of live work."""
     peaks = [0] * program.mesh.size
-    begin = [name for name, _ in program.prologue]
-    for part in (*begin, *_unrolled(program), *_apart(program)):
+    begin, steps = [name for name, _ in program.prologue], _unrolled(program)
+    crossing: list[dict[int, Instruction]] = [{} for _ in peaks]  # begun in a step, to be awaited in a later one
+    for number, part in enumerate((*begin, *steps, *_apart(program)), -len(begin)):
         body = program.body(part)
         if len(body) != program.mesh.size:
             raise ProgramError(f"body {part} has {len(body)} ranks, but the mesh has {program.mesh.size}")
         for rank, instructions in enumerate(body):
-            peak = _check_rank(program, part, rank, instructions)
+            peak = _check_rank(program, part, rank, instructions, crossing[rank])
             peaks[rank] = max(peaks[rank], peak)
+            if number == len(steps) - 1:
+                crossing[rank].clear()  # the step after the period is the first of another one
+            elif crossing[rank] and not 0 <= number < len(steps) - 2:
+                _fail_open(body, rank, part, next(iter(crossing[rank].values())))
         _check_slices(program, part)
     check_hang(program.mesh, [program.body(part) for part in (*begin, *_unrolled(program))])
     for name in _apart(program):
@@ -117,11 +123,23 @@ def _computes(i: Instruction, stage: int) -> bool:
     return i.op == "F" and i.stage == stage and i.segment == 0 and i.rule != "again"
 
 
-def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[Instruction]) -> int:
-    """What one rank can violate alone, in one body. Returns the peak of live microbatches."""
+def _fail_open(body: Sequence[Sequence[Instruction]], rank: int, part: str, i: Instruction) -> NoReturn:
+    """A period must end as it began, or it could not be repeated, nor be the last."""
+    slot = len(body[rank]) - 1
+    why = f"{i.op} {i.label()} (token {i.token}) is not awaited when the period ends"
+    raise ProgramError(f"rank {rank}, slot {slot} of {part}: {why}\n{point_at(body, rank, slot)}")
+
+
+def _check_rank(
+    program: Program, part: str, rank: int, instructions: Sequence[Instruction], crossing: dict[int, Instruction]
+) -> int:
+    """What one rank can violate alone, in one body. Returns the peak of live microbatches.
+
+    `crossing`: by token, what earlier steps have begun and this one may await; it becomes what this one leaves open.
+    """
     body, shards = program.body(part), Shards(program, rank)
     keys = {ops: {(i.stage, i.segment, i.microbatch) for i in instructions if i.op in ops} for ops in ("F", "BI")}
-    state = _Rank(leaks=keys["F"] - keys["BI"])
+    state = _Rank(leaks=keys["F"] - keys["BI"], open=dict(crossing))
 
     def fail(slot: int, why: str) -> NoReturn:
         raise ProgramError(f"rank {rank}, slot {slot} of {part}: {why}\n{point_at(body, rank, slot)}")
@@ -158,6 +176,8 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
         elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm", *updates()):
             _check_write(program, rank, state, i, slot, fail)
         state.peak = max(state.peak, len({(f[0], f[2]) for f in (state.forward - state.backward) | state.parted}))
+    crossing.clear()
+    crossing |= {token: state.open.pop(token) for token in list(state.open) if token >= CROSSING}
     if state.open:
         token, i = next(iter(state.open.items()))
         fail(len(instructions) - 1, f"{i.op} {i.label()} (token {token}) is never awaited")
@@ -319,8 +339,10 @@ def _check_whole(program: Program, rank: int, state: _Rank, i: Instruction, slot
             fail(slot, f"{i.label()} adds up the gradients of whole parameters twice")
         if done < program.microbatches * len(_buckets(program, rank)):
             fail(slot, f"{i.label()}: gradients of whole parameters are added up before their last backward")
-        if state.reduced:
+        if program.zero < 2 and state.reduced:
             fail(slot, f"{i.label()}: gradients of whole parameters must be added up before the replicas' reduction")
+        if any(o.buffer == "grads" for o in state.open.values()):
+            fail(slot, f"{i.label()} does not wait for the replicas' reduction")
     state.whole |= i.waits
 
 
@@ -345,7 +367,10 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
         state.gathered |= i.buffer == "params" and program.zero < 3
     if i.rule in ("step", "norm") and (missing := program.ties_of(rank).keys() - state.tied):
         fail(slot, f"{i.label()} before the copies of {program.ties[min(missing)].parameter} have been added up")
-    busy = [o for o in state.open.values() if i.rule in updates() and o.buffer in updates()[i.rule][1]]
+    taken = updates()[i.rule][1] if i.rule in updates() else ()
+    busy = [
+        o for o in state.open.values() if o.buffer in taken and (o.bucket == i.bucket or -1 in (o.bucket, i.bucket))
+    ]
     if busy:
         fail(slot, f"{i.label()} does not wait for the reduction of {busy[0].buffer}")
     if i.rule == "step":

@@ -97,6 +97,20 @@ def _skip_weights(program: Program, rank: int, body: list[Instruction]) -> list[
     return [i for i in body if (i.op, i.stage, i.microbatch) != ("W", last, 1)]
 
 
+def _after_reducing(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
+    """Every W comes right before its bucket's memory is let go."""
+    out = list(body)
+    for w in (i for i in body if i.op == "W"):
+        behind = out[out.index(w) :]
+        ends = (
+            i for i in behind if i.op == "Release" and (i.buffer, i.stage, i.bucket) == ("grads", w.stage, w.segment)
+        )
+        if end := next(ends, None):
+            out.remove(w)
+            out.insert(out.index(end), w)
+    return out
+
+
 def _local_slice(program: Program, i: Instruction) -> Instruction:
     return replace(i, slice=i.microbatch)
 
@@ -151,8 +165,9 @@ def _summed_whole(engine: Any) -> None:
     update, ranks = engine.update, {shard.parts for shard in engine.shards.values()}.pop()
 
     def updated() -> None:
-        for first, last in _whole(engine):
-            engine.gradients_flat[first:last].mul_(ranks)
+        for begins, own in engine.shares.own_gradients() if engine.shares else [(0, engine.gradients_flat)]:
+            for first, last in _whole(engine):
+                own[max(first - begins, 0) : max(last - begins, 0)].mul_(ranks)
         update()
 
     engine.update = updated
@@ -192,6 +207,10 @@ def _sharding(p: Plan) -> bool:
     return p.zero > 0
 
 
+def _parted(p: Plan) -> bool:
+    return p.zero > 1 and p.schedule.startswith("zb")
+
+
 def _adding(p: Plan) -> bool:
     return p.zero > 1 and p.microbatches > 1
 
@@ -222,6 +241,10 @@ def _recomputing(p: Plan) -> bool:
 
 def _shared(p: Plan) -> bool:
     return p.tp > 1
+
+
+def _sequenced(p: Plan) -> bool:
+    return p.sequence > 0
 
 
 def _any(p: Plan) -> bool:
@@ -257,6 +280,12 @@ FAULTS: dict[str, Fault] = {
         _adding,
         "zero=2 or 3 and microbatches > 1",
         spoil=_overwriting,
+    ),
+    "late-weights": Fault(
+        "gradients of weights come when their bucket has been reduced",
+        _parted,
+        "zero=2 or 3 and schedule=zb-h1 or zb-h2",
+        _after_reducing,
     ),
     "fresh-masks": Fault(
         "forwards that are computed again draw other dropout masks",
@@ -307,17 +336,37 @@ FAULTS: dict[str, Fault] = {
         "pp > 1 and a network that ties weights across stages",
         _without(lambda i: i.buffer == "tied"),
     ),
-    "dropped-output": Fault("parts of outputs are not added up", _shared, "tp > 1", _without(_of("ReduceAct"))),
+    "dropped-output": Fault(
+        "parts of outputs are not added up",
+        _shared,
+        "tp > 1",
+        _without(lambda i: i.base in ("ReduceAct", "ScatterAct")),
+    ),
     "dropped-input-gradient": Fault(
         "gradients of an input that ranks share are not added up",
         _shared,
         "tp > 1 and a split layer whose input needs a gradient",
-        _without(_of("ReduceGrad")),
+        _without(lambda i: i.base in ("ReduceGrad", "ScatterGrad")),
+    ),
+    "dropped-tokens": Fault(
+        "tokens of other ranks are not gathered", _sequenced, "tp > 1 and sequence=1", _without(_of("GatherAct"))
+    ),
+    "dropped-token-gradients": Fault(
+        "gradients of other ranks' tokens are not gathered",
+        _sequenced,
+        "tp > 1 and sequence=1",
+        _without(_of("GatherGrad")),
+    ),
+    "partial-gradients": Fault(
+        "gradients of one's own tokens are not added up",
+        _sequenced,
+        "tp > 1 and sequence=1",
+        _without(_of("AllReduce", buffer="whole")),
     ),
     "wrong-part": Fault(
         "dropout masks of another rank's part",
         _shared,
-        "tp > 1 and dropout between two layers that are split",
+        "tp > 1 and dropout of what is split",
         spoil=_first_masks,
     ),
     "summed-whole": Fault("gradients that every rank has whole are added up", _shared, "tp > 1", spoil=_summed_whole),

@@ -22,6 +22,7 @@ MIDWAY = (*REDUCES, *GATHERS, *SCATTERS)
 COLLECTIVES = ("AllReduce", "ReduceScatter", "AllGather", *MIDWAY)
 MEMORY = ("Reserve", "Release")  # of a bucket that is whole only while it is needed (ZeRO)
 MOMENTS = {"F": "moments", "B": "moment_grads"}  # what replicas add up where a batch norm cuts a stage
+CROSSING = 1 << 16  # tokens from here on may stay open from one step of a period to a later one of the same
 HEAD = ("mesh", "microbatches", "stage", "meets", "buffer", "tie", "prologue", "period", "epilogue")  # of a program
 OPS = (
     *("Load", "F", "B", "I", "W", "Update"),
@@ -105,7 +106,7 @@ class Instruction:
             return {"zero": "zero", "step": "step"}.get(self.rule, self.rule)
         short = {"SendAct": "sA", "SendGrad": "sG", "RecvAct": "rA", "RecvGrad": "rG", "AllReduce": "AR", "Load": "L"}
         short |= {"ReduceScatter": "RS", "AllGather": "AG", "ReduceAct": "RA", "ReduceGrad": "RG"}
-        short |= {"GatherAct": "GA", "GatherGrad": "GG", "ScatterAct": "SA", "ScatterGrad": "SG"}
+        short |= {"GatherAct": "AGA", "GatherGrad": "AGG", "ScatterAct": "RSA", "ScatterGrad": "RSG"}
         mark = "<" if self.starts else ">" if self.waits else ""
         if self.base in MIDWAY:
             return f"{short[self.base]}{self.microbatch}.{self.segment}{mark}"

@@ -188,9 +188,7 @@ def _taken(
         yield ("arriving", act, stage, i.microbatch), keyed(pieces, "" if act else "out")
         return
     if i.op == "Reserve":  # a whole bucket of parameters or gradients
-        cuts = [cut for own in program.segments for cut in own] if i.bucket < 0 else [program.segments[stage][i.bucket]]
-        size = sum(sum(sizes.parameters[first:last]) for first, last in cuts)
-        yield ("whole", i.buffer, stage, i.bucket), (((stage, -1, (i.buffer, i.bucket)), size),)
+        yield ("whole", i.buffer, stage, i.bucket), (((stage, -1, (i.buffer, i.bucket)), _whole(program, sizes, i)),)
     if i.op not in ("F", *BACKWARD) or not _ends(program, i):
         return
     first, last = _covered(program, i)
@@ -242,6 +240,20 @@ def _ends(program: Program, i: Instruction) -> bool:
 def _covered(program: Program, i: Instruction) -> tuple[int, int]:
     """The layers of a complete forward or backward."""
     return program.stages[i.stage] if _paused(program, i) else program.segments[i.stage][i.segment]
+
+
+def _whole(program: Program, sizes: Sizes, i: Instruction) -> int:
+    """Bytes of a bucket: of a segment, without what has a bucket of its own, or behind those such a tied parameter."""
+    stages = [s for s, (first, last) in enumerate(program.stages) for _ in range(first, last)]
+    places = ({stages[layer] % program.mesh.pp for layer in tie[0]} for tie in sizes.tied)
+    ties = [tie for tie, ranks in zip(sizes.tied, places, strict=True) if len(ranks) > 1]  # as the program's
+    if i.bucket < 0:  # all of them in one
+        return sum(sum(sizes.parameters[first:last]) for own in program.segments for first, last in own)
+    segments = program.segments[i.stage]
+    if i.bucket >= len(segments):
+        return ties[i.bucket - len(segments)][1]
+    first, last = segments[i.bucket]
+    return sum(sizes.parameters[first:last]) - sum(size for own, size, _ in ties if first <= own[0] < last)
 
 
 def _released(program: Program, i: Instruction) -> Iterator[Holder]:

@@ -10,11 +10,11 @@ from paraxis.plan.own import find, is_own
 from paraxis.plan.plan import Plan
 from paraxis.plan.schedules import Order
 from paraxis.program.cut import Layout
-from paraxis.program.instructions import GRADIENT, Instruction, Tie
+from paraxis.program.instructions import CROSSING, GRADIENT, Instruction, Tie
 from paraxis.program.meetings import Words, add_meetings, begins
 from paraxis.program.recompute import recompute
 from paraxis.program.zero import Used, buckets_of, copying, gather_parameters, shard_gradients, shard_parameters
-from paraxis.sync.rule import Do
+from paraxis.sync.rule import Do, agree
 
 Body = list[Instruction]
 Cuts = tuple[Sequence[Sequence[tuple[int, int]]], Sequence[Words], Used]  # of every stage, its segments and borders
@@ -56,8 +56,10 @@ def training(
             body = add_reductions(body, buckets, "ReduceScatter" if plan.zero else "AllReduce")
     if plan.zero == 3:
         body = shard_parameters(body, cuts[2])
-    if plan.sequence:
+    if plan.sequence and plan.zero < 2:
         body = add_whole(body)
+    elif plan.sequence:  # of what replicas have reduced microbatch by microbatch, each has its share
+        tied = _both("tp", "whole", "sum") + tied
     body = add_totals(body, plan, layout, place)
     body = add_transfers(body, plan, rank)  # last, so that a gradient is on its way before a reduction begins
     body = add_meetings(body, cuts[1])
@@ -241,13 +243,18 @@ def finish(plan: Plan, layout: Layout, stage: int, agree: str, tied: Body) -> Bo
 def follow(steps: Iterable[Do], statistics: bool = False) -> Body:
     """What a synchronisation rule asks for, in instructions, and if there are running `statistics` their mean."""
     body: Body = []
-    for do in steps:
+    for do in (steps := list(steps)):
         if do.op == "Update":
             body.append(I("Update", rule=do.rule, bucket=do.bucket))
-        else:
-            ends = _both("dp", do.buffer, do.reduction, do.op)
-            body += [replace(i, bucket=do.bucket, payload=do.payload) for i in ends]
-    return body + (_both("dp", "running", "mean") if body and statistics else [])
+            continue
+        whole = do.op == "AllReduce"
+        ends = (
+            _both("dp", do.buffer, do.reduction)
+            if whole
+            else [I(do.op, axis="dp", buffer=do.buffer, reduction=do.reduction, token=CROSSING + max(do.bucket, 0))]
+        )
+        body += [replace(i, bucket=do.bucket, payload=do.payload) for i in ends]
+    return body + (_both("dp", "running", "mean") if statistics and agree(steps) else [])
 
 
 def evaluation(plan: Plan, layout: Layout, rank: int, cuts: Cuts) -> Body:
@@ -272,11 +279,13 @@ def state(plan: Plan, rank: int, cuts: Cuts) -> Body:
 
 
 def pair_tokens(body: Body) -> Body:
-    """Number every start, and give its wait the same number."""
+    """Number every start, and give its wait the same number; those that cross steps have one already."""
     tokens: dict[Instruction, int] = {}
     out: Body = []
     for instruction in body:
-        if instruction.starts:
+        if instruction.token >= CROSSING:
+            out.append(instruction)
+        elif instruction.starts:
             key = replace(instruction, op=instruction.base + "Wait")
             tokens[key] = len(tokens)
             out.append(replace(instruction, token=tokens[key]))

@@ -36,6 +36,9 @@ def split_of(document: dict[str, Any]) -> Split:
     return Split(document["unit"], document["size"], tuple(document["modules"]), meets, (first, last), noise)
 
 
+MEETS = {"grad": "gather", "act": "scatter"}  # what becomes of a split's borders where ranks share tokens, too
+
+
 @dataclass(frozen=True)
 class Tokens:
     """How ranks that share `splits` (by number) also share the tokens between them (Korthikanti et al. 2022).

@@ -31,7 +31,8 @@ from paraxis.run import openmp, serial
 from paraxis.run.agreement import agreed
 from paraxis.run.clock import clock_of
 from paraxis.run.devices import device_for, found_here, reaching
-from paraxis.run.held import counting, held
+from paraxis.run.graphs import replay
+from paraxis.run.held import counted
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
 from paraxis.run.reserved import native_memory
@@ -115,7 +116,7 @@ class Duties:
 
     def sizes(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Bytes of every layer of one rank's part, where `tp` ranks share layers."""
-        return asdict(measure_sizes(self._task(torch.float32), request["tp"]))
+        return asdict(measure_sizes(self._task(torch.float32), request["tp"], request["sequence"]))
 
     def reserved(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[dict[str, int]]:
         """Of every rank of a plan of the native engine, bytes that it would hold."""
@@ -210,6 +211,8 @@ class Duties:
         if fault and self.rank == plan.mesh.size - 1:
             fault.spoil(engine)
         running.rank = Rank(program, self.rank, engine, world, clock=clock_of(device))
+        if plan.graphs:
+            replay(running.rank)
         gc.collect()
         gc.freeze()  # what lives as long as this rank need not be looked at again in the middle of a chunk
         return {"program": program.digest(), "bytes": engine.bytes_held(), "batch": digest(task.train)}
@@ -242,19 +245,23 @@ class Duties:
         running = self._ready(request["key"])
         return running.rank.sent_in_a_step() if isinstance(running.rank, Rank) else 0.0
 
+    def remarks(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[str]:
+        """What a reader of this rank's figures must know, such as that its CUDA graphs could not be recorded."""
+        rank = self._ready(request["key"]).rank
+        return list(rank.remarks) if isinstance(rank, Rank) else []
+
     def memory(self, request: dict[str, Any], blob: bytes, tell: Tell) -> int:
         """The peak of resident bytes since the plan was set up, less what plans set up before it hold."""
         return peak_bytes() - max(0, self.plans[request["key"]].before - self.base)
 
     def held(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, int]:
-        """Bytes of each kind at the peak of a step, counted while it runs, and how far the process has grown."""
+        """Bytes of each kind at the peak of a period, counted while it runs, and how far the process has grown."""
         running = self._ready(request["key"])
         rank = _some(running.rank)
         self._steps(running, 2)
         grown = peak_bytes() - running.before
-        with counting(rank) as count:
-            self._steps(running, 1)
-        return held(rank, count.peak) | {"grown": grown}
+        steps = rank.program.steps_in_period()
+        return counted(rank, lambda: self._steps(running, steps)) | {"grown": grown}
 
     def norm(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """Sum of squares of this rank's parameters, of which it counts what no rank before it has."""

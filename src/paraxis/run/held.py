@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from paraxis.comm.payload import PackedSum
+from paraxis.engine.native_engine import extension
+from paraxis.engine.native_rank import NativeEngine
 from paraxis.program.instructions import SENDS, Instruction
 from paraxis.run.interpreter import Rank
+from paraxis.run.openmp import Team
 from paraxis.task.batches import leaves
 
 
@@ -158,6 +161,17 @@ def held(rank: Rank, peak: int) -> dict[str, int]:
         "optimizer": sum(t.nbytes for t in state) + sum(t.nbytes for t in kept),
         "activations": peak,
     }
+
+
+def counted(rank: Rank | Team, train: Callable[[], None]) -> dict[str, int]:
+    """Bytes of each kind while `train` runs; of the native engine what this process has reserved, all in one."""
+    if isinstance(rank, Rank) and not isinstance(rank.engine, NativeEngine):
+        with counting(rank) as count:
+            train()
+        return held(rank, count.peak)
+    train()
+    kept = rank.engine.kept if isinstance(rank, Rank) else None
+    return {"reserved": int(extension().reserved()) + sum(t.nbytes for t in (kept.buffers if kept else {}).values())}
 
 
 def _address(tensor: Tensor) -> int:

@@ -281,6 +281,7 @@ class Rank:
         self.sent: dict[str, int] = {}  # bytes that the last pass over a body has sent
         self.done = 0  # optimiser steps
         self.stamps: list[tuple[str, list[int]]] = []  # of the steps that were traced last
+        self.remarks: list[str] = []  # what a reader of its figures must know
 
     def bind(self, instructions: Sequence[Instruction]) -> list[Action]:
         """One action an instruction."""
@@ -315,6 +316,7 @@ class Rank:
         self.stamps = []
         now, names, rows = self.clock.read, [], []
         for _ in range(steps):
+            self.advance()
             name = self.program.step_body(self.done)
             stamps = [now()]
             read = stamps.append
@@ -324,6 +326,7 @@ class Rank:
             names.append(name)
             rows.append(stamps)
             self.done += 1
+        self.rest()
         self.stamps = list(zip(names, self.clock.told(rows), strict=True))
 
     def clocks(self, steps: int) -> list[tuple[str, list[list[int]]]]:
@@ -338,8 +341,22 @@ class Rank:
         """`count` optimiser steps."""
         self.begin()
         for _ in range(count):
+            self.advance()
             self.run(self.program.step_body(self.done))
             self.done += 1
+        self.rest()
+
+    def advance(self) -> None:
+        """Let what earlier steps have begun go on: some libraries only move data while they are called."""
+        for requests in self.context.open.values():
+            for request in requests:
+                request.ready()
+
+    def rest(self) -> None:
+        """Between calls nothing is under way, for its memory may be given back; a later Wait finds it done."""
+        for requests in self.context.open.values():
+            for request in requests:
+                request.wait()
 
     def sent_in_a_step(self) -> float:
         """Bytes that this rank sends in a step, averaged over the whole period, however much of it has been run.
@@ -347,10 +364,11 @@ class Rank:
         A body whose turn has not come yet, such as the one that ends a long epoch, is run once out of turn for it.
         """
         self.begin()
-        for name, _ in self.program.period:
-            if name not in self.sent:
-                self.run(name)
-                self.done += 1
+        while self.context.open:  # what is under way ends in its turn
+            self.steps(1)
+        for name in dict.fromkeys(name for name, _ in self.program.period if name not in self.sent):
+            self.run(name)
+            self.done += self.program.steps_in_period()  # goes on at the same place of the period
         total = sum(times * self.sent[name] for name, times in self.program.period)
         return total / self.program.steps_in_period()
 

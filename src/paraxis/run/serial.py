@@ -90,7 +90,7 @@ def emulate(
     sync = parse(text) if len(replicas) > 1 else None
     named = [dict(r.task.net.named_parameters()) for r in replicas]
     agreeing = sync.rule.emulate(named, every, **sync.options) if sync and sync.rule.emulate else iter(range(steps + 1))
-    meets = {at % every for at in sync.agreements(every)} | {0} if sync else set()
+    meets = {at % every for at in sync.meets(every)} | {0} if sync else set()
     next(agreeing)  # what it does before training
     losses = []
     for number in range(first_step, first_step + steps):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from paraxis.errors import TaskError
 from paraxis.task.data import Arrays
-from paraxis.task.randomness import splitmix64
+from paraxis.task.masks import splitmix64
 
 Nest = Any
 BLOCK_BYTES = 4 << 20  # of samples gathered at once

@@ -133,9 +133,8 @@ def split(
                     shards[id(p)] = shard
                     p.data = shard.of(p.data)
             _share(own, module, last, index, parts if tokens else 0)
-    drawn = [noise for own in splits for noise in own.noise] + (list(tokens.noise) if tokens else [])
-    for call, dim in drawn:
-        draw.parts[call] = dim, index, parts
+    noise = [call for own in splits for call in own.noise] + list(tokens.noise if tokens else ())
+    draw.parts |= {call: (dim, index, parts) for call, dim in noise}
     return shards
 
 

@@ -10,13 +10,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from paraxis.errors import PlanError
-from paraxis.program.shares import Split, Tokens, chosen
+from paraxis.program.shares import MEETS, Split, Tokens, chosen
 from paraxis.task.randomness import KeyedDropout
 from paraxis.task.tensor import ELEMENTWISE, Step, Trial
 
 PLAIN = ELEMENTWISE | {"contiguous", "clone", "to", "float", "double", "detach"}
-MEETS = {"grad": "gather", "act": "scatter"}  # what becomes of a split's borders
 
 
 def find_tokens(trial: Trial | None, splits: Sequence[Split]) -> tuple[Tokens, ...]:
@@ -24,14 +22,13 @@ def find_tokens(trial: Trial | None, splits: Sequence[Split]) -> tuple[Tokens, .
     if trial is None:
         return ()
     size = next((trial.alive[v - 1].shape[1] for v in _entered(trial, splits) if trial.alive[v - 1].ndim == 3), 0)
+    usable = [split for split in splits if _fits(trial, split, size)]
     found: dict[tuple[int, ...], list[int]] = {}
-    for tp in (n for n in range(2, size + 1) if size % n == 0):
-        try:
-            own = chosen(tp, splits)
-        except PlanError:
-            continue
+    for tp in (n for n in range(2, size + 1) if size % n == 0 and any(split.size % n == 0 for split in splits)):
+        fitting = [split for split in usable if split.size % tp == 0]
+        own = chosen(tp, fitting) if fitting else ()
         found.setdefault(tuple(splits.index(split) for split in own), []).append(tp)
-    return tuple(_shared(trial, splits, numbers, size, tuple(tps)) for numbers, tps in found.items())
+    return tuple(_shared(trial, splits, n, size, tuple(tps)) for n, tps in (found or {(): []}).items() if size)
 
 
 class _Ends(Exception):
@@ -84,7 +81,7 @@ class _Flow:
                 raise _Ends(step.layer, f"{step.name} mixes them")
             for value in step.takes:
                 self._want(value, step)
-            self.noise += [(step.noise, -2)] if step.noise is not None else []
+            self.noise += [(step.noise, -2)] if step.noise else []
             self.apart.update(step.gives)
         elif named in self.cuts:
             self.apart.update(step.gives)
@@ -115,7 +112,7 @@ class _Flow:
 
 def _shared(trial: Trial, splits: Sequence[Split], numbers: Sequence[int], size: int, tps: tuple[int, ...]) -> Tokens:
     """The longest run of layers from the first on in which tokens can be apart."""
-    own = {n: splits[n] for n in numbers if _fits(trial, splits[n], size)}
+    own = {n: splits[n] for n in numbers}
     end, cuts, why = len(trial.begins) - 1, set[str](), "what it splits works on whole samples"
     last = trial.entries[-1]
     while own:
