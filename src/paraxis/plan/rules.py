@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from paraxis.errors import PlanError
 from paraxis.plan.own import is_own
 from paraxis.plan.precision import check_precision
-from paraxis.plan.schedules import ONE_STAGE, SCHEDULES
+from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, parted
 from paraxis.sync import rule as sync_rule
 
 if TYPE_CHECKING:
