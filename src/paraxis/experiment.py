@@ -19,7 +19,8 @@ from paraxis.measure.speed import with_speeds
 from paraxis.measure.statistics import paired
 from paraxis.plan.devices import crowded
 from paraxis.plan.plan import Plan
-from paraxis.plan.space import on_gpus, space
+from paraxis.plan.precision import told_of_precision
+from paraxis.plan.space import in_bf16, on_gpus, space
 from paraxis.program.cut import told_of
 from paraxis.proof import prove, steps_for
 from paraxis.recommend import recommend
@@ -133,7 +134,8 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
     rows, gpus = [], session.gpus()
     words: Any = {"recompute": session.limit is not None, "hybrids": workers >= 4}
     plans = space(workers, layers, comms, **words, sequence=any(not own.why for own in facts.layout.tokens))
-    for plan in (*on_gpus(0 if comms == ("openmp",) else gpus, workers, layers, comms), *plans):
+    plans = [*on_gpus(0 if comms == ("openmp",) else gpus, workers, layers, comms), *plans]
+    for plan in [*plans, *in_bf16(plans)]:
         row = Row(plan, plan.text(), blank(plan))
         if plan.on_gpu() and (shared := crowded(plan, gpus, plan.mesh.size)):
             row.result.label += f" ({shared[1]} ranks on {shared[0]})"
@@ -228,6 +230,8 @@ def _memory(session: Session, row: Row) -> None:
         found = session.ask(row.key, row.plan, {"do": "device_memory"})
         row.result.devices = [own["device"] for own in found]
         row.result.peak_device_memory_bytes = max(own["bytes"] for own in found)
+    if row.live and row.plan.compile:
+        row.result.compile_seconds = max(own or 0.0 for own in session.ask(row.key, row.plan, {"do": "compiling"}))
 
 
 def _traffic(session: Session, rows: list[Row]) -> None:
@@ -272,6 +276,8 @@ def _derive(row: Row, session: Session, today: Row, best: Row | None, one: Row |
         explain_today(result, session.known_on(row.plan), study.machine)
     elif row.windows:
         fill(result, session.program(row.plan), row.windows, row.times, session.known_on(row.plan), study.machine)
+    if told := told_of_precision(row.plan):
+        result.explanation = f"{result.explanation or ''} {told}".strip()
 
 
 def save_to(folder: Path) -> Save:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 TRIED = 64  # ways of cutting whose memory is computed
 SMALLER = "smaller microbatches (microbatches=4), recompute=all or device=cpu need less"
-UNKNOWN = "its memory could not be computed, so that it is not known to fit into --memory-limit"
+UNKNOWN = "its memory could not be computed, so that it is not known to fit into --memory-limit; in fp32 it can"
 
 
 def bytes_of(text: str) -> int:

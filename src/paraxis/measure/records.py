@@ -154,6 +154,7 @@ class Result(Record):
     exposed_comm_fraction: float | None = None
     bubble_fraction: float | None = None
     bytes_communicated: int | None = None  # sent by all ranks together in one step
+    compile_seconds: float | None = None  # what its first step took more than its second, where it is compiled
     peak_memory_bytes: int | None = None  # of the rank that needs most, in host memory
     devices: list[str] = []  # of each rank, where one has a GPU
     peak_device_memory_bytes: int | None = None  # of the rank that needs most of its GPU, by PyTorch's allocator

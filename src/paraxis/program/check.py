@@ -4,11 +4,13 @@ One abstract run of a period plus one step with synchronous sends: a send's wait
 has posted, a receive's when its sender has started, a collective's when all have joined.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 from paraxis.errors import ProgramError
+from paraxis.program.check_meetings import Fail, State, buckets_of, check_meeting, check_midway, check_whole, covered
+from paraxis.program.check_scaling import Verdict
 from paraxis.program.check_shards import Shards
 from paraxis.program.grid import point_at
 from paraxis.program.hang import check_hang
@@ -24,20 +26,7 @@ from paraxis.program.instructions import (
     Instruction,
     Program,
 )
-from paraxis.program.meetings import WORDS, awaited, begins, kind, reach
 from paraxis.sync.rule import updates
-
-SUMS = {
-    "moments": "the replicas' sums of batch norm {}",
-    "moment_grads": "the replicas' sums of batch norm {}'s gradient",
-    "ReduceAct": "the summed outputs of segment {}",
-    "ReduceGrad": "the summed gradients behind segment {}",
-    "GatherAct": "the other ranks' tokens behind segment {}",
-    "ScatterGrad": "the summed gradients of one's own tokens behind segment {}",
-    "ScatterAct": "one's own tokens of segment {}",
-    "GatherGrad": "the gradients of the other ranks' tokens of segment {}",
-}
-Fail = Callable[[int, str], NoReturn]
 
 
 @dataclass(frozen=True)
@@ -48,29 +37,6 @@ class Checked:
     """
 
     peak_live: tuple[int, ...]
-
-
-@dataclass
-class _Rank:
-    """The abstract state of one rank within one step."""
-
-    place: int = 0
-    forward: set[tuple[int, int, int]] = field(default_factory=set)  # (stage, segment, microbatch)
-    backward: set[tuple[int, int, int]] = field(default_factory=set)
-    loaded: set[tuple[int, int]] = field(default_factory=set)
-    received: set[tuple[str, int, int]] = field(default_factory=set)
-    open: dict[int, Instruction] = field(default_factory=dict)
-    reduced: set[tuple[int, int]] = field(default_factory=set)  # (stage, bucket)
-    met: set[tuple[str, int, int, int]] = field(default_factory=set)  # (buffer or op, stage, border, microbatch)
-    midway: dict[int, Instruction] = field(default_factory=dict)  # of each stage, what stands still in the middle of it
-    tied: set[int] = field(default_factory=set)  # ties whose copies have been added up
-    whole: bool = False  # gradients of what every rank of tp has, over the tokens of all of them
-    parted: set[tuple[int, int, int]] = field(default_factory=set)  # I whose W is still to come
-    leaks: set[tuple[int, int, int]] = field(default_factory=set)  # forwards whose backward never comes
-    light: dict[tuple[int, int, int], int] = field(default_factory=dict)  # slices of forwards that kept nothing more
-    factors: bool = False  # of weight gradients: those of all ranks are there
-    gathered: bool = False
-    peak: int = 0
 
 
 def check(program: Program) -> Checked:
@@ -137,9 +103,9 @@ def _check_rank(
 
     `crossing`: by token, what earlier steps have begun and this one may await; it becomes what this one leaves open.
     """
-    body, shards = program.body(part), Shards(program, rank)
+    body, shards, verdict = program.body(part), Shards(program, rank), Verdict(program)
     keys = {ops: {(i.stage, i.segment, i.microbatch) for i in instructions if i.op in ops} for ops in ("F", "BI")}
-    state = _Rank(leaks=keys["F"] - keys["BI"], open=dict(crossing))
+    state = State(leaks=keys["F"] - keys["BI"], open=dict(crossing))
 
     def fail(slot: int, why: str) -> NoReturn:
         raise ProgramError(f"rank {rank}, slot {slot} of {part}: {why}\n{point_at(body, rank, slot)}")
@@ -147,12 +113,13 @@ def _check_rank(
     for slot, i in enumerate(instructions):
         _check_token(state, i, slot, fail)
         shards.see(i, slot, fail)
+        verdict.see(i, slot, fail)
         if i.op in COMPUTE and not (0 <= i.microbatch < program.microbatches and i.stage in program.stages_of(rank)):
             own, stages = ", ".join(map(str, program.stages_of(rank))), len(program.stages)
             known = f"there are {program.microbatches} microbatches and {stages} stages, of which {own} here"
             fail(slot, f"{i.label()} of stage {i.stage}: {known}")
         if i.op in MOMENTS:
-            _check_midway(program, state, i, slot, fail)
+            check_midway(program, state, i, slot, fail)
         if i.op == "F" and i.rule == "again":
             _check_again(state, i, slot, fail)
         elif i.op == "F":
@@ -168,16 +135,15 @@ def _check_rank(
         elif i.waits and i.base in RECEIVES:
             state.received.add((i.base, i.stage, i.microbatch))
         elif i.buffer in MOMENTS.values() or i.base in MIDWAY:
-            _check_meeting(program, state, i, slot, fail)
+            check_meeting(program, state, i, slot, fail)
         elif i.buffer == "tied":
             _check_tie(program, rank, state, i, slot, fail)
         elif i.buffer == "whole":
-            _check_whole(program, rank, state, i, slot, fail)
+            check_whole(program, rank, state, i, slot, fail)
         elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm", *updates()):
             _check_write(program, rank, state, i, slot, fail)
         state.peak = max(state.peak, len({(f[0], f[2]) for f in (state.forward - state.backward) | state.parted}))
-    crossing.clear()
-    crossing |= {token: state.open.pop(token) for token in list(state.open) if token >= CROSSING}
+    _leave_open(state, crossing)
     if state.open:
         token, i = next(iter(state.open.items()))
         fail(len(instructions) - 1, f"{i.op} {i.label()} (token {token}) is never awaited")
@@ -188,7 +154,13 @@ def _check_rank(
     return state.peak if any(i.op in BACKWARD for i in instructions) else 1
 
 
-def _check_token(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _leave_open(state: State, crossing: dict[int, Instruction]) -> None:
+    """To the steps that follow."""
+    crossing.clear()
+    crossing |= {token: state.open.pop(token) for token in list(state.open) if token >= CROSSING}
+
+
+def _check_token(state: State, i: Instruction, slot: int, fail: Fail) -> None:
     if i.starts:
         if i.token in state.open:
             fail(slot, f"token {i.token} is already open")
@@ -199,7 +171,7 @@ def _check_token(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
             fail(slot, f"{i.op} of token {i.token} has no start")
 
 
-def _check_forward(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _check_forward(program: Program, state: State, i: Instruction, slot: int, fail: Fail) -> None:
     key = (i.stage, i.segment, i.microbatch)
     if key in state.forward:
         fail(slot, f"{i.label()} runs twice")
@@ -209,12 +181,12 @@ def _check_forward(program: Program, state: _Rank, i: Instruction, slot: int, fa
         fail(slot, f"{i.label()} before its activation has arrived")
     if i.stage in (0, len(program.stages) - 1) and (i.stage, i.microbatch) not in state.loaded:
         fail(slot, f"{i.label()} before its samples are loaded")
-    state.forward |= {(i.stage, k, i.microbatch) for k in _covered(program, i)}
+    state.forward |= {(i.stage, k, i.microbatch) for k in covered(program, i)}
     if i.rule == "light":
         state.light[key] = i.slice
 
 
-def _check_again(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _check_again(state: State, i: Instruction, slot: int, fail: Fail) -> None:
     key = (i.stage, i.segment, i.microbatch)
     if key not in state.light:
         why = "that has kept everything" if key in state.forward else "before it runs for the first time"
@@ -224,10 +196,10 @@ def _check_again(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
         fail(slot, f"{i.label()} is of slice {i.slice}, but its first forward was of slice {first}")
 
 
-def _check_backward(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _check_backward(program: Program, state: State, i: Instruction, slot: int, fail: Fail) -> None:
     key = (i.stage, i.segment, i.microbatch)
     last_segment = len(program.segments[i.stage]) - 1
-    own = _covered(program, i)
+    own = covered(program, i)
     if key in state.backward:
         fail(slot, f"{i.label()} runs twice")
     if any((i.stage, k, i.microbatch) not in state.forward for k in own):
@@ -246,56 +218,14 @@ def _check_backward(program: Program, state: _Rank, i: Instruction, slot: int, f
         state.parted.add(key)
 
 
-def _check_send(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _check_send(program: Program, state: State, i: Instruction, slot: int, fail: Fail) -> None:
     act = i.base == "SendAct"
     key = (i.stage, len(program.segments[i.stage]) - 1 if act else 0, i.microbatch)
     if key not in (state.forward if act else state.backward):
         fail(slot, f"{i.label()} before {'F' if act else 'B'}{i.microbatch} has made it")
 
 
-def _covered(program: Program, i: Instruction) -> range:
-    """The segments that a computation covers."""
-    return range(i.segment, reach(kind(i), program.borders(i.stage), i.segment) + 1)
-
-
-def _check_midway(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
-    """What stands still where ranks meet goes on before its stage computes anything else, and once they have met."""
-    words, op = program.borders(i.stage), kind(i)
-    if i.segment not in begins(op, words):
-        fail(slot, f"{i.label()}: nothing stops a computation in front of segment {i.segment} of stage {i.stage}")
-    before = state.midway.pop(i.stage, None)
-    if before and (kind(before), before.microbatch) != (op, i.microbatch):
-        fail(slot, f"{i.label()} while {before.label()} stands still in the middle of stage {i.stage}")
-    wanted = awaited(i, words)
-    if wanted and (wanted[1], i.stage, wanted[0], _of_microbatch(i, wanted[1])) not in state.met:
-        fail(slot, f"{i.label()} before {SUMS[wanted[1]].format(wanted[0])} are there")
-    ends = i.segment - 1 if op == "B" else reach(op, words, i.segment)
-    if 0 <= ends < len(words) and words[ends] != "cut":
-        state.midway[i.stage] = i
-
-
-def _of_microbatch(i: Instruction, met: str) -> int:
-    """Batch norms over all ranks have but one."""
-    return i.microbatch if met in MIDWAY else -1
-
-
-def _check_meeting(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
-    """What ranks add up in the middle of a stage has just been made, and is used by what comes next."""
-    stage, forward = i.stage, i.buffer == "moments" or i.base.endswith("Act")
-    words, border = program.borders(stage), i.segment if i.base in MIDWAY else i.bucket
-    word = WORDS.get(i.base, "norm")
-    if not 0 <= border < len(words) or words[border] != word:
-        found = f"{sum(w == word for w in words)} batch norms" if word == "norm" else f"borders {', '.join(words)}"
-        fail(slot, f"{i.label()}: stage {stage} has {found}")
-    mine = {(s, k) for s, k, m in (state.forward if forward else state.backward) if m == max(i.microbatch, 0)}
-    before, behind = (border, border + 1) if forward else (border + 1, border)
-    if (stage, before) not in mine or (stage, behind) in mine:
-        fail(slot, f"{i.label()} must stand between segments {before} and {behind}")
-    if i.waits:
-        state.met.add((i.buffer or i.base, stage, border, i.microbatch))
-
-
-def _check_weight_gradient(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _check_weight_gradient(state: State, i: Instruction, slot: int, fail: Fail) -> None:
     key = (i.stage, i.segment, i.microbatch)
     if key not in state.parted:
         fail(slot, f"{i.label()} without an I{i.microbatch} before it")
@@ -308,7 +238,7 @@ def _check_weight_gradient(state: _Rank, i: Instruction, slot: int, fail: Fail) 
         state.reduced.add((i.stage, i.segment))
 
 
-def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _check_tie(program: Program, rank: int, state: State, i: Instruction, slot: int, fail: Fail) -> None:
     """Copies are added up once and complete: after replicas have reduced them or, if that scatters, before."""
     tie = program.ties_of(rank).get(i.bucket)
     if tie is None:
@@ -318,7 +248,7 @@ def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: 
         return
     if i.bucket in state.tied:
         fail(slot, f"{i.label()} adds up {tie.parameter} twice")
-    own = [place for place in _buckets(program, rank) if place[0] in tie.stages]
+    own = [place for place in buckets_of(program, rank) if place[0] in tie.stages]
     done = sum(1 for s, k, _ in state.backward if (s, k) in own)
     if done < program.microbatches * len(own) or any(key[:2] in own for key in state.parted):
         fail(slot, f"the copies of {tie.parameter} are added up before their last backward")
@@ -331,22 +261,7 @@ def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: 
         fail(slot, f"the copies of {tie.parameter} must be added up {order} the replicas' reduction")
 
 
-def _check_whole(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
-    """What ranks have computed from their tokens alone is added up once, complete, and before replicas reduce it."""
-    if i.starts:
-        done = len(state.backward) - len(state.parted)
-        if state.whole:
-            fail(slot, f"{i.label()} adds up the gradients of whole parameters twice")
-        if done < program.microbatches * len(_buckets(program, rank)):
-            fail(slot, f"{i.label()}: gradients of whole parameters are added up before their last backward")
-        if program.zero < 2 and state.reduced:
-            fail(slot, f"{i.label()}: gradients of whole parameters must be added up before the replicas' reduction")
-        if any(o.buffer == "grads" for o in state.open.values()):
-            fail(slot, f"{i.label()} does not wait for the replicas' reduction")
-    state.whole |= i.waits
-
-
-def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _check_write(program: Program, rank: int, state: State, i: Instruction, slot: int, fail: Fail) -> None:
     """Reductions and updates: complete gradients only, and no write between F and B of a microbatch."""
     live = state.forward - state.backward
     writes = i.rule in ("step", "hogwild", *updates()) or (i.buffer == "params" and program.zero < 3)
@@ -355,7 +270,7 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
     if writes and live:
         fail(slot, f"{i.label()} writes parameters while microbatch {min(live)[2]} is between F and B")
     if i.starts and i.buffer == "grads" and program.zero < 2:  # or else microbatch by microbatch
-        for stage, bucket in _buckets(program, rank) if i.bucket < 0 else [(i.stage, i.bucket)]:
+        for stage, bucket in buckets_of(program, rank) if i.bucket < 0 else [(i.stage, i.bucket)]:
             done = sum(1 for s, k, _ in state.backward - state.parted if (s, k) == (stage, bucket))
             if done < program.microbatches:
                 fail(slot, f"bucket {bucket} is reduced after {done} of {program.microbatches} microbatches")
@@ -383,19 +298,14 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
         if state.gathered:
             fail(slot, "the update comes after the weights were gathered")
         agree = program.mesh.dp > 1 and not program.epilogue  # otherwise replicas agree on weights, later
-        wanted = len(_buckets(program, rank)) if agree and program.zero < 2 else 0
+        wanted = len(buckets_of(program, rank)) if agree and program.zero < 2 else 0
         if len(state.reduced) < wanted:
             fail(slot, f"the update comes after {len(state.reduced)} of {wanted} buckets were reduced")
 
 
-def _buckets(program: Program, rank: int) -> list[tuple[int, int]]:
-    """(stage, segment) of all that lies on a rank."""
-    return [(stage, k) for stage in program.stages_of(rank) for k in range(len(program.segments[stage]))]
-
-
-def _check_complete(program: Program, state: _Rank, rank: int, fail: Fail, slot: int) -> None:
+def _check_complete(program: Program, state: State, rank: int, fail: Fail, slot: int) -> None:
     """A step of a stage computes every microbatch, forwards and backwards, and keeps nothing."""
-    wanted = {(stage, k, m) for stage, k in _buckets(program, rank) for m in range(program.microbatches)}
+    wanted = {(stage, k, m) for stage, k in buckets_of(program, rank) for m in range(program.microbatches)}
     missing = sorted(wanted - state.forward, key=lambda key: key[2])
     leaked = sorted(state.forward - state.backward, key=lambda key: key[2])
     if missing:
@@ -410,7 +320,7 @@ def _leaked(microbatch: int) -> str:
     return f"the activation of microbatch {microbatch} is never used: its backward is missing"
 
 
-def _check_shared(program: Program, state: _Rank, instructions: Sequence[Instruction], fail: Fail) -> None:
+def _check_shared(program: Program, state: State, instructions: Sequence[Instruction], fail: Fail) -> None:
     """New weights in a buffer that others read must be waited for by all, before the next step reads them."""
     if program.common() and not state.gathered and any(i.rule == "step" for i in instructions):
         fail(len(instructions) - 1, "nobody waits for the other ranks' part of the shared weights")

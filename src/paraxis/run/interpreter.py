@@ -6,11 +6,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 from torch import Tensor
 
 from paraxis.comm.base import Comm, Request
+from paraxis.comm.exchange import collected_bytes
 from paraxis.comm.links import LANES, tag_in
 from paraxis.comm.payload import PackedSum
 from paraxis.program.instructions import COLLECTIVES, GATHERS, MIDWAY, SCATTERS, Instruction, Program
@@ -147,7 +149,7 @@ def _collect_start(i: Instruction, c: Context) -> Action:
     def start() -> None:
         tensor = _tensor(i, c)
         c.open[i.token] = [begin(tensor)]
-        c.sent[0] += _collected_bytes(i, tensor, comm.size)
+        c.sent[0] += collected_bytes(_collective(i), tensor, comm.size)
 
     return start
 
@@ -173,12 +175,12 @@ def _collect_at_once(i: Instruction, c: Context) -> Action:
         tensor = _tensor(i, c)
         collect(tensor)
         finish()
-        c.sent[0] += _collected_bytes(i, tensor, comm.size)
+        c.sent[0] += collected_bytes(_collective(i), tensor, comm.size)
 
     if i.base in MIDWAY or i.buffer == "whole":
         return meet
     tensor = _tensor(i, c)
-    count = _collected_bytes(i, tensor, comm.size)
+    count = collected_bytes(_collective(i), tensor, comm.size)
 
     def at_once() -> None:
         collect(tensor)
@@ -200,11 +202,6 @@ def _finish(i: Instruction, c: Context) -> Action:
         take()
 
     return mean
-
-
-def _collected_bytes(i: Instruction, tensor: Tensor, ranks: int) -> int:
-    """What each rank sends in a bandwidth-optimal collective: (p-1)/p of the bytes, in an all-reduce twice."""
-    return (1 if i.base in (*PARTIAL, *COLLECTED) else 2) * (ranks - 1) * tensor.nbytes // ranks
 
 
 def _gather(i: Instruction, c: Context) -> Action:
@@ -309,8 +306,7 @@ class Rank:
         self.stamps = []
         now, names, rows = self.clock.read, [], []
         for _ in range(steps):
-            self.advance()
-            name = self.program.step_body(self.done)
+            name = self.next_body()
             stamps = [now()]
             read = stamps.append
             for action in self.bodies[name]:
@@ -334,22 +330,20 @@ class Rank:
         """`count` optimiser steps."""
         self.begin()
         for _ in range(count):
-            self.advance()
-            self.run(self.program.step_body(self.done))
+            self.run(self.next_body())
             self.done += 1
         self.rest()
 
-    def advance(self) -> None:
-        """Let what earlier steps have begun go on: some libraries only move data while they are called."""
-        for requests in self.context.open.values():
-            for request in requests:
-                request.ready()
+    def next_body(self) -> str:
+        """Of the next step. What earlier ones have begun goes on: some libraries only move data while called."""
+        for request in chain.from_iterable(self.context.open.values()):
+            request.ready()
+        return self.program.step_body(self.done)
 
     def rest(self) -> None:
         """Between calls nothing is under way, for its memory may be given back; a later Wait finds it done."""
-        for requests in self.context.open.values():
-            for request in requests:
-                request.wait()
+        for request in chain.from_iterable(self.context.open.values()):
+            request.wait()
 
     def sent_in_a_step(self) -> float:
         """Bytes that this rank sends in a step, averaged over the whole period, however much of it has been run.

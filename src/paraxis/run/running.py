@@ -1,15 +1,19 @@
 """What a resident rank keeps of a plan between requests."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from paraxis.engine.devices import CPU
+from paraxis.errors import RankError
 from paraxis.plan.plan import Plan
 from paraxis.run import serial
+from paraxis.run.compiled import FirstSteps
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
+from paraxis.task.shared import Shard
 
 
 @dataclass
@@ -21,6 +25,7 @@ class Running:
     rank: Rank | Team | None = None  # a program's rank, all of its ranks as threads, or ...
     plain: serial.Replica | None = None  # ... the framework's own loop
     device: torch.device = CPU
+    first: FirstSteps | None = None  # of a compiled plan
     taken: int = 0  # bytes that others had of it before
     done: int = 0
     before: int = 0  # resident bytes before it was set up
@@ -28,10 +33,13 @@ class Running:
     losses: list[Tensor] = field(default_factory=list)  # of the framework's own loop
 
 
-class Alone:
-    """The world of a single rank."""
+def shards_of(running: Running) -> dict[str, Shard]:
+    """Of which tensors this rank has but a part."""
+    return getattr(running.rank.engine, "shards", {}) if isinstance(running.rank, Rank) else {}
 
-    rank, size = 0, 1
 
-    def barrier(self) -> None:
-        """Nobody to wait for."""
+def some(value: Any) -> Any:
+    """A value that is there; raises RankError."""
+    if value is None:
+        raise RankError("the plan is not set up on this rank")
+    return value
