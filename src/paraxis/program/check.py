@@ -112,10 +112,7 @@ def _check_rank(
     for slot, i in enumerate(instructions):
         _check_token(state, i, slot, fail)
         shards.see(i, slot, fail)
-        if i.op in COMPUTE and not (0 <= i.microbatch < program.microbatches and i.stage in program.stages_of(rank)):
-            own, stages = ", ".join(map(str, program.stages_of(rank))), len(program.stages)
-            known = f"there are {program.microbatches} microbatches and {stages} stages, of which {own} here"
-            fail(slot, f"{i.label()} of stage {i.stage}: {known}")
+        _check_place(program, rank, i, slot, fail)
         if i.op in MOMENTS:
             check_midway(program, state, i, slot, fail)
         if i.op == "F" and i.rule == "again":
@@ -151,6 +148,13 @@ def _check_rank(
         _check_complete(program, state, rank, fail, len(instructions) - 1)
         _check_shared(program, state, instructions, fail)
     return state.peak if any(i.op in BACKWARD for i in instructions) else 1
+
+
+def _check_place(program: Program, rank: int, i: Instruction, slot: int, fail: Fail) -> None:
+    if i.op in COMPUTE and not (0 <= i.microbatch < program.microbatches and i.stage in program.stages_of(rank)):
+        own, stages = ", ".join(map(str, program.stages_of(rank))), len(program.stages)
+        known = f"there are {program.microbatches} microbatches and {stages} stages, of which {own} here"
+        fail(slot, f"{i.label()} of stage {i.stage}: {known}")
 
 
 def _check_token(state: State, i: Instruction, slot: int, fail: Fail) -> None:
