@@ -212,10 +212,10 @@ def train(
 def _choose(plan: str, spec: Any, tell: Tell, joined: JoinedPool | None, limit: int | None) -> Any:
     from paraxis.api import read_recommendation
     from paraxis.measure.machine import usable_cores
-    from paraxis.plan.plan import Plan, parse
+    from paraxis.plan.plan import parse
 
-    if plan == "today":
-        return Plan(engine="plain", threads=usable_cores())
+    if plan.partition(",")[0] == "today":
+        return parse(plan if "threads=" in plan else f"{plan},threads={usable_cores()}")
     if plan != "best":
         return parse(plan)
     known = read_recommendation(STUDY, spec.network, limit)

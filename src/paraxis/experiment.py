@@ -18,7 +18,8 @@ from paraxis.measure.samples import Book
 from paraxis.measure.speed import with_speeds
 from paraxis.measure.statistics import paired
 from paraxis.plan.plan import Plan
-from paraxis.plan.space import space
+from paraxis.plan.precision import told_of_precision
+from paraxis.plan.space import in_bf16, space
 from paraxis.program.cut import told_of
 from paraxis.proof import prove, steps_for
 from paraxis.recommend import recommend
@@ -117,8 +118,9 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
     layers = 2 if facts.layout.cuttable else len(facts.layers)  # so that the refusal is listed once a kind
     rows = []
     sequence = any(not own.why for own in facts.layout.tokens)
-    several = workers >= 4
-    for plan in space(workers, layers, comms, recompute=session.limit is not None, hybrids=several, sequence=sequence):
+    several, limited = workers >= 4, session.limit is not None
+    plans = space(workers, layers, comms, recompute=limited, hybrids=several, sequence=sequence)
+    for plan in [*plans, *in_bf16(plans)]:
         row = Row(plan, plan.text(), blank(plan))
         try:
             if plan.comm in missing and plan.processes > 1:
@@ -207,6 +209,8 @@ def _memory(session: Session, row: Row) -> None:
     """Peak resident bytes of the rank that needs most, as if the plan were alone in its process."""
     if row.live:
         row.result.peak_memory_bytes = max(session.ask(row.key, row.plan, {"do": "memory"}))
+    if row.live and row.plan.compile:
+        row.result.compile_seconds = max(own or 0.0 for own in session.ask(row.key, row.plan, {"do": "compiling"}))
 
 
 def _traffic(session: Session, rows: list[Row]) -> None:
@@ -251,6 +255,8 @@ def _derive(row: Row, session: Session, today: Row, best: Row | None, one: Row |
         explain_today(result, session.known(), study.machine)
     elif row.windows:
         fill(result, session.program(row.plan), row.windows, row.times, session.known(), study.machine)
+    if told := told_of_precision(row.plan):
+        result.explanation = f"{result.explanation or ''} {told}".strip()
 
 
 def save_to(folder: Path) -> Save:

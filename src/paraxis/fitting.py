@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from paraxis.session import Session
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-UNKNOWN = "its memory could not be computed, so that it is not known to fit into --memory-limit"
+UNKNOWN = "its memory could not be computed, so that it is not known to fit into --memory-limit; in fp32 it can"
 
 
 def bytes_of(text: str) -> int:

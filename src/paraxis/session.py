@@ -16,6 +16,7 @@ from paraxis.measure.facts import Facts, facts_of
 from paraxis.measure.machine import ForeignLoad, pinning, usable_cores
 from paraxis.measure.records import Status
 from paraxis.plan.plan import Plan, period, with_split
+from paraxis.plan.precision import MIXED
 from paraxis.program.check import check
 from paraxis.program.cut import balanced
 from paraxis.program.instructions import Program
@@ -157,6 +158,8 @@ class Session:
         check_divides(plan, facts.batch, self.spec.bn_group, facts.least)
         if plan.engine == "native":
             return [Memory(**own) for own in self.pool("solo").ask({"do": "reserved", "plan": plan.text()})[0]]
+        if plan.precision in MIXED:  # what autocast keeps is not known
+            return []
         program, sizes = lower(alike, facts.layout, facts.steps_per_epoch or 1), self._sizes(plan.tp, plan.sequence)
         return memory(program, alike, sizes, facts.batch) if sizes else []
 
@@ -184,8 +187,11 @@ class Session:
         """Ask all processes of a plan that has been set up."""
         return self.home(plan).ask(request | {"key": key}, range(plan.processes))
 
-    def oracle(self, plan: Plan, steps: int, dtype: str, groups: int = 0, seed: int | None = None) -> dict[str, Any]:
-        """What a plan is proved against, made once: the serial run's losses, weights file and largest change."""
+    def oracle(
+        self, plan: Plan, steps: int, dtype: str, groups: int = 0, seed: int | None = None, parts: int = 1
+    ) -> dict[str, Any]:
+        """What a plan is proved against, made once: the losses, weights file and largest change of the serial run in
+        its precision; with `parts` its layers' sums are made in another order."""
         facts = self.known()
         turns = plan.dp if plan.sync == "hogwild" else 1
         replicas = 1 if plan.exact or turns > 1 else plan.dp
@@ -195,14 +201,20 @@ class Session:
             groups = facts.batch // replicas // self.spec.bn_group
         groups = groups or (plan.dp // replicas * plan.microbatches if facts.layout.statistics else 1)
         sync = plan.sync if replicas > 1 else "gradient"
-        key = (steps, dtype, groups, replicas, every, turns, seed, sync)
+        key = (steps, dtype, groups, replicas, every, turns, seed, sync, plan.precision, parts)
         if key not in self.oracles:
             path = str(self.folder / f"oracle-{'-'.join(map(str, key))}.safetensors")
             words = {"steps": steps, "dtype": dtype, "groups": groups, "replicas": replicas, "every": every}
-            words |= {"turns": turns, "seed": seed, "sync": sync}
+            words |= {"turns": turns, "seed": seed, "sync": sync, "parts": parts, "precision": plan.precision}
+            words["plan"] = Plan(precision=plan.precision, device=self.device(plan)).text()
             answer = self.pool("solo").ask({"do": "oracle", "file": path} | words)[0]
             self.oracles[key] = answer | {"file": path}
         return self.oracles[key]
+
+    def device(self, plan: Plan) -> str:
+        """Where the serial run of a plan's precision is made: on a GPU, if the plan has one; of fp32 on the CPU."""
+        own = (device for device in plan.devices() if device != "cpu" and plan.precision != "fp32")
+        return next(own, "cpu")
 
     def _own(self) -> list[Pool]:
         """Joined ranks outlive a session: another may follow, and whoever joined them has still to say how it ended."""

@@ -38,6 +38,8 @@ def plans(draw: st.DrawFn) -> Plan:
     comm = draw(st.sampled_from(["", *comms]))
     dp = draw(st.integers(1, 128))
     inside = not native or (dp * pp > 1 and comm not in ("", "openmp"))
+    precision = draw(st.sampled_from([p for p in PRECISIONS if "cuda" in device or p != "tf32"]))
+    graphs = draw(st.integers(0, 1)) if "cuda" in device and precision != "fp16" else 0
     return Plan(
         engine="native" if native else "torch",
         dp=dp,
@@ -50,9 +52,9 @@ def plans(draw: st.DrawFn) -> Plan:
         threads=draw(st.integers(1, 64)) if inside else 1,
         bucket_bytes=draw(st.integers(0, 1 << 30)),
         device=device,
-        precision="fp32" if native else draw(st.sampled_from(PRECISIONS)),
-        compile=0 if native else draw(st.integers(0, 1)),
-        graphs=draw(st.integers(0, 1)) if "cuda" in device else 0,
+        precision="fp32" if native else precision,
+        compile=0 if native or graphs or schedule.startswith("zb") else draw(st.integers(0, 1)),
+        graphs=graphs,
     )
 
 

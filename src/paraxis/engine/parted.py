@@ -87,20 +87,23 @@ class _Layer:
     dims: int  # of a batched input; 0: any
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The module's forward; its own where no I follows, or where precision is mixed."""
-        plain = not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-        if plain or (self.dims and x.ndim != self.dims):
+        """The module's forward; its own where no I follows."""
+        if not torch.is_grad_enabled() or (self.dims and x.ndim != self.dims):
             return self.own(x)
-        made: Tensor = _Parted.apply(x, self.module.weight, self.module.bias, self)
+        given: Sequence[Any] = x, self.module.weight, self.module.bias
+        if torch.is_autocast_enabled(kind := x.device.type):  # which does not look into what autograd calls
+            dtype = torch.get_autocast_dtype(kind)
+            given = tuple(t if t is None else t.to(dtype) for t in given)
+        made: Tensor = _Parted.apply(*given, self)
         return made
 
     def add(self, gradient: Tensor, x: Tensor, wanted: Sequence[bool]) -> None:
         """W: what autograd would have added to the gradients of weight and bias."""
         with torch.no_grad():
-            made = self.gradients(gradient, x, self.module.weight, wanted)
+            made = self.gradients(gradient, x, self.module.weight.to(x.dtype), wanted)
             for p, value in zip((self.module.weight, self.module.bias), made[1:], strict=True):
                 if value is not None:
-                    p.grad = value if p.grad is None else p.grad.add_(value)
+                    p.grad = value.to(p.dtype) if p.grad is None else p.grad.add_(value)
 
 
 def _linear(gradient: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> Sequence[Tensor | None]:

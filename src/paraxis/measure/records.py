@@ -154,6 +154,7 @@ class Result(Record):
     exposed_comm_fraction: float | None = None
     bubble_fraction: float | None = None
     bytes_communicated: int | None = None  # sent by all ranks together in one step
+    compile_seconds: float | None = None  # what its first step took more than its second, where it is compiled
     peak_memory_bytes: int | None = None  # of the rank that needs most
     computed_memory: MemoryRecord | None = None  # null where it could not be computed
     oversubscribed: bool = False

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from paraxis.errors import PlanError
 from paraxis.plan.own import is_own
+from paraxis.plan.precision import check_precision
 from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES, parted
 from paraxis.sync import rule as sync_rule
 
@@ -32,6 +33,8 @@ def check(plan: "Plan") -> None:
     _check_threads(plan)
     _check_interleave(plan)
     _check_device(plan)
+    sync = sync_rule.parse(plan.sync)
+    check_precision(plan, plan.dp > 1 and sync is not None and bool(sync.rule.gradients))
     plan.recomputed()
 
 
@@ -112,6 +115,13 @@ def _check_device(plan: "Plan") -> None:
                 raise PlanError(
                     f"{key}={getattr(plan, key)}: engine=native computes in fp32 on CPUs; take engine=torch"
                 )
+    if plan.graphs and (plan.compile or plan.precision == "fp16"):
+        key = "compile=1" if plan.compile else "precision=fp16 (whose steps are taken or skipped as they come)"
+        raise PlanError(f"graphs=1: what is recorded cannot be changed by {key}; leave one of the two out")
+    if plan.compile and plan.tp > 1:
+        raise PlanError(f"compile=1: with tp={plan.tp} ranks meet in the middle of layers; leave one of the two out")
+    if plan.compile and ordered(plan) and plan.schedule in SCHEDULES and parted(plan.schedule):
+        raise PlanError(f"compile=1: schedule={plan.schedule} parts the backward of layers; take 1f1b, or no compile")
     if plan.graphs and not plan.on_gpu():
         raise PlanError("graphs=1: CUDA graphs take device=cuda")
     if plan.graphs and plan.engine == "plain":

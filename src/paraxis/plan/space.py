@@ -1,6 +1,6 @@
 """The space of plans for a number of workers, the most promising first and every rung of workers early."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -138,3 +138,16 @@ def _recomputed(plans: list[Plan]) -> Iterator[Plan]:
             firsts.setdefault(plan.mesh, plan)
     for plan in firsts.values():
         yield replace(plan, recompute="all")
+
+
+def in_bf16(plans: Iterable[Plan]) -> Iterator[Plan]:
+    """Of each grid of ranks on GPUs the first plan, in bf16; on CPUs one has to ask for it.
+
+    A GPU multiplies 16-bit matrices many times as fast, a CPU without instructions for them not at all.
+    """
+    firsts: dict[Mesh, Plan] = {}
+    for plan in plans:
+        if plan.on_gpu() and plan.exact and plan.precision == "fp32":
+            firsts.setdefault(plan.mesh, plan)
+    for plan in firsts.values():
+        yield replace(plan, precision="bf16")

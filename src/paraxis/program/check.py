@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from paraxis.errors import ProgramError
 from paraxis.program.check_meetings import Fail, State, buckets_of, check_meeting, check_midway, check_whole, covered
+from paraxis.program.check_scaling import Verdict
 from paraxis.program.check_shards import Shards
 from paraxis.program.grid import point_at
 from paraxis.program.hang import check_hang
@@ -102,7 +103,7 @@ def _check_rank(
 
     `crossing`: by token, what earlier steps have begun and this one may await; it becomes what this one leaves open.
     """
-    body, shards = program.body(part), Shards(program, rank)
+    body, shards, verdict = program.body(part), Shards(program, rank), Verdict(program)
     keys = {ops: {(i.stage, i.segment, i.microbatch) for i in instructions if i.op in ops} for ops in ("F", "BI")}
     state = State(leaks=keys["F"] - keys["BI"], open=dict(crossing))
 
@@ -112,6 +113,7 @@ def _check_rank(
     for slot, i in enumerate(instructions):
         _check_token(state, i, slot, fail)
         shards.see(i, slot, fail)
+        verdict.see(i, slot, fail)
         _check_place(program, rank, i, slot, fail)
         if i.op in MOMENTS:
             check_midway(program, state, i, slot, fail)

@@ -23,7 +23,7 @@ COLLECTIVES = ("AllReduce", "ReduceScatter", "AllGather", *MIDWAY)
 MEMORY = ("Reserve", "Release")  # of a bucket that is whole only while it is needed (ZeRO)
 MOMENTS = {"F": "moments", "B": "moment_grads"}  # what replicas add up where a batch norm cuts a stage
 CROSSING = 1 << 16  # tokens from here on may stay open from one step of a period to a later one of the same
-HEAD = ("mesh", "microbatches", "stage", "meets", "buffer", "tie", "prologue", "period", "epilogue")  # of a program
+HEAD = ("mesh", "microbatches", "precision", "stage", "meets", "buffer", "tie", "prologue", "period", "epilogue")
 OPS = (
     *("Load", "F", "B", "I", "W", "Update"),
     *(f"{op}{end}" for op in (*SENDS, *RECEIVES, *COLLECTIVES) for end in ("Start", "Wait")),
@@ -149,6 +149,7 @@ class Program:
     `stages` are layer ranges [first, last); `segments` cut each stage in turn. `period` and `epilogue` name
     bodies with the number of times they run. Body `evaluate` is forward only. `ties` are added up before an update.
     `words`: of every stage, what is met at each border between two segments (none: nothing); see program.meetings.
+    `precision`: what segments compute in, and so what crosses the edges of stages; see plan.precision.
     """
 
     mesh: Mesh
@@ -162,6 +163,7 @@ class Program:
     epilogue: tuple[tuple[str, int], ...] = ()
     ties: tuple[Tie, ...] = ()
     words: tuple[tuple[str, ...], ...] = ()
+    precision: str = "fp32"
 
     def borders(self, stage: int) -> tuple[str, ...]:
         """What is met at each border between two segments of a stage."""
@@ -224,6 +226,7 @@ class Program:
     def text(self) -> str:
         """The whole program as text; `parse_program` gives the same program back."""
         lines = [f"mesh dp={self.mesh.dp} pp={self.mesh.pp} tp={self.mesh.tp}", f"microbatches {self.microbatches}"]
+        lines += [f"precision {self.precision}"] * (self.precision != "fp32")
         lines += [f"stage {a}-{b} segments {' '.join(f'{c}-{d}' for c, d in cuts)}" for (a, b), cuts in self._cuts()]
         lines += [" ".join(["meets", *words]) for words in self.words]
         lines += [f"buffer {b.name} {b.scope}" for b in self.buffers]
@@ -306,4 +309,5 @@ def _assemble(head: dict[str, list[list[str]]], bodies: dict[str, list[list[Inst
         epilogue=runs("epilogue"),
         ties=tuple(Tie(name, tuple(map(int, stages.split("+")))) for name, stages in head.get("tie", [])),
         words=tuple(map(tuple, head.get("meets", []))),
+        precision=head.get("precision", [["fp32"]])[0][0],
     )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paraxis.comm.clocks import shift
+from paraxis.comm.local import Alone
+from paraxis.engine.compiling import compile_network, compile_segments
 from paraxis.engine.devices import CPU, wait
 from paraxis.engine.native_rank import NativeEngine
+from paraxis.engine.precision import products
 from paraxis.engine.torch_engine import TorchEngine
 from paraxis.errors import Diverged, RankError
 from paraxis.measure.gradients import gradient_norms
@@ -30,24 +34,24 @@ from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
 from paraxis.run.agreement import agreed
 from paraxis.run.clock import clock_of
+from paraxis.run.compiled import FirstSteps
 from paraxis.run.devices import device_for, found_here, reaching
 from paraxis.run.graphs import replay
 from paraxis.run.held import counted
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
+from paraxis.run.oracle import DTYPES, train_oracle
 from paraxis.run.reserved import native_memory
 from paraxis.run.resident import peak_bytes, reset_peak
-from paraxis.run.weights import compare, difference, untied
+from paraxis.run.weights import compare, difference, relative, untied
 from paraxis.run.window import record_cost, traceable, window_of
 from paraxis.sync.rule import settled
 from paraxis.task.batches import digest
 from paraxis.task.shared import Shard
 from paraxis.task.spec import TaskSpec
 from paraxis.task.task import Task, keep_data, make_task
-from paraxis.task.trial import evaluating
 
 Tell = Callable[[dict[str, Any]], None]
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass
@@ -59,6 +63,7 @@ class Running:
     rank: Rank | Team | None = None  # a program's rank, all of its ranks as threads, or ...
     plain: serial.Replica | None = None  # ... the framework's own loop
     device: torch.device = CPU
+    first: FirstSteps | None = None  # of a compiled plan
     done: int = 0
     before: int = 0  # resident bytes before it was set up
     record: float = 0.0  # nanoseconds that its interpreter adds to an instruction, once measured
@@ -144,26 +149,18 @@ class Duties:
 
         It computes one batch-norm group at a time, so the network's own batch norms do.
         """
-        self._activate(Running(Plan(), []))  # one thread, whatever plan this process has run before
-        spec = self.spec.model_copy(update={"bn_group": None, "seed": request["seed"]})
-        dtype = DTYPES[request["dtype"]]
-        copies = [serial.replica(make_task(spec, self.objects, dtype)) for _ in range(request["replicas"])]
-        before = {k: v.clone() for k, v in copies[0].task.net.state_dict().items()}
-        if request["turns"] > 1:
-            losses = serial.in_turn(copies[0], request["steps"], request["turns"])
-        else:
-            losses = serial.emulate(copies, 0, request["steps"], request["groups"], request["every"], request["sync"])
-        if request["replicas"] > 1 and not settled(request["sync"], request["steps"], request["every"]):
-            serial.average([c.task.net for c in copies])
-        after = {k: v.clone().contiguous() for k, v in copies[0].task.net.state_dict().items()}
-        changes = [float((after[k] - before[k]).abs().max()) for k in after if after[k].is_floating_point()]
-        save_file(untied(after), request["file"])
-        return {"losses": losses, "change": max(changes, default=0.0)}
+        plan = parse(request["plan"])
+        self._activate(Running(plan, []))  # one thread, whatever plan this process has run before
+        return train_oracle(self.spec, self.objects, request, device_for(plan, self.rank, self.launched))
 
     def compare_files(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """The largest relative difference of two weight files."""
         a, b = load_file(request["a"]), load_file(request["b"])
         return max(difference(a[k], b[k], request["change"]) for k in b if b[k].is_floating_point())
+
+    def bands(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[Any]:
+        """How far two weight files lie apart, tensor by tensor and as a whole, relative to how far each has moved."""
+        return list(relative(load_file(request["a"]), load_file(request["b"]), {}, request["moved"]))
 
     def prove(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Train the first steps of a plan and compare this rank's weights with those of the file."""
@@ -174,7 +171,15 @@ class Duties:
             rank.settle()
         wanted, state = load_file(request["file"]), self._state(running)
         worst, where = compare(state, wanted, _shards(running), request["change"])
-        return {"difference": worst, "where": where, "losses": self._losses(running), "compared": list(state)}
+        apart = relative(state, wanted, _shards(running), request.get("moved", {}))[0]  # in mixed precision
+        told = {"apart": apart, "losses": self._losses(running), "skipped": self.skipped(request, blob, tell)}
+        return {"difference": worst, "where": where, "compared": list(state)} | told
+
+    def skipped(self, request: dict[str, Any], blob: bytes, tell: Tell) -> int:
+        """Steps that were not taken, because scaled gradients had overflowed."""
+        running = self.plans[request["key"]]
+        keeper = running.plain or getattr(getattr(running.rank, "engine", None), "scaling", None)
+        return keeper.skipped if keeper else 0
 
     # -- running plans -----------------------------------------------------------------------------------------
 
@@ -190,7 +195,9 @@ class Duties:
         running.before = reset_peak()
         self.base = self.base or running.before
         if plan.engine == "plain":
-            running.plain = serial.replica(self._task(dtype, plain=True), device)
+            running.plain = serial.plain(self._task(dtype, plain=True), plan.precision, device)
+            if plan.compile:
+                running.plain.compiled = compile_network(running.plain.task.net)
             return {"program": None, "bytes": 0, "batch": 0}
         fault: Fault | None = FAULTS[request["fault"]] if request.get("fault") else None
         task = self._task(dtype)
@@ -201,13 +208,15 @@ class Duties:
         if plan.engine == "native" and plan.processes == 1:
             running.rank = openmp.start(task, program, plan.sync == "hogwild")
             return {"program": program.digest(), "bytes": running.rank.bytes_held(), "batch": digest(task.train)}
-        world: Any = self.world.group(range(plan.mesh.size)) if self.world else _Alone()
+        world: Any = self.world.group(range(plan.mesh.size)) if self.world else Alone()
         world = reaching(world, self.transport, device)
         engine: Any
         if plan.engine == "native":
             engine = NativeEngine(task, program, self.rank, plan.threads)
         else:
             engine = TorchEngine(task, program, self.rank, device)
+            if plan.compile:
+                compile_segments(engine)
         if fault and self.rank == plan.mesh.size - 1:
             fault.spoil(engine)
         running.rank = Rank(program, self.rank, engine, world, clock=clock_of(device))
@@ -296,21 +305,9 @@ class Duties:
         if most := request.get("most"):
             source = source.thinned(most)
         if rank is None:
-            return self._evaluate_plain(task, source)
+            return serial.score(_some(running.plain), source)
         with agreed(rank):
             loss, weight, hits = rank.evaluate(source)
-        return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
-
-    def _evaluate_plain(self, task: Task, source: Any) -> dict[str, Any]:
-        loss = weight = hits = 0.0
-        with evaluating(task.net):
-            for number in range(source.steps_per_epoch):
-                count = source.valid(number, 0, source.batch)
-                batch = source.share(number, 0, count)
-                output = task.net(batch[0])
-                total, own = task.recipe.loss(output, batch)
-                loss, weight = loss + float(total), weight + float(own)
-                hits += task.recipe.hits(output, batch)
         return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
 
     def settle(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
@@ -336,7 +333,8 @@ class Duties:
         return running
 
     def _activate(self, running: Running) -> None:
-        """The plan's threads and cores: every thread of this process moves, new ones inherit."""
+        """The plan's precision, threads and cores: every thread of this process moves, new ones inherit."""
+        products(running.plan.precision)
         threads = running.plan.threads
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
@@ -348,13 +346,24 @@ class Duties:
                 except (ProcessLookupError, PermissionError):
                     continue
 
+    def compiling(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float | None:
+        """Seconds that it took to compile a plan; None until it has made two steps."""
+        return getattr(self.plans[request["key"]].first, "compiling", None)
+
     def _steps(self, running: Running, count: int) -> None:
+        if running.plan.compile:
+            running.first = running.first or FirstSteps(running.device)
+            running.first.run(partial(self._go, running), count)
+        else:
+            self._go(running, count)
+
+    def _go(self, running: Running, count: int) -> None:
         if running.rank is not None:
             running.rank.steps(count)
             return
         plain = _some(running.plain)
         for _ in range(count):
-            loss = serial.plain_step(plain.task.net, plain.task, plain.optimizer, running.done)
+            loss = serial.plain_step(plain, running.done)
             if plain.scheduler is not None:
                 plain.scheduler.step()
             running.losses.append(loss)
@@ -383,15 +392,6 @@ class Duties:
 def _shards(running: Running) -> dict[str, Shard]:
     """Of which tensors this rank has but a part."""
     return getattr(running.rank.engine, "shards", {}) if isinstance(running.rank, Rank) else {}
-
-
-class _Alone:
-    """The world of a single rank."""
-
-    rank, size = 0, 1
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""
 
 
 def _some(value: Any) -> Any:
