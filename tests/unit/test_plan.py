@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from paraxis.errors import PlanError, ProgramError
 from paraxis.plan.plan import Mesh, Plan, parse, period, with_split
 from paraxis.plan.rules import COMMS, PRECISIONS, SCHEDULES
-from paraxis.plan.schedules import STAGES, parted
+from paraxis.plan.schedules import STAGES
 from paraxis.plan.space import AVERAGE_EVERY, rungs, space
 from paraxis.program.cut import Layout, cut
 from paraxis.program.lower import lower
 
-WHOLE = [name for name in SCHEDULES if name not in STAGES and not parted(name)]  # what engine=native takes
 SYNCS = st.one_of(
     st.just("gradient"), st.just("average@epoch"), st.integers(1, 999).map(lambda steps: f"average@{steps}")
 )
@@ -27,7 +26,7 @@ def plans(draw: st.DrawFn) -> Plan:
         return Plan(engine="plain", threads=draw(st.integers(1, 64)))
     pp = draw(st.integers(1, 5))
     native = draw(st.booleans())
-    schedule = draw(st.sampled_from(["", *(WHOLE if native else SCHEDULES)]))
+    schedule = draw(st.sampled_from(["", *SCHEDULES]))
     microbatches = draw(st.integers(1, 64))
     stages = pp * (STAGES.get(schedule, 1) if pp > 1 and microbatches > 1 else 1)
     split = draw(st.just(()) | st.lists(st.integers(1, 20), min_size=stages, max_size=stages).map(tuple))

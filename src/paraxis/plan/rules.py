@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from paraxis.errors import PlanError
 from paraxis.plan.own import is_own
 from paraxis.plan.precision import check_precision
-from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES, parted
+from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, parted
 from paraxis.sync import rule as sync_rule
 
 if TYPE_CHECKING:
@@ -84,10 +84,6 @@ def _check_interleave(plan: "Plan") -> None:
     if plan.interleave > 1 and plan.microbatches > 1 and (plan.schedule or "1f1b") in ONE_STAGE:
         several = ", ".join(name for name in SCHEDULES if name not in ONE_STAGE)
         raise PlanError(f"interleave={plan.interleave}: several stages a rank take schedule={several}")
-    known = plan.schedule in SCHEDULES  # of a user's own the engine says what it has not
-    if plan.engine == "native" and ordered(plan) and known and (plan.schedule in STAGES or parted(plan.schedule)):
-        whole = ", ".join(name for name in SCHEDULES if name not in STAGES and not parted(name))
-        raise PlanError(f"schedule={plan.schedule}: engine=native takes {whole}; this one takes engine=torch")
 
 
 def _check_threads(plan: "Plan") -> None:

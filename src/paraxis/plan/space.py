@@ -8,7 +8,7 @@ from paraxis.plan.plan import Mesh, Plan
 from paraxis.plan.schedules import SCHEDULES, STAGES, parted
 
 AVERAGE_EVERY = 8
-ELABORATE = [name for name in SCHEDULES if name in STAGES or parted(name)]  # the schedules of engine=torch alone
+ELABORATE = [name for name in SCHEDULES if name in STAGES or parted(name)]  # several stages a rank, or I and W apart
 TRANSPORTS = ("openmp", "mpi", "gloo")
 
 
@@ -58,9 +58,8 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
     processes = [comm for comm in comms if comm != "openmp"]
     for kind in _kinds(workers, layers, inexact):
         for comm in comms if "tp" not in kind else processes[:1]:
-            if comm != "openmp" or kind.get("schedule") not in ELABORATE:
-                engine = "native" if comm == "openmp" else "torch"
-                yield Plan(**kind, comm=comm, engine=engine)  # type: ignore[arg-type]
+            engine = "native" if comm == "openmp" else "torch"
+            yield Plan(**kind, comm=comm, engine=engine)  # type: ignore[arg-type]
         if kind == {"dp": workers} and "openmp" in comms:
             yield Plan(dp=workers, comm="openmp", engine="native", gradients="owner")
     if not processes:

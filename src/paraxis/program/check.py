@@ -114,10 +114,7 @@ def _check_rank(
         _check_token(state, i, slot, fail)
         shards.see(i, slot, fail)
         verdict.see(i, slot, fail)
-        if i.op in COMPUTE and not (0 <= i.microbatch < program.microbatches and i.stage in program.stages_of(rank)):
-            own, stages = ", ".join(map(str, program.stages_of(rank))), len(program.stages)
-            known = f"there are {program.microbatches} microbatches and {stages} stages, of which {own} here"
-            fail(slot, f"{i.label()} of stage {i.stage}: {known}")
+        _check_place(program, rank, i, slot, fail)
         if i.op in MOMENTS:
             check_midway(program, state, i, slot, fail)
         if i.op == "F" and i.rule == "again":
@@ -158,6 +155,13 @@ def _leave_open(state: State, crossing: dict[int, Instruction]) -> None:
     """To the steps that follow."""
     crossing.clear()
     crossing |= {token: state.open.pop(token) for token in list(state.open) if token >= CROSSING}
+
+
+def _check_place(program: Program, rank: int, i: Instruction, slot: int, fail: Fail) -> None:
+    if i.op in COMPUTE and not (0 <= i.microbatch < program.microbatches and i.stage in program.stages_of(rank)):
+        own, stages = ", ".join(map(str, program.stages_of(rank))), len(program.stages)
+        known = f"there are {program.microbatches} microbatches and {stages} stages, of which {own} here"
+        fail(slot, f"{i.label()} of stage {i.stage}: {known}")
 
 
 def _check_token(state: State, i: Instruction, slot: int, fail: Fail) -> None:

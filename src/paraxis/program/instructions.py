@@ -210,6 +210,17 @@ class Program:
         cells = (i for _, ranks in self.bodies for row in ranks for i in row)
         return any(i.op == "W" and i.stage == stage and i.rule != "owner" for i in cells)
 
+    def halved(self, stage: int) -> int:
+        """Most microbatches of a stage that are between their I and W at once; 0 where nothing is parted."""
+        last, most = len(self.segments[stage]) - 1, 0
+        for row in (row for _, ranks in self.bodies for row in ranks if self.parted(stage)):
+            live = 0
+            for i in (i for i in row if i.stage == stage):
+                live += i.op in BACKWARD and i.segment == last
+                most = max(most, live)
+                live -= i.op in ("B", "W") and i.segment == 0
+        return most
+
     def steps_in_period(self) -> int:
         """Optimiser steps until the program repeats."""
         return sum(times for _, times in self.period)

@@ -14,7 +14,7 @@ from torch import Tensor
 from paraxis.comm.base import Comm, Request
 from paraxis.comm.exchange import collected_bytes
 from paraxis.comm.payload import PackedSum
-from paraxis.program.instructions import COLLECTIVES, GATHERS, MIDWAY, SCATTERS, Instruction, Program
+from paraxis.program.instructions import COLLECTIVES, GATHERS, MIDWAY, RECEIVES, SCATTERS, SENDS, Instruction, Program
 from paraxis.run.clock import HOST, Clock
 from paraxis.sync.rule import updates
 
@@ -230,14 +230,10 @@ BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
     "I": _input_gradient,
     "W": _weight_gradient,
     "Update": _update,
-    "SendActStart": _send,
-    "SendGradStart": _send,
-    "SendActWait": _wait,
-    "SendGradWait": _wait,
-    "RecvActStart": _receive,
-    "RecvGradStart": _receive,
-    "RecvActWait": _received,
-    "RecvGradWait": _received,
+    **{f"{op}Start": _send for op in SENDS},
+    **{f"{op}Wait": _wait for op in SENDS},
+    **{f"{op}Start": _receive for op in RECEIVES},
+    **{f"{op}Wait": _received for op in RECEIVES},
     "AllReduceStart": _collect_start,
     "AllReduceWait": _collect_wait,
     "ReduceScatterStart": _collect_start,
