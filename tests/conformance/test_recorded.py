@@ -71,7 +71,6 @@ CASES = [
 ]
 
 
-
 @pytest.mark.parametrize("name, text", CASES, ids=lambda word: word.replace(" ", "_"))
 def test_replayed_steps_compute_what_the_serial_run_computes(name: str, text: str, folder: Path) -> None:
     found, ranks, recorders = trained(spec_of(folder, name, *TASKS[name]), text)
