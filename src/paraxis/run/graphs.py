@@ -29,7 +29,7 @@ def obstacle(rank: Rank) -> str:
     if engine.hyper.rule not in RULES:
         kind = type(engine.hyper.optimizer).__name__
         return f"{kind} as it is set runs itself; plain SGD, Adam and AdamW have rules that can be recorded"
-    if getattr(engine, "scaling", None) is not None:
+    if engine.scaling is not None:
         return "precision=fp16 decides on the host whether gradients have overflowed; bf16 need not"
     if engine.task.keyed.unkeyed:
         return f"these modules draw random numbers that cannot be keyed: {', '.join(engine.task.keyed.unkeyed)}"
