@@ -52,7 +52,6 @@ def test_every_fault_fails_the_comparison(fault: str, plan: Plan, folder: Path) 
 
 OWN_LOSS = [*map(parse, ("dp=2,pp=2,microbatches=2", "dp=2,sync=average@4", "pp=2,microbatches=2,recompute=all"))]
 OWN_LOSS += map(parse, ("dp=2,sync=diloco@2", "dp=2,zero=1", "dp=2,zero=2,microbatches=2"))
-OWN_LOSS += [parse("pp=2,schedule=zb-h2,microbatches=4")]
 
 
 ABLE = [fault for fault in FAULTS if any(FAULTS[fault].needs(plan) for plan in OWN_LOSS)]

@@ -92,9 +92,8 @@ def _skip_backward(program: Program, rank: int, body: list[Instruction]) -> list
 
 
 def _skip_weights(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
-    """The last stage makes the input's gradient of its microbatch 1, but not that of its weights."""
-    last = len(program.stages) - 1
-    return [i for i in body if (i.op, i.stage, i.microbatch) != ("W", last, 1)]
+    """Of microbatch 1 every stage makes the input's gradient, but not that of its weights."""
+    return [i for i in body if (i.op, i.microbatch) != ("W", 1)]
 
 
 def _after_reducing(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
