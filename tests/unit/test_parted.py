@@ -135,12 +135,20 @@ def test_a_layer_that_others_watch_is_left_alone(watch: str) -> None:
     assert module.weight.grad is not None and parting.kept == {KEY: []}, "its gradient comes in I"
 
 
-def test_mixed_precision_and_evaluation_take_the_layers_own_forward() -> None:
-    module = nn.Linear(3, 3)
-    parted(module)
-    with torch.no_grad():
-        assert module(torch.randn(2, 3)).grad_fn is None
+def test_evaluation_takes_the_layers_own_forward_and_mixed_precision_parts_in_its_own() -> None:
+    module, x = nn.Linear(3, 3), torch.randn(2, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        made = module(torch.randn(2, 3))
-    assert made.dtype is torch.bfloat16 and "Parted" not in type(made.grad_fn).__name__
-    assert "Parted" in type(module(torch.randn(2, 3)).grad_fn).__name__
+        own = module(x)
+    own.float().square().sum().backward()
+    assert module.weight.grad is not None and own.dtype is torch.bfloat16
+    alone, module.weight.grad = module.weight.grad, None
+    parting = parted(module)
+    with torch.no_grad():
+        assert module(x).grad_fn is None
+    with parting.keeping(KEY):
+        with torch.autocast("cpu", torch.bfloat16):
+            made = module(x)
+        made.float().square().sum().backward()
+    assert torch.equal(made, own) and module.weight.grad is None
+    parting.finish(KEY)
+    assert torch.allclose(module.weight.grad, alone, rtol=1e-2)
