@@ -129,8 +129,8 @@ template <class T>
 std::unique_ptr<Ensemble<T>> make(int dp, int pp, const std::vector<std::vector<Spec>>& specs, int slice,
                                   int microbatches, const std::vector<std::pair<std::string, nb::list>>& bodies,
                                   Hyper hyper, bool shared, int usable_cores, uint64_t seed, bool naively,
-                                  std::pair<int, int> whole, int tokens) {
-    const Grid grid{dp, pp};
+                                  std::pair<int, int> whole, int tokens, int tp) {
+    const Grid grid{dp, pp, tp};
     std::vector<std::unique_ptr<Stage<T>>> stages;
     for (int rank = 0; rank < grid.size(); ++rank) {
         const Kernels<T>* kernels;
@@ -141,7 +141,8 @@ std::unique_ptr<Ensemble<T>> make(int dp, int pp, const std::vector<std::vector<
         // `whole`: (number of the first stage here, stages in all), where this process has one rank of several.
         const int stage = whole.first + grid.pp_of(rank);
         stages.push_back(std::make_unique<Stage<T>>(specs.at(grid.pp_of(rank)), slice, microbatches, stage == 0,
-                                                    stage == whole.second - 1, *kernels, seed, tokens));
+                                                    stage == whole.second - 1, *kernels, seed, tokens,
+                                                    rank % tp ? stages[rank - rank % tp].get() : nullptr, rank % tp, tp));
     }
     return std::make_unique<Ensemble<T>>(grid, std::move(stages), bodies_of(bodies, microbatches), hyper, shared,
                                          usable_cores);
@@ -152,7 +153,7 @@ void bind(nb::module_& m, const char* name) {
     using E = Ensemble<T>;
     nb::class_<E> c(m, name);
     c.def(nb::new_(&make<T>), "dp"_a, "pp"_a, "stages"_a, "slice"_a, "microbatches"_a, "bodies"_a, "hyper"_a, "shared"_a,
-          "usable_cores"_a, "seed"_a, "naive"_a, "whole"_a, "tokens"_a = 0);
+          "usable_cores"_a, "seed"_a, "naive"_a, "whole"_a, "tokens"_a = 0, "tp"_a = 1);
     c.def(
         "run",
         [](E& e, int64_t first, const std::vector<int>& body, const std::vector<double>& rates, nb::object inputs,
@@ -265,6 +266,7 @@ void bind(nb::module_& m, const char* name) {
     });
     c.def("tied", [](E& e, int rank, int tie) { return e.stage(rank).tied(tie); });
     c.def("segments", [](E& e, int rank) { return e.stage(rank).segments(); });
+    c.def("borders", [](E& e, int rank) { return e.stage(rank).borders(); });
     // What a layer's replicas add up in the middle of a pass: the n-th such layer of a rank.
     c.def("moments", [](nb::handle self, int rank, int n) {
         Stage<T>& stage = nb::cast<E&>(self).stage(rank);

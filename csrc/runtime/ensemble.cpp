@@ -13,10 +13,12 @@ int64_t now() {
 }
 
 // Throws if an instruction names a segment, or a layer that ends one, that a stage has not.
-void fits(const Body& body, const Instruction& i, int segments) {
+template <class T>
+void fits(const Body& body, const Instruction& i, const Stage<T>& stage) {
     const bool computes = i.op == Op::F || i.op == Op::B || i.op == Op::I || i.op == Op::W;
     const int number = computes ? i.segment : i.bucket;
-    if ((computes || meets(i)) && (number < 0 || number >= segments - meets(i)))
+    const bool known = number >= 0 && number < stage.segments() - meets(i);
+    if ((computes || meets(i)) && !(known && (!computes || stage.begins(i.op == Op::F, number))))
         throw std::invalid_argument("body " + body.name + " has other segments than its stage");
 }
 
@@ -34,14 +36,14 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
     for (const Body& body : this->bodies)
         for (int rank = 0; rank < grid.size(); ++rank)
             for (const Instruction& i : body.ranks[rank]) {
-                fits(body, i, stages[rank]->segments());
+                fits(body, i, *stages[rank]);
                 if (i.buffer == Buffer::tied && !stages[rank]->tied(i.bucket).second)
                     throw std::invalid_argument("body " + body.name + " adds up what its stage has no copy of");
             }
     for (int rank = 0; rank < grid.size(); ++rank) {
         Stage<T>& own = *stages[rank];
-        const int first = grid.rank(0, grid.pp_of(rank));
-        if (shared && rank != first)
+        const int first = grid.rank(shared ? 0 : grid.dp_of(rank), grid.pp_of(rank));
+        if (rank != first)
             own.weights = stages[first]->weights;
         else
             own.weights = std::make_shared<Weights<T>>(own.parameters, own.statistics);
@@ -56,8 +58,9 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
         outers.push_back({Memory<T>(count), Memory<T>(count), Memory<T>(count)});
     }
     // Of a pipeline, the stage in front would overwrite what the owners behind it still read.
-    if (owners && (!shared || stages[0]->microbatches > 1 || grid.pp > 1))
+    if (owners && (!shared || stages[0]->microbatches > 1 || grid.pp > 1 || grid.tp > 1))
         throw std::invalid_argument("owners of gradients need weights in common, one microbatch and one stage");
+    if (grid.tp > 1 && !shared) throw std::invalid_argument("threads of a group need replicas with weights in common");
     tie();
     divide(owners);
     connect();
@@ -67,13 +70,24 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
 template <class T>
 void Ensemble<T>::connect() {
     abort = std::make_unique<Abort>();
-    replicas.clear(), pipelines.clear(), knots.clear(), links.clear();
-    for (int p = 0; p < grid.pp; ++p) replicas.push_back(std::make_unique<Barrier>(grid.dp, spin, *abort));
-    for (int d = 0; d < grid.dp; ++d) pipelines.push_back(std::make_unique<Barrier>(grid.pp, spin, *abort));
-    for (const auto& places : ties)
-        for (int d = 0; d < grid.dp; ++d) knots.push_back(std::make_unique<Barrier>(int(places.size()), spin, *abort));
+    replicas.clear(), pipelines.clear(), groups.clear(), knots.clear(), links.clear();
+    const auto set_up = [&](std::vector<std::unique_ptr<Barrier>>& gates, int count, int parties) {
+        while (int(gates.size()) < count) gates.push_back(std::make_unique<Barrier>(parties, spin, *abort));
+    };
+    set_up(replicas, grid.pp * grid.tp, grid.dp);
+    set_up(pipelines, grid.dp * grid.tp, grid.pp);
+    set_up(groups, grid.pp * grid.dp, grid.tp);
+    for (const auto& places : ties) set_up(knots, int(knots.size()) + grid.dp, int(places.size()) * grid.tp);
     const int room = stages.front()->microbatches + 1;
     for (int rank = 0; rank < grid.size(); ++rank) links.push_back(std::make_unique<Links>(room, spin, *abort));
+}
+
+template <class T>
+typename Ensemble<T>::Line Ensemble<T>::line(int rank, Axis axis) const {
+    const int d = grid.dp_of(rank), p = grid.pp_of(rank), t = grid.tp_of(rank);
+    if (axis == Axis::dp) return {grid.dp, d, [=, this](int n) { return grid.rank(n, p, t); }, *replicas[p * grid.tp + t]};
+    if (axis == Axis::pp) return {grid.pp, p, [=, this](int n) { return grid.rank(d, n, t); }, *pipelines[d * grid.tp + t]};
+    return {grid.tp, t, [=, this](int n) { return grid.rank(d, p, n); }, *groups[p * grid.dp + d]};
 }
 
 template <class T>
@@ -115,7 +129,7 @@ Score Ensemble<T>::evaluate(int name, int times, const Samples& samples) {
         Hand hand{rank, 0, 0, 0, &samples};
         for (; hand.within < times; ++hand.within) {
             body(hand, bodies[name], nullptr);
-            pipelines[grid.dp_of(rank)]->wait(grid.pp_of(rank));  // a forward alone gives no buffer back: all are given back here
+            meet(rank, Axis::pp);  // a forward alone gives no buffer back: all are given back here
         }
     });
     Score total;
@@ -200,7 +214,7 @@ void Ensemble<T>::body(Hand& hand, const Body& body, std::vector<int64_t>* stamp
 template <class T>
 void Ensemble<T>::execute(Hand& hand, const Instruction& i) {
     Stage<T>& stage = *stages[hand.rank];
-    const int behind = hand.rank, before = hand.rank - grid.dp;  // the links of a rank lead to the next stage
+    const int behind = hand.rank, before = hand.rank - grid.dp * grid.tp;  // the links of a rank lead to the next stage
     switch (i.op) {
         case Op::Load:
         case Op::F:
@@ -213,11 +227,18 @@ void Ensemble<T>::execute(Hand& hand, const Instruction& i) {
         case Op::SendGradStart: return links[before]->grads.push(stage.input_gradient(i.microbatch));
         case Op::RecvGradWait: return stage.give_gradient(i.microbatch, links[behind]->grads.pop());
         case Op::AllReduceWait: return all_reduce(hand, i);
-        // With shared weights these are barriers: gradients are summed where they lie, new weights are where they are read.
+        // In common memory these are barriers: gradients are summed where they lie, new weights, and what the threads of a
+        // group have made of an activation, are where they are read.
         case Op::ReduceScatterWait:
-        case Op::AllGatherWait: return replicas[grid.pp_of(hand.rank)]->wait(grid.dp_of(hand.rank));
+        case Op::AllGatherWait: return meet(hand.rank, i.axis);
         default: return;  // what only begins something that its wait does
     }
+}
+
+template <class T>
+void Ensemble<T>::meet(int rank, Axis axis) {
+    const Line ranks = line(rank, axis);
+    ranks.gate.wait(ranks.me);
 }
 
 template <class T>

@@ -13,11 +13,12 @@
 namespace paraxis {
 
 struct Grid {
-    int dp = 1, pp = 1;
-    int size() const { return dp * pp; }
-    int dp_of(int rank) const { return rank % dp; }
-    int pp_of(int rank) const { return rank / dp; }
-    int rank(int d, int p) const { return p * dp + d; }
+    int dp = 1, pp = 1, tp = 1;
+    int size() const { return dp * pp * tp; }
+    int tp_of(int rank) const { return rank % tp; }
+    int dp_of(int rank) const { return rank / tp % dp; }
+    int pp_of(int rank) const { return rank / (tp * dp); }
+    int rank(int d, int p, int t = 0) const { return (p * dp + d) * tp + t; }
 };
 
 // How parameters follow their gradients; `rate` of every step comes with a run.
@@ -43,7 +44,8 @@ inline bool meets(const Instruction& i) { return i.buffer == Buffer::moments || 
 template <class T>
 class Ensemble {
   public:
-    // `shared`: replicas have one copy of the weights; otherwise each its own. Throws std::invalid_argument.
+    // `shared`: replicas have one copy of the weights; otherwise each its own. The threads of a `tp` group have one copy of
+    // everything. Throws std::invalid_argument.
     Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> stages, std::vector<Body> bodies, Hyper hyper,
              bool shared, int usable_cores);
 
@@ -86,9 +88,10 @@ class Ensemble {
     Hyper hyper;
     int spin;
     std::unique_ptr<Abort> abort;
-    std::vector<std::unique_ptr<Barrier>> replicas, pipelines;  // of each stage; of each replica
+    // Of those who differ in one coordinate only: dp, pp, tp.
+    std::vector<std::unique_ptr<Barrier>> replicas, pipelines, groups;
     std::vector<std::vector<int>> ties;            // of what stages have copies of: these stages
-    std::vector<std::unique_ptr<Barrier>> knots;  // [tie * dp + replica]
+    std::vector<std::unique_ptr<Barrier>> knots;  // [tie * dp + replica], of all threads of these stages
     std::vector<std::unique_ptr<Links>> links;
     std::vector<double> norms;
     std::vector<std::vector<int64_t>> clocks;  // [rank * RING + step % RING]
@@ -107,6 +110,13 @@ class Ensemble {
     std::vector<std::vector<const T*>> sources;  // whose gradients a rank is summing
 
     void connect();
+    struct Line {  // the ranks along an axis, the place of one of them, and their barrier
+        int parts, me;
+        std::function<int(int)> member;
+        Barrier& gate;
+    };
+    Line line(int rank, Axis axis) const;
+    void meet(int rank, Axis axis);
     void start(const std::function<void(int)>& f);
     void body(Hand& hand, const Body& body, std::vector<int64_t>* stamps);
     void execute(Hand& hand, const Instruction& i);
@@ -114,7 +124,7 @@ class Ensemble {
     void all_reduce(Hand& hand, const Instruction& i);
     void sum_moments(Hand& hand, const Instruction& i);
     void sum_copies(Hand& hand, const Instruction& i);
-    void sum_into_all(Hand& hand, const std::vector<T*>& from, size_t size, int me, bool mean);
+    void sum_into_all(Hand& hand, const std::vector<T*>& from, size_t size, int me, int parts, bool mean);
     void tie();
     void update(Hand& hand, const Instruction& i);
     void descend(Hand& hand);

@@ -39,7 +39,7 @@ def _check_engine(plan: "Plan") -> None:
     if plan.engine == "plain" and (plan.mesh.size > 1 or plan.microbatches > 1):
         raise PlanError("engine=plain is the framework's own loop in one process; parallel plans take engine=torch")
     if plan.tp > 1 and plan.engine == "native":
-        raise PlanError(f"tp={plan.tp}: engine=native has no tensor parallelism; engine=torch has")
+        _check_group(plan)
     if plan.comm == "openmp" and plan.engine != "native":
         raise PlanError(f"comm=openmp: only engine=native has threads as ranks; engine={plan.engine} takes mpi or gloo")
     if plan.sync == "hogwild" and (plan.comm or "openmp", plan.engine, plan.pp) != ("openmp", "native", 1):
@@ -47,6 +47,17 @@ def _check_engine(plan: "Plan") -> None:
     threaded = plan.engine == "native" and (plan.comm or "openmp") == "openmp" and plan.sync == "gradient"
     if plan.gradients == "owner" and not (threaded and plan.microbatches == plan.pp == 1):
         raise PlanError("gradients=owner needs dp=N,engine=native,comm=openmp, sync=gradient, microbatches=1, pp=1")
+
+
+def _check_group(plan: "Plan") -> None:
+    if plan.comm not in ("", "openmp"):
+        raise PlanError(
+            f"tp={plan.tp},comm={plan.comm}: the threads of a tp group share memory; take comm=openmp, or engine=torch"
+        )
+    if plan.sync != "gradient" and plan.dp > 1:
+        raise PlanError(f"tp={plan.tp}: threads of a tp group share weights that sync={plan.sync} lets replicas change")
+    if plan.gradients == "owner":
+        raise PlanError(f"gradients=owner: with tp={plan.tp} each thread of a group has its own block already")
 
 
 def _check_zero(plan: "Plan") -> None:

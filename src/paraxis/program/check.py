@@ -20,6 +20,7 @@ from paraxis.program.instructions import (
     RECEIVES,
     REDUCES,
     SENDS,
+    SHARES,
     Instruction,
     Program,
 )
@@ -31,6 +32,8 @@ SUMS = {
     "moment_grads": "the replicas' sums of batch norm {}'s gradient",
     "ReduceAct": "the summed outputs of segment {}",
     "ReduceGrad": "the summed gradients behind segment {}",
+    "acts": "the other threads' parts of what segment {} makes",
+    "act_grads": "the other threads' parts of the gradients behind segment {}",
 }
 Fail = Callable[[int, str], NoReturn]
 
@@ -144,7 +147,7 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             _check_send(program, state, i, slot, fail)
         elif i.waits and i.base in RECEIVES:
             state.received.add((i.base, i.stage, i.microbatch))
-        elif i.buffer in MOMENTS.values() or i.base in REDUCES:
+        elif i.buffer in (*MOMENTS.values(), *SHARES) or i.base in REDUCES:
             _check_meeting(program, state, i, slot, fail)
         elif i.buffer == "tied":
             _check_tie(program, rank, state, i, slot, fail)
@@ -249,15 +252,15 @@ def _check_midway(program: Program, state: _Rank, i: Instruction, slot: int, fai
 
 def _of_microbatch(i: Instruction, met: str) -> int:
     """Batch norms over all ranks have but one."""
-    return i.microbatch if met in REDUCES else -1
+    return i.microbatch if met in (*REDUCES, *SHARES) else -1
 
 
 def _check_meeting(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
     """What ranks add up in the middle of a stage has just been made, and is used by what comes next."""
-    stage, forward = i.stage, i.buffer == "moments" or i.base == "ReduceAct"
-    words, border = program.borders(stage), i.segment if i.base in REDUCES else i.bucket
-    word = {"ReduceAct": "act", "ReduceGrad": "grad"}.get(i.base, "norm")
-    if not 0 <= border < len(words) or words[border] != word:
+    stage, forward = i.stage, i.buffer in ("moments", "acts") or i.base == "ReduceAct"
+    words, border = program.borders(stage), i.segment if i.base in REDUCES or i.buffer in SHARES else i.bucket
+    word = {"ReduceAct": "act", "ReduceGrad": "grad"}.get(i.base, i.buffer if i.buffer in SHARES else "norm")
+    if not 0 <= border < len(words) or words[border] not in (word, "shared" if i.buffer in SHARES else word):
         found = f"{sum(w == word for w in words)} batch norms" if word == "norm" else f"borders {', '.join(words)}"
         fail(slot, f"{i.label()}: stage {stage} has {found}")
     mine = {(s, k) for s, k, m in (state.forward if forward else state.backward) if m == max(i.microbatch, 0)}
@@ -365,5 +368,8 @@ def _leaked(microbatch: int) -> str:
 
 def _check_shared(program: Program, state: _Rank, instructions: Sequence[Instruction], fail: Fail) -> None:
     """New weights in a buffer that others read must be waited for by all, before the next step reads them."""
-    if program.common() and not state.gathered and any(i.rule == "step" for i in instructions):
+    if not program.common() or not any(i.rule == "step" for i in instructions):
+        return
+    waited = {i.axis for i in instructions if i.op == "AllGatherWait" and i.buffer == "params"}
+    if not state.gathered or any(getattr(program.mesh, axis) > 1 for axis in {"dp", "tp"} - waited):
         fail(len(instructions) - 1, "nobody waits for the other ranks' part of the shared weights")

@@ -29,6 +29,7 @@ class Layout:
     splits: tuple[Split, ...] = ()  # what tensor parallelism can share, in the order of a forward
     modules: tuple[str, ...] = ()  # names of those that have parameters of their own
     unkeyed: tuple[str, ...] = ()
+    shares: tuple[str, ...] = ()  # of each layer, how threads share it; see program.slices
 
 
 def cut(plan: Plan, layout: Layout) -> tuple[tuple[int, int], ...]:
@@ -130,7 +131,9 @@ def met(stage: tuple[int, int], words: Sequence[Sequence[str]]) -> tuple[tuple[i
 
 def told_of(plans: Sequence[Plan], layout: Layout) -> list[str]:
     """For people: what each of these plans splits over the ranks of a `tp` group, and what it leaves whole."""
-    return [told(tp, layout.splits, layout.modules) for tp in sorted({plan.tp for plan in plans} - {1})]
+    return [
+        told(tp, layout.splits, layout.modules) for tp in sorted({p.tp for p in plans if p.engine == "torch"} - {1})
+    ]
 
 
 def _numbered(stage: tuple[int, int], words: Sequence[Sequence[str]]) -> list[tuple[int, Sequence[str]]]:

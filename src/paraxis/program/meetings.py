@@ -9,14 +9,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from paraxis.errors import ProgramError
-from paraxis.program.instructions import BACKWARD, MOMENTS, REDUCES, Instruction
+from paraxis.program.instructions import BACKWARD, MOMENTS, REDUCES, SHARES, Instruction
 
 STOPS = {
     "cut": "FBE",  # nothing is met: gradients of what lies behind are complete
     "norm": "FBE",  # replicas add up what a batch norm measures (nothing in an evaluation)
     "act": "FE",  # tp: what each rank has made of its part of a layer becomes the whole output
     "grad": "B",  # tp: the gradients of an input that every rank has used become one
+    "acts": "FE",  # tp, threads: what each has made of the outputs in front is there for all
+    "act_grads": "B",  # tp, threads: what each has made of the gradients behind is there for all
+    "shared": "FBE",  # both
 }
+SHARED = ("acts", "act_grads", "shared")
 Words = Sequence[str]  # of one stage's borders; none: all of its borders are plain cuts
 
 
@@ -53,6 +57,8 @@ def _meeting(i: Instruction, op: str, word: str, border: int) -> list[Instructio
         made = Instruction("AllReduce", i.stage, axis="dp", buffer=MOMENTS[op], bucket=border, reduction="sum")
     elif word in ("act", "grad"):
         made = Instruction(REDUCES[op == "B"], i.stage, border, i.microbatch, axis="tp", reduction="sum")
+    elif word in SHARED:
+        made = Instruction("AllGather", i.stage, border, i.microbatch, axis="tp", buffer=SHARES[op == "B"])
     else:
         return []
     return [replace(made, op=f"{made.op}{end}") for end in ("Start", "Wait")]
@@ -66,7 +72,7 @@ def awaited(i: Instruction, words: Words) -> tuple[int, str] | None:
         return None
     if words[border] == "norm":
         return None if op == "E" else (border, MOMENTS[op])
-    return border, REDUCES[op == "B"]
+    return border, (SHARES if words[border] in SHARED else REDUCES)[op == "B"]
 
 
 def check_words(words: Words, segments: int) -> None:

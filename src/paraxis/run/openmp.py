@@ -17,7 +17,7 @@ from torch import Tensor
 from paraxis.engine.native_engine import extension, stages_of, tokens_of
 from paraxis.engine.native_task import check_native, feed_of, get_weights, hyper_of, put_weights
 from paraxis.engine.rules import Hyper
-from paraxis.errors import PlanError
+from paraxis.errors import PlanError, ProgramError
 from paraxis.measure.machine import usable_cores
 from paraxis.program.instructions import Instruction, Program
 from paraxis.sync.rule import buffers as kept_by_rules
@@ -138,7 +138,7 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
         raise PlanError(
             "engine=native: a layer works in place and alters its neighbour's output; make it inplace=False"
         )
-    if any(len(cuts) > 1 for cuts in program.segments) and not program.synchronised():
+    if any(len(cuts) > 1 for cuts in program.segments) and not (program.synchronised() or mesh.tp > 1):
         raise PlanError("engine=native reduces all gradients at once: leave out bucket_bytes")
     every = [i for _, ranks in program.bodies for rank in ranks for i in rank]
     unknown = {i.rule for i in every} - set(native.RULES) | {i.buffer for i in every} - set(native.BUFFERS)
@@ -162,7 +162,13 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
         naive=False,
         whole=(0, mesh.pp),
         tokens=tokens_of(task),
+        tp=mesh.tp,
     )
+    for rank in range(mesh.size) if mesh.tp > 1 else ():
+        if (found := tuple(ensemble.borders(rank))) != (wanted := program.borders(program.stages_of(rank)[0])):
+            raise ProgramError(
+                f"rank {rank}: its layers have borders {', '.join(found)}, its program {', '.join(wanted)}"
+            )
     team = Team(task, program, ensemble, hyper, [name for name, _ in program.bodies])
     put_weights(ensemble, task, range(mesh.size))
     return team
