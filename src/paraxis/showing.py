@@ -14,13 +14,14 @@ from paraxis.measure.facts import Facts
 from paraxis.measure.records import Event, MemoryRecord, Study
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
-from paraxis.program.cut import Layout
+from paraxis.program.cut import Layout, told_of
 from paraxis.program.grid import blocks, draw, explain, simplify, slot_width
 from paraxis.program.instructions import COMPUTE, Instruction, Program
 from paraxis.program.lower import lower
 from paraxis.program.meetings import kind, reach
-from paraxis.program.shares import Split, chosen, told
+from paraxis.program.shares import Split, chosen
 from paraxis.program.simulate import Costs, simulate, uniform
+from paraxis.program.slices import grouped
 from paraxis.program.timeline import cells
 from paraxis.progress import err
 from paraxis.session import Tell, open_session
@@ -44,7 +45,7 @@ def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
             program, facts = session.program(plan), session.known()
             found = record(session.memory(plan))
             memory = found.model_dump() if found else None
-            splits = told(plan.tp, facts.layout.splits, facts.layout.modules) if plan.tp > 1 else ""
+            splits = "\n".join(told_of([plan], facts.layout))
         share = facts.batch / facts.samples / plan.dp / plan.microbatches
         costs = measured(program, *_shared(plan, facts), share)
         source = f"measured layers of {facts.network}, links free"
@@ -80,13 +81,13 @@ def _textbook(plan: Plan) -> Layout:
     layers = max(plan.stages, sum(plan.split))
     meets = [((k, 2 * k, "grad"), (k, 2 * k + 1, "act"))[k == 0 :] for k in range(layers)]
     splits = [Split("columns", plan.tp, (str(k),), meets[k], (k, k)) for k in range(layers)]
-    return Layout((1,) * layers, splits=tuple(splits))
+    return Layout((1,) * layers, splits=tuple(splits), shares=("m",) * layers)
 
 
 def _shared(plan: Plan, facts: Facts) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Seconds of each layer's forward and backward on one of the ranks that share it."""
-    spans = [split.span for split in chosen(plan.tp, facts.layout.splits)] if plan.tp > 1 else []
-    parts = [plan.tp if any(a <= k <= b for a, b in spans) else 1 for k in range(len(facts.layers))]
+    spans = [split.span for split in chosen(plan.tp, facts.layout.splits)] if plan.tp > 1 and not grouped(plan) else []
+    parts = [plan.tp if grouped(plan) or any(a <= k <= b for a, b in spans) else 1 for k in range(len(facts.layers))]
     forward, backward = (
         tuple(t / n for t, n in zip(seconds, parts, strict=True)) for seconds in (facts.forward, facts.backward)
     )

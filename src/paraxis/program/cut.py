@@ -131,9 +131,11 @@ def met(stage: tuple[int, int], words: Sequence[Sequence[str]]) -> tuple[tuple[i
 
 def told_of(plans: Sequence[Plan], layout: Layout) -> list[str]:
     """For people: what each of these plans splits over the ranks of a `tp` group, and what it leaves whole."""
-    return [
-        told(tp, layout.splits, layout.modules) for tp in sorted({p.tp for p in plans if p.engine == "torch"} - {1})
-    ]
+    split, shared = (
+        sorted({p.tp for p in plans if (p.engine == "native") == native} - {1}) for native in (False, True)
+    )
+    found = [told(tp, layout.splits, layout.modules) for tp in split]
+    return found + [f"tp={tp} native: threads share every layer, each making its own channels of it" for tp in shared]
 
 
 def _numbered(stage: tuple[int, int], words: Sequence[Sequence[str]]) -> list[tuple[int, Sequence[str]]]:

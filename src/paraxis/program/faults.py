@@ -10,7 +10,7 @@ from typing import Any
 
 from paraxis.errors import PlanError
 from paraxis.plan.plan import Plan
-from paraxis.program.instructions import GRADIENT, Instruction, Program
+from paraxis.program.instructions import GRADIENT, SHARES, Instruction, Program
 
 Rewrite = Callable[[Program, int, list[Instruction]], Iterable[Instruction]]
 
@@ -213,6 +213,10 @@ def _shared(p: Plan) -> bool:
     return p.tp > 1
 
 
+def _grouped(p: Plan) -> bool:
+    return p.tp > 1 and p.engine == "native"
+
+
 def _any(p: Plan) -> bool:
     return True
 
@@ -289,6 +293,18 @@ FAULTS: dict[str, Fault] = {
         lambda p: p.pp > 1,
         "pp > 1 and a network that ties weights across stages",
         _without(lambda i: i.buffer == "tied"),
+    ),
+    "lost-slice": Fault(
+        "one thread leaves its part of a layer out",
+        _grouped,
+        "tp > 1 and engine=native",
+        _on_last(_without(lambda i: i.op == "F" and i.segment == 1)),
+    ),
+    "impatient": Fault(
+        "threads do not wait for each other's parts of a layer",
+        _grouped,
+        "tp > 1 and engine=native",
+        _without(lambda i: i.buffer in SHARES),
     ),
     "dropped-output": Fault("parts of outputs are not added up", _shared, "tp > 1", _without(_of("ReduceAct"))),
     "dropped-input-gradient": Fault(

@@ -41,8 +41,9 @@ class Instruction:
     from that, right before the backward. A `W` with rule "owner" computes the rank's own block of the weights'
     gradient, over the samples of all replicas.
     Of buffers `moments` (in a forward) and `moment_grads` (in a backward), `bucket` is the batch norm between segments
-    `bucket` and `bucket` + 1; of buffer `tied` it is the number of a tie. A `ReduceAct` or `ReduceGrad`, and what gathers
-    `acts` or `act_grads`, stands between segments `segment` and `segment` + 1. An F or B covers segments from `segment` on; see program.meetings.
+    `bucket` and `bucket` + 1; of buffer `tied` it is the number of a tie. A `ReduceAct` or `ReduceGrad`, or what
+    gathers `acts` or `act_grads`, stands between segments `segment` and `segment` + 1. An F or B covers segments from
+    `segment` on; see program.meetings.
     What shards a bucket's memory names the `segment`, microbatch and op (as `rule`) that it is made whole for.
     """
 

@@ -1,19 +1,20 @@
-"""How the threads of a `tp` group share a stage on the native engine: one copy of everything, of which each makes a part.
+"""How the threads of a `tp` group share a stage on the native engine: one copy of everything, each makes a part of it.
 
 Each thread computes its own channels of every layer's output (or heads, or blocks of samples); in a backward its own
 channels of the input's gradient, for which it needs the whole gradient of the output, and its own block of the weights'
 gradient. All of that lies in memory that the group has in common, so nothing is ever added up or sent: where a layer
-reads what others have written, they have to be waited for. Such a wait is an all-gather of no bytes of the shared buffer
-`acts` (in a forward) or `act_grads` (in a backward), on the axis `tp`, as that of `params` after an update is where
-replicas have one copy of the weights. It stands between two segments like any other meeting (program.meetings).
+reads what others have written, they have to be waited for. Such a wait is an all-gather of no bytes of the shared
+buffer `acts` (in a forward) or `act_grads` (in a backward) on the axis `tp`, as that of `params` is after an update of
+common weights. It stands between two segments like any other meeting (program.meetings).
 
-Letters say how threads share a layer (csrc/layers/layer.h: Sharing). Of `o` each needs but its own channels: elementwise
-functions, pools, batch norms, tables. `m` (matrices: linear layers and convolutions) and `w` (attention) read all of their
-input, and backwards all of their output's gradient. `b` (layer norms) is made in blocks of samples, so that its neighbours
-wait, too. `r` is a ReLU, which is part of a matrix in front of it and otherwise an `o`.
+Letters say how threads share a layer (csrc/layers/layer.h: Sharing). Of `o` each needs but its own channels:
+elementwise functions, pools, batch norms, tables. `m` (matrices: linear layers and convolutions) and `w` (attention)
+read all of their input, and backwards all of their output's gradient. `b` (layer norms) is made in blocks of samples,
+so that its neighbours wait, too. `r` is a ReLU: part of a matrix in front of it, otherwise an `o`.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from paraxis.errors import PlanError
 from paraxis.plan.plan import Plan
@@ -44,7 +45,7 @@ def _stage(stage: tuple[int, int], shares: Sequence[str]) -> Cuts:
     first, last = stage
     row = _resolved([(layer, letter) for layer in range(first, last) for letter in shares[layer]])
     cuts, words = [first], ["shared"]
-    for (layer, before), (following, behind) in zip(row, row[1:], strict=False):
+    for (layer, before), (following, behind) in pairwise(row):
         forward, backward = behind in READS_ALL or before == "b", before in READS_ALL or behind == "b"
         if forward or backward:
             cuts.append(following if following > layer else layer + 1)

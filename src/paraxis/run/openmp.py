@@ -103,7 +103,10 @@ class Team:
     def bytes_held(self) -> int:
         """Bytes of weights, gradients and the optimiser's state."""
         copies = 3 + sum(b.name in kept_by_rules() for b in self.program.buffers)
-        return copies * sum(t.nbytes for t in self.buffers("params")) + sum(t.nbytes for t in self.buffers("grads"))
+        own = [
+            {t.data_ptr(): t.nbytes for t in self.buffers(name)} for name in ("params", "grads")
+        ]  # some are in common
+        return copies * sum(own[0].values()) + sum(own[1].values())
 
     def square_sum(self) -> float:
         """Sum of squares of all parameters, counted once."""

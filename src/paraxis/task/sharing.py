@@ -1,4 +1,4 @@
-"""What of a network the threads of a group compute together on the native engine: a letter for each of its layers there.
+"""What the native engine's threads make of a network together: a letter for each layer that it has in C++.
 
 The letters are those of program.slices. They say what C++ makes of a module before there is any C++; a module that it
 cannot take has one, too, and is refused when it is compiled.
