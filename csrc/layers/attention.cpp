@@ -23,7 +23,7 @@ class Attention final : public Layer<T> {
             throw std::invalid_argument(s.name + ": attention takes queries, keys and values of equal heads");
         scale = T(1 / std::sqrt(double(size)));
         this->kept = size_t(s.heads) * LANES;
-        this->sharing = Sharing::mixing;
+        this->sharing = Sharing::apart;
         rise = blocks_of(s.entries);
     }
 

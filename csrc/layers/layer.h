@@ -86,8 +86,9 @@ struct Pass {
 
 // How the threads of a group share a layer. Alike: each has its own channels of all that the layer reads and writes, so
 // that nobody waits in front of it or behind it. Mixing: each makes its own channels, of all input in a forward, of all of
-// the output's gradient in a backward. Rowwise: the same, but each makes its own blocks.
-enum class Sharing { alike, mixing, rowwise };
+// the output's gradient in a backward. Apart: the same, but what each makes
+// are blocks or heads, which its neighbours read as channels.
+enum class Sharing { alike, mixing, apart };
 
 template <class T>
 class Layer {

@@ -248,7 +248,7 @@ class LayerNorm final : public Layer<T> {
     explicit LayerNorm(const Spec& s) : Layer<T>(s) {
         this->parameters = (2 * s.in.size() + LANES - 1) / LANES * LANES;
         this->kept = 2 * LANES;
-        this->sharing = Sharing::rowwise;
+        this->sharing = Sharing::apart;
     }
 
     size_t scratch(int) const override { return 2 * size_t(this->spec.in.size()) * LANES; }

@@ -63,8 +63,8 @@ void Stage<T>::share() {
     cuts.push_back({0, true, true});
     for (size_t n = 1; n < layers.size(); ++n) {
         const Sharing before = layers[n - 1]->sharing, behind = layers[n]->sharing;
-        const bool forward = behind != Sharing::alike || before == Sharing::rowwise;
-        const bool backward = before != Sharing::alike || behind == Sharing::rowwise;
+        const bool forward = behind != Sharing::alike || before == Sharing::apart;
+        const bool backward = before != Sharing::alike || behind == Sharing::apart;
         if (forward || backward) cuts.push_back({n, forward, backward});
     }
     cuts.push_back({layers.size(), true, true});

@@ -8,9 +8,10 @@ buffer `acts` (in a forward) or `act_grads` (in a backward) on the axis `tp`, as
 common weights. It stands between two segments like any other meeting (program.meetings).
 
 Letters say how threads share a layer (csrc/layers/layer.h: Sharing). Of `o` each needs but its own channels:
-elementwise functions, pools, batch norms, tables. `m` (matrices: linear layers and convolutions) and `w` (attention)
-read all of their input, and backwards all of their output's gradient. `b` (layer norms) is made in blocks of samples,
-so that its neighbours wait, too. `r` is a ReLU: part of a matrix in front of it, otherwise an `o`.
+elementwise functions, pools, batch norms, tables. `m` (matrices: linear layers and convolutions) reads all of its
+input, and backwards all of its output's gradient. So does `a`, of which each makes another part than channels: layer
+norms in blocks of samples, attention in heads; its neighbours wait, too. `r` is a ReLU: part of an `m` in front of it,
+which is `w` with it, otherwise an `o`.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from paraxis.plan.plan import Plan
 from paraxis.program.cut import Layout
 
 Cuts = tuple[tuple[tuple[int, int], ...], tuple[str, ...]]  # segments of a stage, and the words of their borders
-READS_ALL = "mwb"
+READS_ALL = "mwa"
 
 
 def grouped(plan: Plan) -> bool:
@@ -46,7 +47,7 @@ def _stage(stage: tuple[int, int], shares: Sequence[str]) -> Cuts:
     row = _resolved([(layer, letter) for layer in range(first, last) for letter in shares[layer]])
     cuts, words = [first], ["shared"]
     for (layer, before), (following, behind) in pairwise(row):
-        forward, backward = behind in READS_ALL or before == "b", before in READS_ALL or behind == "b"
+        forward, backward = behind in READS_ALL or before == "a", before in READS_ALL or behind == "a"
         if forward or backward:
             cuts.append(following if following > layer else layer + 1)
             words.append("shared" if forward and backward else "acts" if forward else "act_grads")

@@ -24,7 +24,7 @@ def _letters(m: nn.Module) -> str:
     if isinstance(m, (nn.Linear, nn.Conv2d)):
         return "m"
     if isinstance(m, nn.LayerNorm):
-        return "b"
+        return "a"
     if isinstance(m, nn.ReLU):
         return "r"
     if isinstance(m, NOTHING) or (isinstance(m, (nn.Dropout, KeyedDropout)) and not m.p):
@@ -42,7 +42,7 @@ def _parts(m: nn.Module) -> Sequence[nn.Module | str]:
     if isinstance(m, gpt.Embed):
         return [m.wte, m.wpe, m.drop]
     if isinstance(m, gpt.Attention):
-        return [m.c_attn, "w", m.c_proj, m.dropout]
+        return [m.c_attn, "a", m.c_proj, m.dropout]
     if isinstance(m, gpt.MLP):
         return [m.c_fc, m.gelu, m.c_proj, m.dropout]
     if isinstance(m, gpt.Block):
