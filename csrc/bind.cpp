@@ -1,6 +1,7 @@
 // The extension module: nanobind only, no arithmetic. What Python hands over is checked here, before the GIL is let go.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -129,7 +130,7 @@ template <class T>
 std::unique_ptr<Ensemble<T>> make(int dp, int pp, const std::vector<std::vector<Spec>>& specs, int slice,
                                   int microbatches, const std::vector<std::pair<std::string, nb::list>>& bodies,
                                   Hyper hyper, bool shared, int usable_cores, uint64_t seed, bool naively,
-                                  std::pair<int, int> whole, int tokens, int tp) {
+                                  std::pair<int, int> whole, int tokens, bool dry, int tp) {
     const Grid grid{dp, pp, tp};
     std::vector<std::unique_ptr<Stage<T>>> stages;
     for (int rank = 0; rank < grid.size(); ++rank) {
@@ -141,7 +142,7 @@ std::unique_ptr<Ensemble<T>> make(int dp, int pp, const std::vector<std::vector<
         // `whole`: (number of the first stage here, stages in all), where this process has one rank of several.
         const int stage = whole.first + grid.pp_of(rank);
         stages.push_back(std::make_unique<Stage<T>>(specs.at(grid.pp_of(rank)), slice, microbatches, stage == 0,
-                                                    stage == whole.second - 1, *kernels, seed, tokens,
+                                                    stage == whole.second - 1, *kernels, seed, tokens, dry,
                                                     rank % tp ? stages[rank - rank % tp].get() : nullptr, rank % tp, tp));
     }
     return std::make_unique<Ensemble<T>>(grid, std::move(stages), bodies_of(bodies, microbatches), hyper, shared,
@@ -153,7 +154,8 @@ void bind(nb::module_& m, const char* name) {
     using E = Ensemble<T>;
     nb::class_<E> c(m, name);
     c.def(nb::new_(&make<T>), "dp"_a, "pp"_a, "stages"_a, "slice"_a, "microbatches"_a, "bodies"_a, "hyper"_a, "shared"_a,
-          "usable_cores"_a, "seed"_a, "naive"_a, "whole"_a, "tokens"_a = 0, "tp"_a = 1);
+          "usable_cores"_a, "seed"_a, "naive"_a, "whole"_a, "tokens"_a = 0, "dry"_a = false, "tp"_a = 1);
+    c.def("reserved", &E::reserved, "rank"_a);
     c.def(
         "run",
         [](E& e, int64_t first, const std::vector<int>& body, const std::vector<double>& rates, nb::object inputs,
@@ -295,6 +297,7 @@ NB_MODULE(_native, m) {
     m.attr("BUFFERS") = nb::cast(std::vector<std::string>(BUFFERS.begin(), BUFFERS.end()));
     m.attr("RING") = RING;
     m.def("choose", [](const std::string& name) { return choose(name.c_str()); }, "name"_a);
+    m.def("reserved", [] { return reserved_bytes.load(); });
     m.def("kernels", [] { return std::string(fastest().name); });
     nb::class_<Shape>(m, "Shape").def(nb::init<int, int, int>()).def_rw("h", &Shape::h).def_rw("w", &Shape::w).def_rw(
         "c", &Shape::c);

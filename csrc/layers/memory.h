@@ -1,6 +1,7 @@
 // Zeroed memory on cache lines of its own; large pieces ask for huge pages, which save the page walks of long strides.
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -10,15 +11,20 @@
 
 namespace paraxis {
 
+// Bytes of all such memory in this process: what is computed of a plan is held to it.
+inline std::atomic<size_t> reserved_bytes{0};
+
 template <class T>
 class Memory {
   public:
     Memory() = default;
-    explicit Memory(size_t count) : count(count) {
-        if (!count) return;
+    // `dry`: it has a size but no memory, for one who only wants to know how much there would be.
+    explicit Memory(size_t count, bool dry = false) : count(count) {
+        if (!count || dry) return;
         const size_t bytes = count * sizeof(T), page = bytes >= (2u << 20) ? 2u << 20 : 128u;
         start = static_cast<T*>(std::aligned_alloc(page, (bytes + page - 1) / page * page));
         if (!start) throw std::bad_alloc();
+        reserved_bytes += count * sizeof(T);
 #if defined(__linux__)
         if (page > 128) madvise(start, bytes, MADV_HUGEPAGE);
 #endif
@@ -32,7 +38,9 @@ class Memory {
         return *this;
     }
     ~Memory() {
-        if (!lent) std::free(start);
+        if (lent) return;
+        if (start) reserved_bytes -= bytes();
+        std::free(start);
     }
     // The same memory under another name; it must not outlive this one.
     Memory lend() const {
@@ -43,6 +51,7 @@ class Memory {
 
     T* data() const { return start; }
     size_t size() const { return count; }
+    size_t bytes() const { return lent ? 0 : count * sizeof(T); }
     T& operator[](size_t i) const { return start[i]; }
 
   private:

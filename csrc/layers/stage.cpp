@@ -7,9 +7,9 @@ namespace paraxis {
 
 template <class T>
 Stage<T>::Stage(const std::vector<Spec>& specs, int slice, int microbatches, bool head, bool tail,
-                const Kernels<T>& kernels, uint64_t seed, int tokens, const Stage* first, int thread, int threads)
+                const Kernels<T>& kernels, uint64_t seed, int tokens, bool dry, const Stage* first, int thread, int threads)
     : slice(slice), microbatches(microbatches), tokens(tokens), thread(thread), threads(threads), head(head), tail(tail),
-      kernels(kernels), seed(seed), blocks(tokens ? slice * blocks_of(tokens) : blocks_of(slice)) {
+      dry(dry), kernels(kernels), seed(seed), blocks(tokens ? slice * blocks_of(tokens) : blocks_of(slice)) {
     if (specs.empty() || slice < 1 || microbatches < 1) throw std::invalid_argument("a stage needs layers and samples");
     elements.push_back(size_t(blocks) * specs[0].in.size() * LANES);
     size_t most = 0;
@@ -29,9 +29,9 @@ Stage<T>::Stage(const std::vector<Spec>& specs, int slice, int microbatches, boo
         elements.push_back(size_t(blocks) * spec.out.size() * LANES);
     }
     if (tail && specs.back().out.positions() != 1) throw std::invalid_argument("the last layer must give one row a sample");
-    gradients = first ? first->gradients.lend() : Memory<T>(parameters);
-    collected = first ? first->collected.lend() : Memory<T>(statistics);
-    scratch = Memory<T>(most);
+    gradients = first ? first->gradients.lend() : Memory<T>(parameters, dry);
+    collected = first ? first->collected.lend() : Memory<T>(statistics, dry);
+    scratch = Memory<T>(most, dry);
     for (int m = 0; m < microbatches; ++m) house(first ? &first->slots[m] : nullptr);
     share();
     plan_gradients();
@@ -43,12 +43,12 @@ template <class T>
 void Stage<T>::house(const Slot* theirs) {
     Slot& slot = slots.emplace_back();
     for (size_t id = 0; id < elements.size(); ++id)
-        slot.acts.push_back(theirs ? theirs->acts[id].lend() : Memory<T>(id || head ? elements[id] : 0));
+        slot.acts.push_back(theirs ? theirs->acts[id].lend() : Memory<T>(id || head ? elements[id] : 0, dry));
     for (size_t n = 0; n < layers.size(); ++n) {
-        slot.kept.push_back(theirs ? theirs->kept[n].lend() : Memory<T>(blocks * layers[n]->kept));
-        slot.marks.push_back(theirs ? theirs->marks[n].lend() : Memory<uint8_t>(blocks * layers[n]->marks));
+        slot.kept.push_back(theirs ? theirs->kept[n].lend() : Memory<T>(blocks * layers[n]->kept, dry));
+        slot.marks.push_back(theirs ? theirs->marks[n].lend() : Memory<uint8_t>(blocks * layers[n]->marks, dry));
     }
-    slot.entering = theirs ? theirs->entering.lend() : Memory<T>(head ? 0 : elements[0]);
+    slot.entering = theirs ? theirs->entering.lend() : Memory<T>(head ? 0 : elements[0], dry);
     slot.given = slot.acts[0].data();
     slot.targets.resize(size_t(blocks) * LANES);
     slot.valid = slice;
@@ -89,6 +89,20 @@ int Stage<T>::reach(int segment, bool forward) const {
 template <class T>
 bool Stage<T>::open(size_t layer) const {
     return std::any_of(cuts.begin(), cuts.end(), [&](const Cut& cut) { return cut.layer == layer + 1 && cut.backward; });
+}
+
+template <class T>
+size_t Stage<T>::activation_bytes() const {
+    size_t total = scratch.bytes();
+    for (const auto& own : grads) total += own.bytes();
+    for (const auto& own : moments) total += own.bytes();
+    for (const Slot& slot : slots) {
+        total += slot.entering.bytes();
+        for (const auto& own : slot.acts) total += own.bytes();
+        for (const auto& own : slot.kept) total += own.bytes();
+        for (const auto& own : slot.marks) total += own.bytes();
+    }
+    return total;
 }
 
 template <class T>
@@ -190,7 +204,7 @@ void Stage<T>::house_gradients(bool apart, const Stage* theirs) {
         if (!apart && rooms[spec.y] >= 0) used.push_back(rooms[spec.y]);
     }
     grads.clear();
-    for (size_t n = 0; n < sizes.size(); ++n) grads.push_back(theirs ? theirs->grads[n].lend() : Memory<T>(sizes[n]));
+    for (size_t n = 0; n < sizes.size(); ++n) grads.push_back(theirs ? theirs->grads[n].lend() : Memory<T>(sizes[n], dry));
 }
 
 template <class T>
@@ -291,7 +305,7 @@ void Stage<T>::backward(int segment, int m, uint64_t step, int64_t first, bool p
 
 template <class T>
 void Stage<T>::own_by(int owners) {
-    scratch = Memory<T>(scratch.size() * owners);
+    scratch = Memory<T>(scratch.size() * owners, dry);
     house_gradients(true);  // they read all gradients when the backward is over
 }
 

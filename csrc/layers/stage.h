@@ -20,8 +20,8 @@ struct Samples {
 // What several ranks may share: parameters, running statistics and the optimiser's state of one stage.
 template <class T>
 struct Weights {
-    Weights(size_t parameters, size_t statistics)
-        : params(parameters), running(statistics), first(parameters), second(parameters) {}
+    Weights(size_t parameters, size_t statistics, bool dry)
+        : params(parameters, dry), running(statistics, dry), first(parameters, dry), second(parameters, dry) {}
     Memory<T> params, running, first, second;
 };
 
@@ -33,11 +33,11 @@ template <class T>
 class Stage {
   public:
     // `slice`: samples of a microbatch; `head`: takes samples in; `tail`: ends in the loss; `tokens` of a sample, which
-    // then lie along the lanes, each with a loss of its own (0: a sample is a lane). Throws std::invalid_argument.
-    // `first`: of a group of `threads` threads, this one being number `thread` of them, whose activations and gradients
-    // this stage uses; it must live longer.
+    // then lie along the lanes, each with a loss of its own (0: a sample is a lane). `dry`: it reserves no memory and
+    // computes nothing, but knows how much that would be. `first`: of a group of `threads` threads, this one being number
+    // `thread` of them, whose activations and gradients this stage uses; it must live longer. Throws std::invalid_argument.
     Stage(const std::vector<Spec>& specs, int slice, int microbatches, bool head, bool tail, const Kernels<T>& kernels,
-          uint64_t seed, int tokens = 0, const Stage* first = nullptr, int thread = 0, int threads = 1);
+          uint64_t seed, int tokens = 0, bool dry = false, const Stage* first = nullptr, int thread = 0, int threads = 1);
 
     void load(int microbatch, const Samples& samples, int64_t step, int64_t first);
     // Segments end where a layer meets the other replicas: behind its measuring, before it uses the sums of all; or where
@@ -64,6 +64,7 @@ class Stage {
     int segments() const { return int(cuts.size()) + 1; }
     bool begins(bool forward, int segment) const { return !segment || stops(segment - 1, forward); }
     std::vector<std::string> borders() const;  // between its segments, in the words of a program
+    size_t activation_bytes() const;  // of all microbatches, with what the layers need while they compute
 
     struct Place {
         size_t weights, statistics;
@@ -77,7 +78,7 @@ class Stage {
     Score step_score, evaluation;
     int backwards = 0;  // of this step; the first one overwrites the gradients
     const int slice, microbatches, tokens, thread, threads;
-    const bool head, tail;
+    const bool head, tail, dry;
     const Kernels<T>& kernels;
 
   private:

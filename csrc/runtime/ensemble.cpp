@@ -46,7 +46,7 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
         if (rank != first)
             own.weights = stages[first]->weights;
         else
-            own.weights = std::make_shared<Weights<T>>(own.parameters, own.statistics);
+            own.weights = std::make_shared<Weights<T>>(own.parameters, own.statistics, own.dry);
         strips.emplace_back(STRIP);
     }
     bool owners = false, outer = false;
@@ -55,7 +55,8 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
             for (const Instruction& i : list) owners |= i.op == Op::W, outer |= i.rule >= Rule::snapshot;
     for (int rank = 0; outer && rank < grid.size(); ++rank) {
         const size_t count = stages[rank]->weights->params.size();
-        outers.push_back({Memory<T>(count), Memory<T>(count), Memory<T>(count)});
+        const bool dry = stages[rank]->dry;
+        outers.push_back({Memory<T>(count, dry), Memory<T>(count, dry), Memory<T>(count, dry)});
     }
     // Of a pipeline, the stage in front would overwrite what the owners behind it still read.
     if (owners && (!shared || stages[0]->microbatches > 1 || grid.pp > 1 || grid.tp > 1))
@@ -64,6 +65,20 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
     tie();
     divide(owners);
     connect();
+}
+
+template <class T>
+std::array<size_t, 6> Ensemble<T>::reserved(int rank) const {
+    const Stage<T>& own = *stages[rank];
+    const Weights<T>& weights = *own.weights;
+    size_t state = weights.first.bytes() + weights.second.bytes();
+    if (!outers.empty()) {
+        const Outer& outer = outers[rank];
+        state += outer.snapshot.bytes() + outer.delta.bytes() + outer.momentum.bytes();
+    }
+    return {weights.params.bytes() + weights.running.bytes(), own.gradients.bytes() + own.collected.bytes(), state,
+            own.activation_bytes() + strips[rank].bytes(), own.head ? 0 : own.input_elements() * sizeof(T),
+            own.tail ? 0 : own.output_elements() * sizeof(T)};
 }
 
 // Gates that a failure has left half-way are of no further use, so every failure is followed by new ones.

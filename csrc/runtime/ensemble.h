@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <memory>
 
@@ -64,6 +65,10 @@ class Ensemble {
     void backward(int segment, int microbatch, int64_t step, int64_t first);
     void finish(int64_t step, double rate, double scale);
     void begin();
+
+    // Bytes of a rank's parameters (which replicas may have in common), gradients, optimiser's state, activations; of
+    // what comes into its stage from another one, and of what goes out.
+    std::array<size_t, 6> reserved(int rank) const;
 
     Stage<T>& stage(int rank) { return *stages[rank]; }
     const Grid grid;

@@ -116,7 +116,9 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
     facts = session.known()
     layers = 2 if facts.layout.cuttable else len(facts.layers)  # so that the refusal is listed once a kind
     rows = []
-    for plan in space(workers, layers, comms, recompute=session.limit is not None, hybrids=workers >= 4):
+    sequence = any(not own.why for own in facts.layout.tokens)
+    several = workers >= 4
+    for plan in space(workers, layers, comms, recompute=session.limit is not None, hybrids=several, sequence=sequence):
         row = Row(plan, plan.text(), blank(plan))
         try:
             if plan.comm in missing and plan.processes > 1:

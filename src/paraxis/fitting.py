@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from paraxis.session import Session
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-UNKNOWN = "its memory is not computed, so that it is not known to fit into --memory-limit; engine=torch with tp=1 is"
+UNKNOWN = "its memory could not be computed, so that it is not known to fit into --memory-limit"
 
 
 def bytes_of(text: str) -> int:

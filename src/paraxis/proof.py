@@ -6,7 +6,7 @@ from typing import Any
 
 from paraxis.errors import ParaxisError
 from paraxis.measure.records import Verified
-from paraxis.plan.plan import Plan, period
+from paraxis.plan.plan import WARM, Plan, period
 from paraxis.session import Session, failure
 
 EXACT64 = 1e-10
@@ -39,6 +39,7 @@ def prove(
     Raises PlanError for a plan that the task cannot meet, RankError when a rank fails.
     """
     program = session.program(plan)
+    steps = max(steps, WARM + 3) if plan.graphs else steps  # of which some are replayed
     if plan.sync == "hogwild":
         verified, losses = _in_band(session, plan, steps, dtype, key)
         if not keep:
@@ -51,6 +52,7 @@ def prove(
     place = None
     if not passed:
         place = _first_difference(session, plan, steps, dtype, fault, limit, (difference, where))
+    notes = [own for own in (_note(session), *remarks(session, key, plan)) if own]
     if not keep:
         session.ask(key, plan, {"do": "drop"})
     verified = Verified(
@@ -59,7 +61,7 @@ def prove(
         tolerance=limit,
         passed=passed,
         where=place,
-        note=_note(session),
+        note="; ".join(notes) or None,
     )
     return Proof(plan, program.digest(), verified, losses)
 
@@ -162,6 +164,18 @@ def mean_losses(parts: list[list[list[float]]]) -> list[float]:
     """Each step's mean loss from the (sum, weight) pairs of every rank that saw some of it."""
     rows = [part for part in parts if part]
     return [sum(p[0] for p in pairs) / max(sum(p[1] for p in pairs), 1e-30) for pairs in zip(*rows, strict=True)]
+
+
+def remarks(session: Session, key: str, plan: Plan) -> list[str]:
+    """What must be known of how a plan ran: ranks that say the same are named together."""
+    if not plan.graphs:
+        return []
+    said: dict[str, list[int]] = {}
+    for rank, own in enumerate(session.ask(key, plan, {"do": "remarks"})):
+        for remark in own:
+            said.setdefault(remark, []).append(rank)
+    several = plan.mesh.size > 1
+    return [f"{remark} (ranks {', '.join(map(str, at))})" if several else remark for remark, at in said.items()]
 
 
 def _note(session: Session) -> str | None:

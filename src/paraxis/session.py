@@ -20,7 +20,7 @@ from paraxis.program.check import check
 from paraxis.program.cut import balanced
 from paraxis.program.instructions import Program
 from paraxis.program.lower import lower
-from paraxis.program.memory import Memory, largest
+from paraxis.program.memory import Memory, Sizes, memory, sizes_of
 from paraxis.run.joined import JoinedPool
 from paraxis.run.launch import Pool, Starting, start, task_request
 from paraxis.task.spec import DEFAULT_BATCH, SHIPPED, TaskSpec
@@ -47,6 +47,7 @@ class Session:
     oracles: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
     limit: int | None = None  # bytes that a rank may hold
     memories: dict[Plan, Memory | None] = field(default_factory=dict)  # computed so far
+    parts: dict[tuple[int, int], Sizes] = field(default_factory=dict)  # of layers that so many ranks share
 
     def known(self) -> Facts:
         """The task's facts, measured once by the rank that works alone."""
@@ -111,6 +112,7 @@ class Session:
         """Go on with a changed task; what was set up is forgotten."""
         self.spec = spec
         self.memories.clear()
+        self.parts.clear()
         blob = cloudpickle.dumps(self.objects) if self.objects else b""
         for pool in self.pools.values():
             pool.ask(task_request(spec), range(pool.size), blob=blob)
@@ -143,17 +145,27 @@ class Session:
         return program
 
     def memory(self, plan: Plan) -> Memory | None:
-        """What the rank that needs most holds; None where it is not computed (engine=native, tensor parallelism).
-
-        Raises PlanError as `program` does.
-        """
+        """What the rank that needs most holds; None where facts have no sizes. Raises PlanError as `program` does."""
         if plan not in self.memories:
-            facts, alike = self.known(), replace(plan, engine="torch") if plan.engine == "plain" else plan
-            check_divides(plan, facts.batch, self.spec.bn_group, facts.least)
-            known = facts.sizes is not None and plan.engine != "native" and plan.tp == 1
-            program = lower(alike, facts.layout, facts.steps_per_epoch or 1) if known else None
-            self.memories[plan] = largest(program, alike, facts.sizes, facts.batch) if program and facts.sizes else None
+            found = self.memory_of_ranks(plan)
+            self.memories[plan] = max(found, key=lambda m: m.total) if found else None
         return self.memories[plan]
+
+    def memory_of_ranks(self, plan: Plan) -> list[Memory]:
+        """What every rank holds; none where facts have no sizes."""
+        facts, alike = self.known(), replace(plan, engine="torch") if plan.engine == "plain" else plan
+        check_divides(plan, facts.batch, self.spec.bn_group, facts.least)
+        if plan.engine == "native":
+            return [Memory(**own) for own in self.pool("solo").ask({"do": "reserved", "plan": plan.text()})[0]]
+        program, sizes = lower(alike, facts.layout, facts.steps_per_epoch or 1), self._sizes(plan.tp, plan.sequence)
+        return memory(program, alike, sizes, facts.batch) if sizes else []
+
+    def _sizes(self, tp: int, sequence: int) -> Sizes | None:
+        """Bytes of every layer, as one of `tp` ranks has it, with all tokens or its own; tried once for each."""
+        if tp > 1 and (tp, sequence) not in self.parts:
+            request = {"do": "sizes", "tp": tp, "sequence": sequence}
+            self.parts[tp, sequence] = sizes_of(self.pool("solo").ask(request)[0])
+        return self.parts[tp, sequence] if tp > 1 else self.known().sizes
 
     def setup(self, key: str, plan: Plan, dtype: str = "float32", fault: str | None = None) -> list[Any]:
         """Set a plan up on all its ranks under a key."""

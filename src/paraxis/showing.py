@@ -19,7 +19,7 @@ from paraxis.program.grid import blocks, draw, explain, simplify, slot_width
 from paraxis.program.instructions import COMPUTE, Instruction, Program
 from paraxis.program.lower import lower
 from paraxis.program.meetings import kind, reach
-from paraxis.program.shares import Split, chosen
+from paraxis.program.shares import MEETS, Split, Tokens, chosen
 from paraxis.program.simulate import Costs, simulate, uniform
 from paraxis.program.slices import grouped
 from paraxis.program.timeline import cells
@@ -45,7 +45,7 @@ def document_of(text: str, spec: TaskSpec | None, tell: Tell) -> dict[str, Any]:
             program, facts = session.program(plan), session.known()
             found = record(session.memory(plan))
             memory = found.model_dump() if found else None
-            splits = "\n".join(told_of([plan], facts.layout))
+            splits = "".join(told_of([plan], facts.layout))
         share = facts.batch / facts.samples / plan.dp / plan.microbatches
         costs = measured(program, *_shared(plan, facts), share)
         source = f"measured layers of {facts.network}, links free"
@@ -77,11 +77,13 @@ def drawn(plan: Plan, program: Program, costs: Costs, source: str) -> dict[str, 
 
 
 def _textbook(plan: Plan) -> Layout:
-    """A layer a stage, each of which ranks can share."""
+    """A layer a stage, each of which ranks can share, and the tokens between them."""
     layers = max(plan.stages, sum(plan.split))
     meets = [((k, 2 * k, "grad"), (k, 2 * k + 1, "act"))[k == 0 :] for k in range(layers)]
-    splits = [Split("columns", plan.tp, (str(k),), meets[k], (k, k)) for k in range(layers)]
-    return Layout((1,) * layers, splits=tuple(splits), shares=("m",) * layers)
+    splits = tuple(Split("columns", plan.tp, (str(k),), meets[k], (k, k)) for k in range(layers))
+    along = tuple((k, place, MEETS[word]) for own in meets for k, place, word in own)
+    tokens = (Tokens((plan.tp,), plan.tp, meets=along),)
+    return Layout((1,) * layers, splits=splits, tokens=tokens, shares=("m",) * layers)
 
 
 def _shared(plan: Plan, facts: Facts) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from paraxis.errors import PlanError, TaskError
 from paraxis.fitting import record
 from paraxis.plan.plan import Plan
-from paraxis.proof import mean_losses
+from paraxis.proof import mean_losses, remarks
 from paraxis.run.joined import JoinedPool
 from paraxis.run.shards import together
 from paraxis.session import Session, Tell, check_batch, open_session, writable
@@ -87,10 +87,11 @@ def train_task(
         epochs, losses = _epochs(session, plan, total, length.target, out, each_epoch)
         weights = _save(session, plan, out)
         test = evaluate(session, plan, "test") if facts.has_test else None
+        notes = [*facts.notes, *remarks(session, KEY, plan)]
     seconds = time.monotonic() - begun
     document = {"plan": plan.text(), "label": plan.label(), "epochs": epochs, "losses": losses, "seconds": seconds}
     document["computed_memory"] = memory.model_dump() if memory else None
-    return document | {"test": test, "weights": str(weights), "notes": list(facts.notes)}
+    return document | {"test": test, "weights": str(weights), "notes": notes}
 
 
 def _epochs(

@@ -96,7 +96,8 @@ def _all(
 ) -> list[Proof]:
     facts = session.known()
     layers = 2 if facts.layout.cuttable else len(facts.layers)
-    plans = space(count, layers, comms, recompute=True, hybrids=True)
+    sequence = any(not own.why for own in facts.layout.tokens)
+    plans = space(count, layers, comms, recompute=True, hybrids=True, sequence=sequence)
     proofs = []
     for number, plan in enumerate(plans):
         if plan.processes > 1 and plan.comm in missing:

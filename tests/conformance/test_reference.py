@@ -153,6 +153,9 @@ MORE = (
     "dp=2,pp=2,microbatches=2,sync=diloco@1",
     "dp=2,pp=2,microbatches=2,sync=diloco@2:int8",
     "dp=4,sync=diloco@3:bf16:fragments=2",
+    "dp=2,sync=diloco@4:overlap=2",
+    "dp=4,sync=diloco@4:bf16:fragments=2:overlap=1",
+    "dp=2,pp=2,microbatches=2,sync=diloco@4:fragments=2:overlap=1",
     "dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=2,sync=diloco@4:fragments=4:int8",
 )
 PLANS = [*(plan for plan in space(4, 4, comms=("mpi",)) if plan.threads == plan.tp == 1), *map(parse, MORE)]

@@ -73,12 +73,15 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PLANS = ("tp=2", "dp=2,tp=2", "pp=2,tp=2,microbatches=4", "dp=2,pp=2,tp=2,microbatches=2")
 MORE = {
-    "mlp": ("tp=4", "dp=2,tp=2,sync=average@2", "pp=2,tp=2,schedule=gpipe,microbatches=2", "dp=2,tp=2,sync=diloco@2"),
-    "blocks": ("tp=3", "tp=4", "dp=2,tp=4,microbatches=2"),
+    "mlp": ("tp=4", "dp=2,tp=2,sync=average@2", "pp=2,tp=2,schedule=gpipe,microbatches=2", "dp=2,tp=2,sync=diloco@2")
+    + ("dp=2,tp=2,zero=2", "dp=2,tp=2,zero=3,microbatches=2", "dp=2,pp=2,tp=2,zero=3,microbatches=2"),
+    "blocks": ("tp=3", "tp=4", "dp=2,tp=4,microbatches=2", "dp=2,tp=2,zero=3"),
+    "encoder": ("dp=2,tp=2,zero=2", "dp=2,tp=2,zero=3,microbatches=2"),
     "classes": ("tp=4",),
     "gpt": (
         *("pp=2,interleave=2,tp=2,schedule=interleaved,microbatches=2", "pp=2,tp=2,schedule=zb-h1,microbatches=4"),
-        *("dp=2,tp=2,zero=1", "dp=2,tp=2,sync=average@2"),
+        *("dp=2,tp=2,zero=1", "dp=2,tp=2,sync=average@2", "dp=2,tp=2,zero=2,microbatches=2", "dp=2,tp=2,zero=3"),
+        *(f"dp=2,pp=2,tp=2,zero={z},schedule=zb-h1,microbatches=2" for z in (2, 3)),
     ),
 }
 CASES = [(name, plan) for name in NETS for plan in (*PLANS, *MORE.get(name, ()))]
@@ -117,11 +120,12 @@ def ran(spec: TaskSpec, plan: Plan, fault: str = "") -> list[Rank]:
 def whole_state(ranks: list[Rank], plan: Plan, replica: int = 0) -> dict[str, Tensor]:
     """The state_dict of one replica, put together as it is for a file."""
     state: dict[str, Tensor] = {}
+    states = outcome(ranks).states
     for stage in range(plan.pp):
-        own = [ranks[plan.mesh.rank(replica, stage, n)].engine for n in range(plan.tp)]
-        for name, value in own[0].state().items():
-            parts = [engine.state()[name].numpy() for engine in own]
-            shard = own[0].shards.get(name)
+        own = [plan.mesh.rank(replica, stage, n) for n in range(plan.tp)]
+        for name, value in states[own[0]].items():
+            parts = [states[rank][name].numpy() for rank in own]
+            shard = ranks[own[0]].engine.shards.get(name)
             state[name] = torch.from_numpy(whole(parts, shard.dim, shard.blocks)) if shard else value
     return state
 
@@ -141,7 +145,7 @@ def test_ranks_that_share_layers_compute_the_serial_step(name: str, text: str, f
 
 
 @pytest.mark.parametrize("name", ["mlp", "classes", "gpt"])
-@pytest.mark.parametrize("text", ["tp=2", "dp=2,pp=2,tp=2,microbatches=2"])
+@pytest.mark.parametrize("text", ["tp=2", "dp=2,pp=2,tp=2,microbatches=2", "dp=2,tp=2,zero=3"])
 def test_evaluation_meets_too_and_leaves_no_trace(name: str, text: str, folder: Path) -> None:
     spec, plan = spec_named(folder, name), parse(text)
     ranks = started(spec, plan)
@@ -197,6 +201,8 @@ SEEN = [
     ("all-data", "mlp", "dp=2,tp=2"),
     ("wrong-mask", "cnn", "dp=2,tp=2"),
     ("dropped-reduction", "gpt", "dp=2,tp=2"),
+    *((fault, "gpt", "dp=2,tp=2,zero=2") for fault in ("dropped-reduction", "summed-whole", "dropped-output")),
+    *((fault, "mlp", "dp=2,tp=2,zero=3,microbatches=2") for fault in ("lost-shard", "stale-shard", "counted-whole")),
 ]
 
 

@@ -17,6 +17,9 @@ PLANS = [
     *("pp=2,interleave=2,schedule=gpipe,microbatches=2", "dp=2,pp=2,interleave=2,schedule=gpipe,bucket_bytes=2K"),
     *("dp=2,pp=2,sync=average@2", "dp=2,pp=2,engine=native,comm=openmp"),
     "dp=2,pp=2,zero=1,bucket_bytes=2K",
+    *(f"dp=2,pp=2,zero={z},bucket_bytes=2K,microbatches=2" for z in (2, 3)),
+    *("dp=2,pp=3,zero=3,schedule=zb-h1,microbatches=4", "dp=2,pp=2,zero=3,recompute=all,schedule=zb-h2,microbatches=4"),
+    "dp=2,pp=2,zero=2,schedule=interleaved,microbatches=2",
     *("dp=2,pp=2,schedule=zb-h1,microbatches=2,bucket_bytes=2K", "pp=2,schedule=interleaved,microbatches=4"),
 ]
 KINDS: dict[str, dict[str, Any]] = {
@@ -69,7 +72,7 @@ def _holds(spec: TaskSpec, plan: Plan) -> None:
             assert torch.equal(state["wte.weight"], state["lm_head.weight"])
 
 
-@pytest.mark.parametrize("plan", [PLANS[n] for n in (3, 6, 10, 12, 14)])
+@pytest.mark.parametrize("plan", [PLANS[n] for n in (3, 6, 10, 12, 13, 14, 15, 18)])
 def test_copies_that_do_not_add_up_their_gradients_fail(plan: str, text: str) -> None:
     assert difference(tiny(text), parse(plan), trained(tiny(text), parse(plan), "untied")) > WRONG
 
@@ -77,7 +80,7 @@ def test_copies_that_do_not_add_up_their_gradients_fail(plan: str, text: str) ->
 @pytest.mark.parametrize("split", ["3+4", "1+1+5", "1+3+2+1"])
 def test_a_weight_of_several_layers_and_frozen_ones(split: str, folder: Path) -> None:
     spec = spec_of(folder, "several", SEVERAL, {"clip": 0.3, "momentum": 0.9})
-    for more in ("", ",dp=2,microbatches=2"):
+    for more in ("", ",dp=2,microbatches=2", ",dp=2,zero=2,microbatches=2", ",dp=2,zero=3,bucket_bytes=8"):
         plan = parse(f"pp={split.count('+') + 1},split={split}{more}")
         assert difference(spec, plan, trained(spec, plan)) < EXACT
         assert difference(spec, plan, trained(spec, plan, "untied")) > WRONG

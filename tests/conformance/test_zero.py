@@ -39,6 +39,9 @@ PLANS = [
     parse("dp=2,pp=2,zero=3"),
     parse("dp=2,pp=2,interleave=2,zero=1,schedule=gpipe,microbatches=2"),
     parse(f"dp=2,pp=2,interleave=2,zero=3,schedule=gpipe,microbatches=2{SMALL}"),
+    *(parse(f"dp=2,pp=2,zero={z},schedule=zb-h1,microbatches=4{SMALL}") for z in (2, 3)),
+    parse("dp=2,pp=2,zero=3,schedule=zb-h2,microbatches=4,recompute=all"),
+    parse(f"dp=2,pp=2,zero=2,schedule=interleaved,interleave=2,microbatches=4,recompute=0+2{SMALL}"),
 ]
 TIED = (
     HEAD
@@ -79,10 +82,18 @@ def test_shares_compute_what_the_serial_run_computes(name: str, plan: Plan, fold
     assert difference(spec, plan, trained(spec, plan)) < EXACT
 
 
-@pytest.mark.parametrize("plan", [f"dp=2,zero={z},microbatches=2,bucket_bytes=8" for z in (1, 2, 3)])
-@pytest.mark.parametrize("name", ["tied", "frozen"])
+AROUND = "dp=2,pp=2,split=1+1+1+3,interleave=2,schedule=gpipe,microbatches=2,bucket_bytes=8"
+
+
+@pytest.mark.parametrize(
+    "name, plan",
+    [
+        *((name, f"dp=2,zero={z},microbatches=2,bucket_bytes=8") for name in ("tied", "frozen") for z in (1, 2, 3)),
+        *(("tied", f"{AROUND},zero={z}") for z in (2, 3)),
+    ],
+)
 def test_shared_and_frozen_parameters_have_their_places(name: str, plan: str, folder: Path) -> None:
-    """A parameter that three segments share lies in the first one's bucket, which all of them need and add to."""
+    """A parameter that three segments of a rank share lies in the first one's bucket, which all need and add to."""
     spec = spec_of(folder, name, {"tied": TIED, "frozen": FROZEN}[name], FEW)
     assert difference(spec, parse(plan), trained(spec, parse(plan))) < EXACT
 
@@ -107,6 +118,11 @@ MUTANTS = [
     *((fault, f"dp=2,zero={z},microbatches=2") for z in (1, 2) for fault in ("mean-of-sums", "early-update")),
     ("stale-bucket", f"dp=2,zero=1{SMALL}"),
     *(("lost-shard", f"dp=2,zero={z},microbatches=2") for z in (2, 3)),
+    *(
+        (fault, f"dp=2,pp=2,zero={z},schedule=zb-h1,microbatches=4")
+        for z in (2, 3)
+        for fault in ("late-weights", "lost-shard")
+    ),
 ]
 
 

@@ -38,6 +38,18 @@ def test_weights_are_saved_whole_and_are_those_of_the_serial_run(desk: Any) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("plan", ["tp=2,sequence=1,comm=gloo", "pp=2,tp=2,microbatches=2,sequence=1,comm=mpi"])
+def test_gpt_shares_tokens_between_its_splits(desk: Any, plan: str) -> None:
+    document = proves(desk, "gpt:1-16-2-16,dropout=0.1", plan, "--clip", 1)
+    (note,) = [note for note in document["notes"] if note.startswith("tp=2,sequence=1 splits")]
+    assert "wte+lm_head by 256 classes; every rank has all of wpe" in note and note.endswith("for 8 of 16 tokens")
+    words = ["--fault", "partial-gradients", "--clip", 1]
+    done = desk.run("verify", "gpt:1-16-2-16", "--plan", plan, "--steps", 3, "--json", *words)
+    assert done.rc == 1 and not done.document["passed"]
+    desk.run("verify", "mlp:784-64-10", "--plan", plan).refused("sequence=1: nothing of what tp splits has")
+
+
+@pytest.mark.slow
 def test_what_cannot_be_shared_is_refused_in_one_line(desk: Any) -> None:
     desk.run("show", "tp=3", "cnn").refused("tp=3: it divides none of 7+10 by 50 columns", "tp=2, tp=5")
     shown = desk.run("show", "tp=2", "cnn")

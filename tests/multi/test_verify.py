@@ -92,6 +92,8 @@ def test_data_parallel_over_mpi_is_serial_and_the_document_is_whole(desk: Any) -
         pytest.param("dp=2,sync=compressed,comm=mpi", marks=pytest.mark.slow),
         pytest.param("dp=2,sync=diloco@4:int8:fragments=2,comm=gloo", marks=pytest.mark.slow),
         pytest.param("dp=4,sync=diloco@2:int8,comm=mpi", marks=pytest.mark.slow),
+        pytest.param("dp=2,sync=diloco@8:int8:fragments=2:overlap=2,comm=mpi", marks=pytest.mark.slow),
+        pytest.param("dp=2,sync=diloco@6:overlap=3,comm=gloo", marks=pytest.mark.slow),
         pytest.param("dp=2,pp=2,microbatches=2,sync=diloco@2,comm=mpi", marks=pytest.mark.slow),
         pytest.param("dp=2,engine=native,sync=diloco@2", marks=pytest.mark.slow),
         pytest.param("dp=2,engine=native,comm=mpi,sync=diloco@3:bf16", marks=pytest.mark.slow),

@@ -14,14 +14,24 @@ from paraxis.program.faults import FAULTS, _nothing
 from paraxis.program.grid import cell, draw, explain, several, simplify
 from paraxis.program.instructions import MOMENTS, Instruction, Program, parse_program
 from paraxis.program.lower import lower
-from paraxis.program.shares import Split
+from paraxis.program.shares import Split, Tokens
 
 I = Instruction  # noqa: E741
 Row = list[Instruction]
 SPLITS = (Split("columns", 12, ("0", "3"), ((0, 1, "grad"), (3, 2, "act")), (0, 3)),)
 PLAIN = Layout(parameters=(2, 0, 3, 4), splits=SPLITS)
 TIED = Layout(parameters=(2, 0, 3, 4), clip=True, tied=(("w", (0, 2, 3)),))
-RICH = Layout(parameters=(2, 0, 3, 4), splits=SPLITS, weight_in_data=True, statistics=True, clip=True, tied=TIED.tied)
+TOKENS = (Tokens((2,), 4, splits=(0,), meets=((0, 1, "gather"), (3, 2, "scatter"))),)
+RICH = Layout(
+    parameters=(2, 0, 3, 4),
+    splits=SPLITS,
+    tokens=TOKENS,
+    shares=("m", "o", "m", "m"),
+    weight_in_data=True,
+    statistics=True,
+    clip=True,
+    tied=TIED.tied,
+)
 ODD = (
     "microbatches=3",
     "dp=2,bucket_bytes=8",
@@ -110,8 +120,6 @@ def refused(program: Program, rank: int | None = None) -> str:
 @pytest.mark.parametrize("layout", [PLAIN, RICH], ids=["plain", "rich"])
 @pytest.mark.parametrize("plan", [*space(6, 4, comms=("mpi",)), *map(parse, ODD)], ids=Plan.short)
 def test_every_plan_of_the_space_passes(plan: Plan, layout: Layout) -> None:
-    if plan.zero > 1 and plan.pp > 1:
-        layout = replace(layout, tied=())  # whose copies are added up whole
     peaks = check(lower(plan, layout, steps_per_epoch=5)).peak_live
     stages = [plan.mesh.coordinates(rank)[1] for rank in range(plan.mesh.size)]
     m = plan.microbatches
@@ -255,9 +263,22 @@ def test_copies_of_a_weight_and_its_replicas_are_added_up_in_one_order_on_all_ra
         assert "must be added up before the replicas' red" in refused(late, 1)
 
 
-def test_shares_of_every_microbatch_s_gradient_cannot_be_added_up_over_stages() -> None:
-    with pytest.raises(PlanError, match="zero=2: stages share w, whose copies are added up whole; take zero=1"):
-        made("dp=2,pp=2,zero=2", TIED)
+def test_shares_of_a_tied_parameter_are_added_up_when_they_are_complete() -> None:
+    program = made("dp=2,pp=2,zero=2,microbatches=2", TIED)
+    own = program.own_buckets(1)[0]
+    check(program)
+
+    def early(row: Row) -> Row:
+        """The copies are added up before the last reduction of their bucket."""
+        tied, rest = [i for i in row if i.buffer == "tied"], [i for i in row if i.buffer != "tied"]
+        at = max(n for n, i in enumerate(rest) if i.op == "ReduceScatterStart" and (i.stage, i.bucket) == own)
+        return [*rest[:at], *tied, *rest[at:]]
+
+    assert "w must be added up after the replicas' red" in refused(edited(program, 1, early), 1)
+    lost = [("ReduceScatter", "are released before they are reduced"), ("Release", "have memory already")]
+    for op, why in lost:
+        change = without(op, buffer="grads", stage=own[0], bucket=own[1], microbatch=0)
+        assert why in refused(edited(program, 1, change), 1)
 
 
 def test_a_weight_that_a_rank_has_no_copy_of_and_one_added_up_twice_are_refused() -> None:
@@ -492,7 +513,8 @@ CARRIERS = [
 ]
 CARRIERS.append(parse("dp=2,sync=diloco@2"))
 CARRIERS += map(parse, ("dp=2,zero=1", "dp=2,zero=3,microbatches=2,bucket_bytes=8"))
-CARRIERS += [parse("pp=2,microbatches=2,recompute=all")]
+CARRIERS += map(parse, ("pp=2,microbatches=2,recompute=all", "dp=2,pp=2,zero=2,microbatches=2,schedule=zb-h1"))
+CARRIERS += map(parse, ("tp=2,sequence=1", "tp=2,engine=native"))
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from paraxis.errors import TaskError
+from paraxis.task.masks import dropout_key, kept, kept_of_part, kept_on, mix32, splitmix64, threshold, words_of
 from paraxis.task.networks import build, initialise
-from paraxis.task.randomness import Draw, dropout_key, kept, mix32, splitmix64, threshold
+from paraxis.task.randomness import Draw
 
 torch.set_num_threads(1)
 KEYS = st.integers(0, (1 << 64) - 1)
+NEEDS_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 # Golden vectors: plain Python integers by the formulas of docs/design, not by the module under test. The C++ engine
 # has to give the same bits. splitmix64(1234567) is the published first output for that seed.
@@ -137,3 +139,54 @@ def test_initialising_leaves_the_users_generator_alone() -> None:
     before = torch.random.get_rng_state()
     initialise(net, 1)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# -- on a device -----------------------------------------------------------------------------------------------
+
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=NEEDS_GPU)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(
+    KEYS,
+    st.integers(0, 1 << 30),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 3),
+    st.floats(0.001, 0.999),
+)
+@settings(deadline=None)
+def test_tensor_operations_give_the_same_bits(
+    device: str, key: int, first: int, samples: int, outer: int, run: int, parts: int, p: float
+) -> None:
+    wanted = kept_of_part(key, first, samples, outer, run, parts - 1, parts, p)
+    place = outer, run, parts - 1, parts
+    there = torch.device(device)
+    assert np.array_equal(kept_on(there, words_of(key), first, samples, place, p).cpu().numpy(), wanted)
+    in_memory = torch.tensor(list(words_of(key)), dtype=torch.int32).to(there)
+    assert np.array_equal(kept_on(there, (in_memory[0], in_memory[1]), first, samples, place, p).cpu().numpy(), wanted)
+
+
+@pytest.mark.parametrize("words", KEPT)
+def test_golden_kept_by_tensor_operations(words: tuple[int, int, int, int, float]) -> None:
+    key, first, samples, elements, p = words
+    found = kept_on(torch.device("cpu"), words_of(key), first, samples, (1, elements, 0, 1), p)
+    assert ["".join("01"[int(bit)] for bit in row) for row in found] == KEPT[words]
+
+
+def test_a_key_in_memory_is_read_there_and_nothing_else_changes_a_mask() -> None:
+    draw, memory, x = Draw(seed=7), torch.zeros(1, dtype=torch.int64), torch.ones(8, 33)
+    call = ("layer", 0)
+    words = memory.view(torch.int32)
+    for step in (3, 4):
+        draw.words = None
+        draw.at(step, 16, 8)
+        wanted = draw.dropout(x, 0.3, "layer")
+        memory.fill_(draw.key(call, step) - (draw.key(call, step) >> 63 << 64))
+        draw.words = lambda _: (words[0], words[1])
+        draw.at(99, 16, 8)
+        assert torch.equal(draw.dropout(x, 0.3, "layer"), wanted), step
+        memory.zero_()
+        draw.at(step, 16, 8)
+        assert not torch.equal(draw.dropout(x, 0.3, "layer"), wanted), "the host's step is not looked at"

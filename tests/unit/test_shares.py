@@ -16,6 +16,7 @@ from paraxis.program.cut import Layout
 from paraxis.program.grid import draw, explain, simplify
 from paraxis.program.instructions import Instruction, parse_program
 from paraxis.program.lower import lower
+from paraxis.program.shares import Split
 from paraxis.program.simulate import Costs, simulate
 
 FOUR = Layout(parameters=(2, 2, 2, 2))
@@ -89,13 +90,64 @@ def test_what_is_prefetched_hides_behind_computing() -> None:
     assert simulate(program, costs).makespan == pytest.approx(4 * 3 + 0.9), "all but the first"
 
 
-def test_batch_norm_over_all_replicas_takes_stage_1_only() -> None:
+def test_a_parameter_that_stages_share_has_a_bucket_of_its_own() -> None:
+    """Bucket 3 of either stage; its shares are added up when they are complete."""
+    tied = Layout((2, 2, 2, 2, 2, 2, 0), tied=(("weight", (0, 6)),))
+    program = lower(parse(f"dp=2,pp=2,split=3+4,zero=3,microbatches=2{EACH}"), tied)
+    check(program)
+    last_stage = program.mesh.rank(0, 1)
+    assert program.own_buckets(0) == {0: (0, 3)} and program.own_buckets(last_stage) == {0: (1, 3)}
+    for rank, row in enumerate(program.body("step")):
+        words = [i.label() for i in row]
+        assert words.count("RS3<") == 2 and words.index("ARt0<") > max(n for n, w in enumerate(words) if w == "RS3>")
+        assert words.count("AG3<") >= 2 and "keep" in [i.rule for i in program.body("state")[rank] if i.bucket == 3]
+    last = [(i.stage, i.bucket) for i in program.body("step")[last_stage] if i.op == "ReduceScatterStart"]
+    assert set(last) == {(1, 0), (1, 1), (1, 2), (1, 3)}, "the last layer has nothing but its copy"
+
+
+def test_tied_layers_of_two_stages_of_a_rank_share_the_first_one_s_bucket() -> None:
+    tied = Layout((2, 2, 2, 0), tied=(("weight", (0, 2)),))
+    program = lower(parse("dp=2,pp=2,interleave=2,schedule=gpipe,microbatches=2,zero=3"), tied)
+    check(program)
+    assert not program.ties
+    gathered = [(i.stage, i.rule, i.segment) for i in program.body("step")[0] if i.op == "AllGatherWait"]
+    assert {stage for stage, _, _ in gathered} == {0, 2}
+
+
+def test_a_weight_s_gradient_is_reduced_after_its_w_and_needs_no_parameters() -> None:
+    """I1 adds to what W0 completes: both are reduced then, and the rest when W1 has come."""
+    program = lower(parse(f"dp=2,pp=2,schedule=zb-h1,microbatches=3,zero=3{EACH}"), FOUR)
+    check(program)
+    row = program.body("step")[program.mesh.rank(0, 1)]
+    own = [i for i in row if (i.buffer, i.bucket) == ("grads", 0) or (i.op in ("I", "W") and i.segment == 0)]
+    found = " ".join(i.label() for i in own)
+    assert found == "+g0 I0 I1 W0 RS0< RS0> -g0 +g0 I2 W1 RS0< RS0> -g0 +g0 W2 RS0< RS0> -g0"
+    assert {i.rule for i in row if i.buffer == "params"} == {"F", "I"}
+    last = max(n for n, i in enumerate(row) if i.op == "Release" and i.buffer == "params")
+    assert [i.label() for i in row[last:] if i.op in ("F", "I", "W")] == ["W1.1", "W1", "W2.1", "W2"]
+
+
+def test_a_layer_that_ranks_meet_in_is_whole_on_both_sides_of_the_border() -> None:
+    """One layer that is cut twice: it is gathered before its first part and let go after its last."""
+    pair = Split("columns", 8, ("a", "b"), ((1, 1, "grad"), (1, 2, "act")), (1, 1))
+    layout = replace(FOUR, splits=(pair,))
+    program = lower(parse("dp=2,tp=2,zero=3"), layout)
+    check(program)
+    row = [i for i in program.body("step")[0] if i.bucket == 1 or i.op in ("F", "B")]
+    found = " ".join(i.label() for i in row)
+    assert found == "+p1 AG1< AG1> F0 F0.2 +g1 B0.1 B0 -p1 RS1< RS1> -g1"
+
+
+def test_batch_norm_over_all_replicas_cuts_layers_in_two() -> None:
     norms = replace(FOUR, norms=(0, 1, 0, 0), statistics=True)
     words = [i for i in lower(parse("dp=2,zero=1"), norms).body("step")[0] if i.base == "ReduceScatter"]
     assert {i.bucket for i in words} == {-1}, "one bucket of everything, for segments end within layers"
     check(lower(parse("dp=2,zero=1"), norms))
-    with pytest.raises(PlanError, match="zero=2: batch norm over the whole batch cuts layers in two; zero=1 does not"):
-        lower(parse("dp=2,zero=2"), norms)
+    found = lower(parse("dp=2,zero=3"), norms)
+    check(found)
+    assert {i.bucket for i in found.body("step")[0] if i.base == "ReduceScatter"} == {0, 1}
+    with pytest.raises(PlanError, match="leave bucket_bytes out"):
+        lower(parse("dp=2,zero=2,bucket_bytes=8"), norms)
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------

@@ -19,11 +19,13 @@ from paraxis.plan.plan import Plan
 from paraxis.plan.plan import parse as plan_of
 from paraxis.program.check import check
 from paraxis.program.cut import Layout
-from paraxis.program.instructions import Instruction, Program, parse_program
+from paraxis.program.instructions import CROSSING, Instruction, Program, parse_program
 from paraxis.program.lower import lower
+from paraxis.program.simulate import simulate, uniform
 from paraxis.sync.rule import PAYLOADS, buffers, fragment_of, parse, rules, settled, updates
 
 LAYOUT = Layout(parameters=(3, 4))
+WRITTEN = (("fragments",), ("overlap",), ("fragments", "overlap"))
 APART = [name for name, rule in rules().items() if rule.agreements]
 
 
@@ -37,9 +39,9 @@ def made(text: str, epoch: int = 1) -> Program:
 def texts(draw: Callable[..., object]) -> str:
     """Every way to write every rule, its defaults and leading zeros included."""
     rule = draw(st.sampled_from(sorted(rules().values(), key=lambda r: r.name)))
-    every = draw(st.sampled_from(["epoch", *map(str, range(4, 12)), "0040"]))
+    every = draw(st.sampled_from(["epoch", *map(str, range(20, 28)), "0040"]))
     words = [draw(st.sampled_from(["", *PAYLOADS]))] if "payload" in rule.options else []
-    words += [f"{key}={draw(st.integers(1, 4))}" for key in rule.options if key != "payload"]
+    words += [f"{key}={draw(st.integers(1, 4))}" for key in rule.options if key in draw(st.sampled_from(WRITTEN))]
     chosen = draw(st.permutations([word for word in words if word]))
     return ":".join([rule.name + f"@{every}" * bool(rule.agreements), *chosen])
 
@@ -50,13 +52,13 @@ def test_text_of_a_rule_and_of_its_program_is_read_back(text: str) -> None:
     assert sync is not None and parse(sync.text()) == sync and len(sync.text()) <= len(text)
     plan = plan_of(f"dp=2,sync={text}")
     assert plan == plan_of(plan.text()) == plan_of(plan.short()) and plan.sync == sync.text()
-    program = lower(plan, LAYOUT, 12)
+    program = lower(plan, LAYOUT, 24)
     check(program)
     again = parse_program(program.text())
     assert again == program and again.digest() == program.digest()
     assert program.prologue == ((("begin", 1),) if sync.rule.prologue else ())
     assert program.epilogue == ((("settle", 1),) if sync.rule.epilogue else ())
-    wanted = sync.agreements(sync.every or 12)
+    wanted = sync.agreements(sync.every or 24)
     meeting = [n + 1 for n in range(program.steps_in_period()) if program.step_body(n) not in ("local", "step")]
     assert meeting == sorted(wanted), "replicas meet where the rule says, and nowhere else"
     assert {b.name for b in program.buffers} & buffers() == set(sync.rule.buffers)
@@ -74,13 +76,15 @@ def test_text_of_a_rule_and_of_its_program_is_read_back(text: str) -> None:
         ("compressed@4", "average@H, compressed, diloco@H"),
         ("compressed:bf16", "compressed takes none"),
         ("average@4:bf16", "'bf16' is no option; average takes none"),
-        ("diloco@4:fp4", "'fp4' is no option; diloco takes bf16, int8, fragments=N"),
+        ("diloco@4:fp4", "'fp4' is no option; diloco takes bf16, int8, fragments=N, overlap=N"),
         ("diloco@4:payload=bf16", "'payload=bf16' is no option"),
         ("diloco@4:fragments", "'fragments' is no option"),
         ("diloco@4:fragments=0", "'fragments=0' is no option"),
         ("diloco@4:bf16:int8", "gives an option twice"),
         ("diloco@4:fragments=2:fragments=3", "gives an option twice"),
         ("diloco@3:fragments=4", "H=4 or more would do"),
+        ("diloco@4:overlap=4", "overlap=4 reaches beyond the step before; overlap=3 or H=5 would do"),
+        ("diloco@4:fragments=4:overlap=1", "overlap=1 reaches beyond the step before; H=8 would do"),
     ],
 )
 def test_bad_text_is_refused_in_one_line(text: str, words: str) -> None:
@@ -99,6 +103,8 @@ def test_too_short_an_epoch_for_the_fragments_is_refused() -> None:
     [
         ("dp=2,engine=native,sync=diloco@4:bf16", "threads send nothing; leave out bf16"),
         ("dp=2,engine=native,sync=diloco@4:fragments=2", "leave out fragments"),
+        ("dp=2,engine=native,sync=diloco@4:overlap=1", "leave out overlap"),
+        ("dp=2,engine=native,comm=mpi,sync=diloco@8:fragments=2:overlap=1", "leave out fragments and overlap"),
         ("dp=2,engine=native,sync=compressed", "threads send nothing that could be smaller; take sync=gradient"),
         ("dp=2,engine=native,comm=mpi,sync=diloco@4:int8", "leave out int8"),
     ],
@@ -137,6 +143,57 @@ def test_fragments_meet_in_turn_and_cover_everything() -> None:
     assert list(part.values()) == sorted(part.values()) and set(part.values()) == {0, 1, 2}
     assert set(fragment_of(sizes, 1).values()) == {0}
     assert fragment_of({"only": 4}, 2) == {"only": 1}
+
+
+def test_what_is_sent_early_crosses_steps_within_a_period() -> None:
+    program = made("diloco@8:fragments=2:overlap=2")
+    runs = (("local", 1), ("diloco0", 1), ("local", 1), ("diloco1", 1))
+    assert program.period == (*runs, ("local", 1), ("diloco2", 1), ("local", 1), ("diloco3", 1))
+    names = [[(i.op, i.rule, i.bucket) for i in program.body(f"diloco{n}")[0][-5:]] for n in range(4)]
+    updates_ = [("Update", rule, 0) for rule in ("nesterov", "outer", "mix")]
+    assert names[0][-2:] == [("Update", "delta", 0), ("AllReduceStart", "", 0)]
+    assert names[1][-4:] == [("AllReduceWait", "", 0), *updates_]
+    tokens = [{i.token for i in program.body(f"diloco{n}")[0] if i.buffer == "delta"} for n in range(4)]
+    assert tokens[0] == tokens[1] != tokens[2] == tokens[3] and min(min(own) for own in tokens) >= CROSSING
+    line = simulate(program, uniform(), "diloco1")
+    assert line.makespan > 0, "what an earlier step has begun is under way"
+
+
+def swapped(program: Program, **bodies: str) -> Program:
+    """The program with some of its bodies in the place of others."""
+    found = tuple((name, program.body(bodies.get(name, name))) for name, _ in program.bodies)
+    return Program(**{**vars(program), "bodies": found})
+
+
+def test_a_token_is_open_from_one_step_to_a_later_one_and_no_longer() -> None:
+    """Mutants: nobody waits, waits twice, begins twice, waits first, or begins on some ranks only."""
+    program = made("diloco@8:overlap=2")
+    check(program)
+    for words, why in (
+        ({"diloco1": "local"}, "is not awaited when the period ends"),
+        ({"local": "diloco1"}, "AllReduceWait of token 65536 has no start"),
+        ({"local": "diloco0"}, "delta does not wait for the reduction of delta"),
+        ({"diloco0": "diloco1", "diloco1": "diloco0"}, "has no start"),
+    ):
+        with pytest.raises(ProgramError, match=why):
+            check(swapped(program, **words))
+    local, sent = program.body("local"), program.body("diloco0")
+    bodies = tuple((n, (sent[0], local[1]) if n == "diloco0" else b) for n, b in program.bodies)
+    with pytest.raises(ProgramError, match="has no start"):
+        check(Program(**{**vars(program), "bodies": bodies}))
+
+
+def test_what_is_under_way_is_not_written() -> None:
+    """Mutant: the outer step does not wait for the sum, which is awaited behind it."""
+    program = made("diloco@8:overlap=2")
+    late = tuple((*(i for i in rank if not _sum(i)), *filter(_sum, rank)) for rank in program.body("diloco1"))
+    bodies = tuple((n, late if n == "diloco1" else b) for n, b in program.bodies)
+    with pytest.raises(ProgramError, match="nesterov does not wait for the reduction of delta"):
+        check(Program(**{**vars(program), "bodies": bodies}))
+
+
+def _sum(i: Instruction) -> bool:
+    return i.op == "AllReduceWait" and i.buffer == "delta"
 
 
 def test_a_reduction_that_an_update_does_not_wait_for_is_refused() -> None:

@@ -24,7 +24,8 @@ from paraxis.program.shares import Split, chosen, split_of, told
 from paraxis.program.simulate import simulate, uniform
 from paraxis.run.shards import whole
 from paraxis.task.gpt import GPT, Shape
-from paraxis.task.randomness import Draw, KeyedDropout, kept, kept_of_part
+from paraxis.task.masks import kept, kept_of_part
+from paraxis.task.randomness import Draw, KeyedDropout
 from paraxis.task.shared import CrossEntropy, Shard
 from paraxis.task.tensor import find
 
@@ -225,6 +226,7 @@ LAYOUT = Layout(parameters=(2, 0, 3, 4), weight_in_data=True, statistics=True, c
 HYBRIDS = (
     *("tp=2", "tp=4", "tp=2,microbatches=3", "dp=2,tp=2", "pp=2,tp=2,microbatches=4", "pp=4,tp=2,microbatches=2"),
     *("dp=2,pp=2,tp=2,schedule=gpipe,microbatches=2", "dp=2,tp=2,sync=average@3", "pp=2,interleave=2,tp=2"),
+    *(f"dp=2,{axes},zero={zero}" for axes in ("tp=2", "pp=2,tp=2,schedule=zb-h1,microbatches=2") for zero in (1, 2, 3)),
 )
 
 
@@ -241,7 +243,7 @@ def test_hybrids_are_whole_programs(text: str) -> None:
     for rank, row in enumerate(program.body(program.period[0][0])):
         for before, i in pairwise(row):
             if i.op in ("ReduceActStart", "ReduceGradStart"):
-                assert before.op == ("F" if i.base == "ReduceAct" else "B"), "what has just been made"
+                assert before.op in ("F" if i.base == "ReduceAct" else "BI"), "what has just been made"
         sums = [i for i in row if i.base in REDUCES and i.starts]
         stages = [program.stages[s] for s in program.stages_of(rank)]
         own = sum(first <= layer < last for first, last in stages for p in PAIRS for layer, _, _ in p.meets)
@@ -313,7 +315,7 @@ def test_ranks_that_sum_in_another_order_are_refused() -> None:
         ("tp=2", replace(LAYOUT, splits=()), "none of its layers can be split"),
         ("tp=3", LAYOUT, r"divides none of a\+b by 8 columns, c\+d by 8 columns; tp=2, tp=4, tp=8 would fit"),
         ("dp=2,tp=2,bucket_bytes=1K", LAYOUT, "leave bucket_bytes out"),
-        ("dp=2,tp=2,zero=3", LAYOUT, "take zero=1"),
+        ("dp=2,tp=2,zero=3,bucket_bytes=1K", LAYOUT, "leave bucket_bytes out"),
         ("dp=2,tp=2", replace(LAYOUT, norms=(1, 0, 0, 0)), "set bn_group lower"),
     ],
 )

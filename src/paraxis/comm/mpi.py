@@ -1,7 +1,10 @@
 """Ranks over MPI: buffer calls only, in place. The only module that imports mpi4py."""
 
+import ctypes
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from mpi4py import MPI
@@ -127,6 +130,25 @@ def _sleep_until_all(comm: MpiComm) -> None:
     request = comm.comm.Ibarrier()
     while not request.Test():
         time.sleep(1e-3)
+
+
+def cuda_aware() -> bool:
+    """Whether this MPI reads the memory of GPUs, by what it says itself; PARAXIS_CUDA_AWARE=0 or 1 overrules it.
+
+    Open MPI and MPICH have MPIX_Query_cuda_support; a library without it does not.
+    """
+    if (told := os.environ.get("PARAXIS_CUDA_AWARE")) in ("0", "1"):
+        return told == "1"
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    loaded = {line.split(None, 5)[-1] for line in lines if "/libmpi" in line}
+    for path in sorted(loaded):
+        try:
+            ask = ctypes.CDLL(path).MPIX_Query_cuda_support
+        except (OSError, AttributeError):
+            continue
+        return bool(ask())
+    return False
 
 
 def library() -> str:

@@ -59,6 +59,7 @@ class PackedSum:
         self.peers = [r for r in range(comm.size) if r != comm.rank]
         self.own = self._packed(self.pieces[comm.rank])
         self.sends: list[Request] = []
+        self.sending: list[Tensor] = []
         self.adding = True
         self._exchange(0, {r: self._packed(self.pieces[r]) for r in self.peers}, dict.fromkeys(self.peers, self.rank))
 
@@ -66,6 +67,10 @@ class PackedSum:
     def rank(self) -> int:
         """This rank's place, and the number of its piece."""
         return self.comm.rank
+
+    def letters(self) -> list[Tensor]:
+        """What it holds: its own piece packed, what it sends and what it expects."""
+        return [self.own, *self.sending, *(letter for _, letter in self.receives.values())]
 
     def ready(self) -> bool:
         """Whether `wait` would return at once; goes on to the second half when the first is there."""
@@ -107,6 +112,7 @@ class PackedSum:
         for peer, letter in letters.items():
             if letter.numel():
                 self.sends.append(self.comm.send(letter, peer, tag))
+                self.sending.append(letter)
                 self.sent += letter.nbytes
 
     def _arrived(self) -> bool:

@@ -20,8 +20,17 @@ class Boundary:
     gradients: tuple[bool, ...]
 
 
-def boundaries(task: Task, program: Program, stage: int, samples: int) -> tuple[Boundary, Boundary, dict[str, int]]:
-    """(entry, exit, how often layers in front have drawn masks) of a stage, for microbatches of `samples`."""
+Edges = tuple[Boundary, Boundary, dict[str, int]]
+
+
+def slice_of(task: Task, program: Program) -> int:
+    """Samples of a microbatch."""
+    return task.batch // (program.mesh.dp * program.microbatches)
+
+
+def boundaries(task: Task, program: Program, stage: int) -> Edges:
+    """(entry, exit, how often layers in front have drawn masks) of a stage; their tensors lie where the task does."""
+    samples = slice_of(task, program)
     batch = map_nest(task.train.share(0, 0, samples), Tensor.clone)
     task.draw.at(0, 0, samples)
     x = task.recipe.inputs(batch)

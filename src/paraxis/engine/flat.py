@@ -44,11 +44,14 @@ def flatten(
     dtype: torch.dtype,
     parts: int = 1,
     ends: Collection[int] = (),
+    device: torch.device | None = None,
+    apart: Sequence[str] = (),
 ) -> Flat:
     """Move the trainable parameters of the segments into flat buffers, in place; a shared one counts once.
 
-    Within a segment parameters of one group stand together, so that an update has few ranges. Behind the segments
-    `ends` they are padded to a multiple of `parts`.
+    Within a segment parameters of one group stand together, so that an update has few ranges. The parameters named
+    `apart` follow, each a segment of its own. Behind the segments `ends` they are padded to a multiple of `parts`.
+    `device`: where all lie that is none of the parameters' own.
     """
     group_of = {id(p): index for index, group in enumerate(groups) for p in group}
     seen: set[int] = set()
@@ -58,8 +61,10 @@ def flatten(
         fresh = list({id(p): p for p in trained if id(p) not in seen}.values())
         seen |= {id(p) for p in fresh}
         ordered.append(sorted(fresh, key=lambda p: group_of.get(id(p), len(groups))))
+    alone = [[p for own in ordered for p in own if names[id(p)] == name] for name in apart]
+    ordered = [[p for p in own if names[id(p)] not in apart] for own in ordered] + alone
     every = [p for own in ordered for p in own]
-    like = every[0] if every else torch.zeros(0, dtype=dtype)
+    like = every[0] if every else torch.zeros(0, dtype=dtype, device=device)
     size = _padded(ordered, parts, ends)
     params = torch.zeros(size, dtype=like.dtype, device=like.device)
     grads = torch.zeros(TOTALS + size, dtype=like.dtype, device=like.device)

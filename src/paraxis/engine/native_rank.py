@@ -15,6 +15,7 @@ from torch import Tensor
 from paraxis.engine.kept import keep
 from paraxis.engine.native_engine import extension, stages_of, tokens_of
 from paraxis.engine.native_task import Feed, check_native, feed_of, get_weights, hyper_of, put_weights
+from paraxis.engine.rules import Hyper
 from paraxis.errors import PlanError
 from paraxis.program.instructions import MOMENTS, Program
 from paraxis.task.batches import Source
@@ -25,20 +26,13 @@ class NativeEngine:
     """One rank's share of the computing; `step` is the optimiser step in progress."""
 
     def __init__(self, task: Task, program: Program, rank: int, threads: int) -> None:
-        check_native(program)
         _, self.stage, _ = program.mesh.coordinates(rank)
-        if len(program.segments[self.stage]) > 1 and not program.synchronised():
-            raise PlanError("engine=native reduces all gradients at once: leave out bucket_bytes")
         self.task, self.hyper, self.threads = task, task.hyper(), threads
         self.last_stage = self.stage == len(program.stages) - 1
         self.last_segment = len(program.segments[self.stage]) - 1
         self.slice_size = task.batch // (program.mesh.dp * program.microbatches)
-        if self.slice_size % threads:
-            raise PlanError(f"threads={threads} do not divide the {self.slice_size} samples of a microbatch")
-        if threads > 1 and task.layout().statistics:
-            raise PlanError(f"threads={threads}: a batch norm needs its samples on one thread; use dp instead")
         self.weight = task.batch / (program.mesh.dp if program.epilogue else 1)
-        self.ensemble = self._make(program)
+        self.ensemble = ensemble_of(task, program, self.stage, self.hyper, threads)
         put_weights(self.ensemble, task, [0])
         self.flat = SimpleNamespace(params=self._view("params"), grads=self._view("grads"))
         size = self.flat.params.numel()
@@ -56,25 +50,6 @@ class NativeEngine:
         self.places: dict[int, int] = {}  # of each microbatch's first sample in the global batch
         self._cache: dict[int, np.ndarray] = {}
         self._feed: tuple[tuple[int, int], Feed] | None = None
-
-    def _make(self, program: Program) -> Any:
-        native = extension()
-        make = native.Float if self.task.dtype == torch.float32 else native.Double
-        return make(
-            dp=self.threads,
-            pp=1,
-            stages=[stages_of(self.task, program, self.slice_size)[self.stage]],
-            slice=self.slice_size // self.threads,
-            microbatches=program.microbatches,
-            bodies=[],
-            hyper=hyper_of(self.hyper, self.weight, None),
-            shared=True,
-            usable_cores=len(os.sched_getaffinity(0)),
-            seed=self.task.spec.seed,
-            naive=False,
-            whole=(self.stage, len(program.stages)),
-            tokens=tokens_of(self.task),
-        )
 
     def _view(self, name: str) -> Tensor:
         return torch.from_numpy(self.ensemble.buffer(0, name))
@@ -210,3 +185,34 @@ class NativeEngine:
         """Bytes of weights, gradients and the optimiser's state."""
         kept = sum(t.nbytes for t in self.kept.buffers.values()) if self.kept else 0
         return 3 * self.flat.params.nbytes + self.threads * self.flat.grads.nbytes + kept
+
+
+def ensemble_of(task: Task, program: Program, stage: int, hyper: Hyper, threads: int, dry: bool = False) -> Any:
+    """What C++ computes of a stage, with weights of zero; `dry`: it reserves no memory, but knows how much that would
+    be. Raises PlanError for what it cannot do."""
+    native, mesh = extension(), program.mesh
+    check_native(program)
+    if len(program.segments[stage]) > 1 and not program.synchronised():
+        raise PlanError("engine=native reduces all gradients at once: leave out bucket_bytes")
+    samples = task.batch // (mesh.dp * program.microbatches)
+    if samples % threads:
+        raise PlanError(f"threads={threads} do not divide the {samples} samples of a microbatch")
+    if threads > 1 and task.layout().statistics:
+        raise PlanError(f"threads={threads}: a batch norm needs its samples on one thread; use dp instead")
+    make = native.Float if task.dtype == torch.float32 else native.Double
+    return make(
+        dp=threads,
+        pp=1,
+        stages=[stages_of(task, program, samples)[stage]],
+        slice=samples // threads,
+        microbatches=program.microbatches,
+        bodies=[],
+        hyper=hyper_of(hyper, task.batch / (mesh.dp if program.epilogue else 1), None),
+        shared=True,
+        usable_cores=len(os.sched_getaffinity(0)),
+        seed=task.spec.seed,
+        naive=False,
+        whole=(stage, len(program.stages)),
+        tokens=tokens_of(task),
+        dry=dry,
+    )

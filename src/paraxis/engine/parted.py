@@ -118,6 +118,8 @@ def _convolution(
     outside = [0] * len(module.padding)
     like = module.stride, module.padding, module.dilation, False, outside, module.groups
     sizes = [weight.shape[0]] if wanted[2] else None
+    if not weight.untyped_storage().nbytes():  # ZeRO 3 has let it go, and W asks it for its shape only
+        weight = weight.new_empty(()).expand(weight.shape)
     made: Sequence[Tensor | None] = torch.ops.aten.convolution_backward(gradient, x, weight, sizes, *like, list(wanted))
     return [value if want else None for value, want in zip(made, wanted, strict=True)]
 

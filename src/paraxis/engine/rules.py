@@ -68,10 +68,10 @@ def plain(optimizer: torch.optim.Optimizer) -> str:
     return "sgd" if kind is torch.optim.SGD else "adam"
 
 
-def sgd(w: Tensor, g: Tensor, state: State, group: Group, scale: float) -> None:
+def sgd(w: Tensor, g: Tensor, state: State, group: Group, scale: float | Tensor) -> None:
     """SGD with momentum, Nesterov and weight decay (as torch.optim.SGD); the gradient is `scale` times g. Alters g."""
     lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
-    if not momentum and not decay:
+    if not momentum and not decay and not isinstance(scale, Tensor):
         w.add_(g, alpha=-lr * scale)
         return
     g.mul_(scale)
@@ -85,23 +85,45 @@ def sgd(w: Tensor, g: Tensor, state: State, group: Group, scale: float) -> None:
     w.add_(g, alpha=-lr)
 
 
-def adam(w: Tensor, g: Tensor, state: State, group: Group, scale: float) -> None:
+def adam(w: Tensor, g: Tensor, state: State, group: Group, scale: float | Tensor) -> None:
     """Adam, or AdamW where the decay is decoupled (Kingma and Ba 2015; Loshchilov and Hutter 2019). Alters g."""
     lr, decay, eps = float(group["lr"]), group["weight_decay"], group["eps"]
     beta1, beta2 = group["betas"]
     if not state:
         state |= {"first": torch.zeros_like(g), "second": torch.zeros_like(g), "step": torch.zeros(())}
+    state["step"] += 1
+    step = int(state["step"])
+    if in_one(w):
+        adam_in_one(w, g, state, group, w.new_full((), step), lr, scale)
+        return
     g.mul_(scale)
     if decay and group.get("decoupled_weight_decay"):
         w.mul_(1 - lr * decay)
     elif decay:
         g.add_(w, alpha=decay)
-    state["step"] += 1
-    step = int(state["step"])
     state["first"].lerp_(g, 1 - beta1)
     state["second"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
     root = (state["second"].sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
     w.addcdiv_(state["first"], root, value=-lr / (1 - beta1**step))
+
+
+def in_one(w: Tensor) -> bool:
+    """Whether Adam's step is one kernel: on a GPU, which takes longer to go over the memory than to compute."""
+    return w.is_cuda and w.dtype == torch.float32
+
+
+def adam_in_one(
+    w: Tensor, g: Tensor, state: State, group: Group, step: Tensor, lr: float | Tensor, scale: float | Tensor
+) -> None:
+    """`adam` by PyTorch's fused kernel; `step` and, as tensors, `lr` and `scale` are () float32 where w lies."""
+    kernel = torch._fused_adamw_ if group.get("decoupled_weight_decay") else torch._fused_adam_
+    beta1, beta2 = group["betas"]
+    over = (
+        scale.reciprocal().to(w.dtype) if isinstance(scale, Tensor) else w.new_full((), 1.0 / scale)
+    )  # it divides by it
+    rest = {"beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"], "eps": group["eps"]}
+    lists: tuple[list[Tensor], ...] = [w], [g], [state["first"]], [state["second"]], [], [step]
+    kernel(*lists, lr=lr, amsgrad=False, maximize=False, grad_scale=over, found_inf=None, **rest)
 
 
 RULES = {"sgd": sgd, "adam": adam}

@@ -55,6 +55,10 @@ class Shards:
         """What a collective is about."""
         return self._part(name, bucket, stage).whole
 
+    def share(self, name: str, bucket: int, stage: int) -> Tensor:
+        """This rank's part of it."""
+        return self._part(name, bucket, stage).own
+
     def reserve(self, name: str, bucket: int, stage: int) -> None:
         """Memory for the whole: parameters with one's own share in place, gradients of nothing."""
         part = self._part(name, bucket, stage)

@@ -11,13 +11,15 @@ from paraxis.task.trial import running
 class StageStatistics:
     """Those of one stage. `values` (n,) are the step's, `collected` (n,) sums of what each group has made of them."""
 
-    def __init__(self, segments: Iterable[Iterable[nn.Module]]) -> None:
+    def __init__(self, segments: Iterable[Iterable[nn.Module]], device: torch.device) -> None:
         modules = {id(m): m for segment in segments for layer in segment for m in layer.modules()}
         found = [b for m in modules.values() for b in running(m)]
         self.buffers = [b for b in found if b.is_floating_point()]
-        self.counters = [(b, int(b)) for b in found if not b.is_floating_point()]
+        self.counters = [b for b in found if not b.is_floating_point()]
+        self.counts = torch.tensor([int(b) for b in self.counters], dtype=torch.int64, device=device)
+        self.each = self.counts.unbind()
         flat = [b.reshape(-1) for b in self.buffers]
-        self.use(torch.cat(flat) if flat else torch.zeros(0))
+        self.use(torch.cat(flat) if flat else torch.zeros(0, device=device))
 
     def use(self, values: Tensor, collected: Tensor | None = None) -> None:
         """Keep them in this memory."""
@@ -30,8 +32,8 @@ class StageStatistics:
         these buffers for the backwards to come, which do not use them in training."""
         for buffer, piece in zip(self.buffers, self.pieces, strict=True):
             buffer.data.copy_(piece.view_as(buffer))
-        for buffer, count in self.counters:
-            buffer.data.fill_(count)
+        for buffer, count in zip(self.counters, self.each, strict=True):
+            buffer.data.copy_(count)
 
     def collect(self) -> None:
         """Add what a group has made of them."""
@@ -45,7 +47,7 @@ class StageStatistics:
             self.values.copy_(self.collected).div_(self.groups)
             self.collected.zero_()
             self.groups = 0
-            self.counters = [(buffer, count + 1) for buffer, count in self.counters]
+            self.counts += 1
 
 
 def joined(stages: Sequence[StageStatistics]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paraxis.engine.boundary import boundaries, leaf
+from paraxis.engine.boundary import Edges, leaf, slice_of
 from paraxis.engine.parted import Parting, parting_for
 from paraxis.engine.pausing import Pausing
 from paraxis.engine.statistics import StageStatistics
@@ -28,6 +28,7 @@ class Step:
     """What the stages of a rank have in common while it trains; an object of its own, so that no stage holds its rank.
 
     `number` is the optimiser step in progress; `totals` (2,) get loss sum and weight, if data alone tell the weight.
+    On a GPU both are added up in `sums` (2,) in double precision, where nothing has to wait for them.
     """
 
     source: Source
@@ -37,13 +38,32 @@ class Step:
     number: int = 0
     loss_sum: float = 0.0
     loss_weight: float = 0.0
+    sums: Tensor | None = None
 
-    def add(self, loss: float, weight: float) -> None:
+    def add(self, loss: Tensor, weight: Any) -> None:
         """Of a microbatch, on the last stage."""
-        self.loss_sum += loss
-        self.loss_weight += weight
+        if self.sums is not None:
+            self.sums[0].add_(loss)
+            self.sums[1].add_(weight)
+            if self.totals is not None:
+                self.totals.copy_(self.sums)
+            return
+        self.loss_sum += loss.item()
+        self.loss_weight += float(weight)
         if self.totals is not None:
             self.totals[0], self.totals[1] = self.loss_sum, self.loss_weight
+
+    def begin(self) -> None:
+        """A step: nothing has been added up."""
+        self.loss_sum = self.loss_weight = 0.0
+        if self.sums is not None:
+            self.sums.zero_()
+
+
+def step_on(device: torch.device, task: Task, score: Tensor, alike: int = 1) -> Step:
+    """Before the first step; `alike`: ranks that compute the same loss, of which each one's gradient counts in part."""
+    sums = None if device.type == "cpu" else torch.zeros(2, dtype=torch.float64, device=device)
+    return Step(task.train, torch.ones((), dtype=task.dtype, device=device) / alike, score, sums=sums)
 
 
 @dataclass(frozen=True)
@@ -58,12 +78,12 @@ class Light:
 class TorchStage:
     """A run of layers on a rank, which shares its `now` with them. Not safe to share by threads."""
 
-    def __init__(self, now: Step, task: Task, program: Program, stage: int) -> None:
-        self.now, self.stage = now, stage
+    def __init__(self, now: Step, task: Task, program: Program, stage: int, edges: Edges, device: torch.device) -> None:
+        self.now, self.stage, self.device = now, stage, device
         self.task, self.draw = task, task.draw
         self.last = stage == len(program.stages) - 1
-        self.slice_size = task.batch // (program.mesh.dp * program.microbatches)
-        self.entry, self.exit, self.entry_counts = boundaries(task, program, stage, self.slice_size)
+        self.slice_size = slice_of(task, program)
+        self.entry, self.exit, self.entry_counts = edges
         cuts = program.segments[stage]
         self.segments = [task.chain[first:last] for first, last in cuts]
         self.parting: Parting | None = parting_for(program, stage, self.segments)
@@ -71,7 +91,8 @@ class TorchStage:
         self.altered = [first in task.altering for first, _ in cuts]
         self.words = program.borders(stage)
         self.pausing: Pausing | None = None
-        self.statistics = StageStatistics(self.segments)
+        self.landing: dict[tuple[bool, int], list[Tensor]] | None = None  # where what arrives always lies, if it does
+        self.statistics = StageStatistics(self.segments, device)
         self.clear()
 
     def clear(self) -> None:
@@ -166,7 +187,7 @@ class TorchStage:
             self.between[segment + 1, microbatch] = made
         elif self.last:
             loss, weight = made
-            self.now.add(loss.item(), float(weight))
+            self.now.add(loss.detach(), weight)
         else:
             self.leaving[microbatch] = [t.detach().contiguous() for t in leaves(made)]
 
@@ -275,7 +296,7 @@ class TorchStage:
         batch = map_nest(batch, lambda t: t[:valid] if t.ndim and t.shape[0] == size else t)
         loss, weight = self.task.recipe.loss(output, batch)
         hits = self.task.recipe.hits(output, batch)
-        self.now.score += torch.tensor([float(loss), float(weight), hits], dtype=torch.float64)
+        self.now.score += torch.tensor([float(loss), float(weight), hits], dtype=torch.float64).to(self.device)
 
     def training(self, on: bool) -> None:
         """Switch noise and batch statistics on or off, and drop what an interrupted phase left."""
@@ -292,10 +313,13 @@ class TorchStage:
         """Empty buffers for an activation to come, or for the gradients of what this stage sent."""
         edge = self.exit if gradient else self.entry
         pairs = zip(leaves(edge.nest), edge.gradients, strict=True)
-        return [torch.empty_like(t) for t, need in pairs if need or not gradient]
+        return [torch.empty_like(t, device=self.device) for t, need in pairs if need or not gradient]
 
     def arrive(self, gradient: bool, microbatch: int, tensors: list[Tensor]) -> None:
         """Take over what has been received."""
+        if self.landing is not None:
+            lasting = self.landing.setdefault((gradient, microbatch), [torch.empty_like(t) for t in tensors])
+            tensors = [there.copy_(t).detach() for there, t in zip(lasting, tensors, strict=True)]
         if gradient:
             self.gradients[len(self.segments) - 1, microbatch] = list(tensors)
             return

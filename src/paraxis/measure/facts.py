@@ -6,7 +6,7 @@ from typing import Any
 from paraxis.measure.roofline import LayerWork, work_of
 from paraxis.program.cut import Layout
 from paraxis.program.memory import Sizes, sizes_of
-from paraxis.program.shares import split_of
+from paraxis.program.shares import split_of, tokens_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def facts_of(document: dict[str, Any]) -> Facts:
     }
     layout["tied"] = tuple((name, tuple(layers)) for name, layers in layout["tied"])
     layout["splits"] = tuple(split_of(split) for split in layout["splits"])
+    layout["tokens"] = tuple(tokens_of(tokens) for tokens in layout["tokens"])
     work = tuple(work_of(layer) for layer in document.get("work", ()))
     sizes = sizes_of(document["sizes"]) if document.get("sizes") else None
     return Facts(**(lists | {"layout": Layout(**layout), "work": work, "sizes": sizes}))

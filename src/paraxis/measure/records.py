@@ -155,7 +155,7 @@ class Result(Record):
     bubble_fraction: float | None = None
     bytes_communicated: int | None = None  # sent by all ranks together in one step
     peak_memory_bytes: int | None = None  # of the rank that needs most
-    computed_memory: MemoryRecord | None = None  # null where it is not: engine=native, tensor parallelism
+    computed_memory: MemoryRecord | None = None  # null where it could not be computed
     oversubscribed: bool = False
     bound_by: str | None = None
     explanation: str | None = None  # what binds the plan and what to change, a sentence each

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from paraxis.engine.parted import can_part
 from paraxis.program.memory import Piece, Sizes
+from paraxis.program.shares import chosen, sharing
 from paraxis.task.batches import Nest, leaves, map_nest
+from paraxis.task.gathering import apart
+from paraxis.task.shared import loss_of_parts, split
 from paraxis.task.task import Task
 
 PARTS = ("saved", "entering", "inputs", "outputs")
@@ -42,8 +45,40 @@ class Trial:
         return tensor
 
 
-def measure_sizes(task: Task) -> Sizes:
-    """Bytes of every layer; the task's optimiser may take a step for it, so that the task is used up."""
+@dataclass
+class Nobody:
+    """Where ranks that share layers would meet, for one that is tried alone: its parts count as the sums."""
+
+    kind: str = "F"
+
+    def share(self, part: Tensor) -> Tensor:
+        """As if there were nothing to add."""
+        return part
+
+    def passed(self, word: str) -> int:
+        """Borders are not counted."""
+        return 0
+
+    def share_back(self, number: int, part: Tensor) -> Tensor:
+        """As `share`."""
+        return part
+
+
+def measure_sizes(task: Task, tp: int = 1, sequence: int = 0) -> Sizes:
+    """Bytes of every layer, of one rank's part where `tp` ranks share them, with `sequence` the tokens between, too
+    (PlanError if they cannot).
+
+    The task's optimiser may take a step for it, so that the task is used up.
+    """
+    if tp > 1:
+        tokens = sharing(tp, task.splits, task.tokens) if sequence else None
+        own = tuple(task.splits[n] for n in tokens.splits) if tokens else chosen(tp, task.splits)
+        if tokens:
+            apart(task.net, task.chain, tokens, 0, tp)
+        split(task.net, own, task.draw, 0, tp, tokens)
+        task.shared_loss = loss_of_parts(task.net, own, 0, tp)
+        for module in (m for m in task.net.modules() if hasattr(m, "meeting")):
+            vars(module)["meeting"] = Nobody()
     whole = try_forward(task, task.batch)
     less = max(task.least, task.batch // 2)
     half = try_forward(task, less)
@@ -53,7 +88,8 @@ def measure_sizes(task: Task) -> Sizes:
         pairs, less = [(a, []) for a, _ in pairs], 0
     state = _state_bytes(task)
     saved, entering, inputs, outputs = (_pieces(a, b, task.batch, less) for a, b in pairs)
-    return Sizes(*_parameters(task, state), saved, entering, inputs, outputs, _tied(task, state))
+    trained, tensors, frozen, held = _parameters(task, state)
+    return Sizes(trained, frozen, held, saved, entering, inputs, outputs, _tied(task, state), tensors)
 
 
 def try_forward(task: Task, samples: int) -> Trial:
@@ -74,7 +110,7 @@ def try_forward(task: Task, samples: int) -> Trial:
         with torch.autograd.graph.saved_tensors_hooks(partial(trial.see, into=saved), lambda t: t):
             x = task.call(layer, x)
             if index == len(task.chain) - 1:
-                x = task.recipe.loss(x, batch)[0]
+                x = (task.shared_loss or task.recipe.loss)(x, batch)[0]
         trial.saved.append(saved)
         for hook in hooks:
             hook.remove()
@@ -122,18 +158,22 @@ def _tied(task: Task, state: dict[int, int]) -> tuple[tuple[tuple[int, ...], int
     return tuple((layers, p.nbytes, state.get(id(p), 0)) for layers, p in ties)
 
 
-def _parameters(task: Task, state: dict[int, int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """(trained, frozen with buffers, optimiser's state) bytes of each layer, what layers share with the first."""
+def _parameters(
+    task: Task, state: dict[int, int]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple[int, ...], tuple[int, ...]]:
+    """(trained, those of each tensor, frozen with buffers, optimiser's state) bytes of each layer, what layers share
+    with the first."""
     seen: set[int] = set()
-    trained, frozen, held = [], [], []
+    trained, tensors, frozen, held = [], [], [], []
     for layer in task.chain:
         fresh = [t for t in (*layer.parameters(), *layer.buffers()) if id(t) not in seen]
         seen |= {id(t) for t in fresh}
         own = [t for t in fresh if t.requires_grad]
         trained.append(sum(t.nbytes for t in own))
+        tensors.append(tuple(t.nbytes for t in own))
         frozen.append(sum(t.nbytes for t in fresh if not t.requires_grad))
         held.append(sum(state.get(id(t), 0) for t in own))
-    return tuple(trained), tuple(frozen), tuple(held)
+    return tuple(trained), tuple(tensors), tuple(frozen), tuple(held)
 
 
 def _state_bytes(task: Task) -> dict[int, int]:

@@ -11,6 +11,7 @@ from paraxis.plan.schedules import STAGES
 from paraxis.sync import rule as sync_rule
 
 SHARDED_BUCKET = 512 << 10  # bytes of a bucket of ZeRO 2 and 3 by default: below it messages cost more than memory
+WARM = 3  # steps of graphs=1 before one is recorded: libraries choose their kernels, and lazy buffers come into being
 SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -124,8 +125,8 @@ class Plan:
             quiet["bucket_bytes"] = 0
         if self.dp == 1:
             quiet |= {"gradients": "private", "zero": 0}
-        elif self.zero > 1 and not self.bucket_bytes:
-            quiet["bucket_bytes"] = SHARDED_BUCKET
+        elif not self.bucket_bytes:
+            quiet.setdefault("bucket_bytes", usual_bucket(self.zero))
         if self.recompute and self.recomputed() == set(range(self.stages)):
             quiet["recompute"] = "all"
         elif self.recompute:
@@ -191,7 +192,7 @@ class Plan:
         """Only the keys that differ from their default, as one types it."""
         differ = [f for f in fields(self) if getattr(self, f.name) != f.default]
         implied: dict[str, object] = {"schedule": "layerwise" if self.microbatches == 1 else "1f1b"}
-        implied |= {"bucket_bytes": SHARDED_BUCKET} if self.zero > 1 else {}
+        implied["bucket_bytes"] = usual_bucket(self.zero)
         shown = [f for f in differ if implied.get(f.name) != getattr(self, f.name)]
         return ",".join(f"{f.name}={_show(getattr(self, f.name))}" for f in shown) or "serial"
 
@@ -215,8 +216,7 @@ class Plan:
         words += [self.precision] * (self.precision != "fp32")
         words += [self.device] * (self.device != "cpu")
         words += [f"threads={self.threads}"] * (self.threads > 1)
-        usual = SHARDED_BUCKET if self.zero > 1 else 0
-        words += [f"bucket={_bytes(self.bucket_bytes)}"] * (self.bucket_bytes != usual)
+        words += [f"bucket={_bytes(self.bucket_bytes)}"] * (self.bucket_bytes != usual_bucket(self.zero))
         words += ["serial"] * (not words)
         words += ["native"] * (self.engine == "native" and self.comm != "openmp")
         return " ".join([*words, self.comm]).strip()
@@ -241,6 +241,11 @@ def parse(text: str) -> Plan:
     if not values:
         raise PlanError(f"plan {text!r} is empty; try serial, dp=2 or pp=2,microbatches=4")
     return Plan(**values)
+
+
+def usual_bucket(zero: int) -> int:
+    """Bytes of a bucket where a plan names none; 0: all at once."""
+    return SHARDED_BUCKET if zero > 1 else 0
 
 
 def period(sync: str, steps_per_epoch: int) -> int:

@@ -82,8 +82,9 @@ def _check_sync(plan: "Plan") -> None:
         raise PlanError(f"sync={plan.sync}: threads send nothing that could be smaller; take sync=gradient")
     if threads and sync.payload:
         raise PlanError(f"sync={plan.sync}: threads send nothing; leave out {sync.payload}")
-    if sync.fragments > 1 or sync.payload == "int8":
-        what = "fragments" if sync.fragments > 1 else "int8"
+    parted = [key for key, usual in (("fragments", 1), ("overlap", 0)) if sync.options.get(key, usual) != usual]
+    if parted or sync.payload == "int8":
+        what = " and ".join(parted) or "int8"
         raise PlanError(f"sync={plan.sync}: engine=native has its weights in one piece; leave out {what}")
 
 
@@ -124,6 +125,10 @@ def _check_device(plan: "Plan") -> None:
                 )
     if plan.graphs and not plan.on_gpu():
         raise PlanError("graphs=1: CUDA graphs take device=cuda")
+    if plan.graphs and plan.engine == "plain":
+        raise PlanError(
+            "graphs=1: engine=plain is the framework's own loop as it stands; engine=torch records its steps"
+        )
     if plan.comm == "nccl" and plan.mesh.size > 1 and "cpu" in places:
         raise PlanError(f"comm=nccl: it joins GPUs, and device={plan.device}; take comm=mpi or gloo")
 

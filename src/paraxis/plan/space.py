@@ -25,16 +25,18 @@ def space(
     inexact: bool = True,
     recompute: bool = False,
     hybrids: bool = False,
+    sequence: bool = False,
 ) -> list[Plan]:
     """Distinct plans for 1, 2, 4 ... workers over the given transports, rungs taken in turn; openmp: native.
 
     With `recompute` one plan more for each grid of ranks, that trades time for memory; with `hybrids` also what joins
-    several axes or options and is seldom the fastest, over the first transport between processes.
+    several axes or options and is seldom the fastest, over the first transport between processes. `sequence`: whether
+    ranks can share the tokens of a sample.
     """
     columns = [list(_rung(count, layers, comms, inexact)) for count in rungs(workers)]
     process = next((comm for comm in comms if comm != "openmp"), "")
     if hybrids and process:
-        own = (_hybrids(count, layers, inexact) for count in rungs(workers))
+        own = (_hybrids(count, layers, inexact, sequence) for count in rungs(workers))
         columns = [
             [*column, *(replace(plan, comm=process) for plan in more)]
             for column, more in zip(columns, own, strict=True)
@@ -73,7 +75,7 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
             yield Plan(dp=ranks, threads=workers // ranks, comm=processes[0])
 
 
-def _hybrids(workers: int, layers: int, inexact: bool) -> Iterator[Plan]:
+def _hybrids(workers: int, layers: int, inexact: bool, sequence: bool) -> Iterator[Plan]:
     """Plans of so many workers that join several axes, or an axis and an option."""
     if workers == 1:
         return
@@ -83,15 +85,25 @@ def _hybrids(workers: int, layers: int, inexact: bool) -> Iterator[Plan]:
     if inexact:
         yield Plan(dp=workers, sync=f"diloco@{AVERAGE_EVERY}:bf16")
         yield Plan(dp=workers, sync=f"diloco@{AVERAGE_EVERY}:int8:fragments=2")
+    if sequence:
+        yield Plan(tp=workers, sequence=1)
     if workers % 2 or workers < 4 or layers < 2:
         return
     rest = workers // 2
+    if sequence:
+        yield Plan(dp=rest, tp=2, sequence=1)
+        yield Plan(dp=rest, tp=2, sequence=1, zero=1)
+        yield Plan(pp=2, tp=rest, sequence=1, schedule="1f1b", microbatches=4)
+        yield Plan(pp=2, tp=rest, sequence=1, schedule="zb-h1", microbatches=4)
     for schedule in ("1f1b", "gpipe", "zb-h1"):
         yield Plan(pp=2, tp=rest, schedule=schedule, microbatches=4)
-    yield Plan(dp=rest, tp=2, zero=1)
-    yield Plan(dp=rest, pp=2, microbatches=4, zero=1)
+    for zero in (1, 2, 3):
+        yield Plan(dp=rest, tp=2, zero=zero)
+        yield Plan(dp=rest, pp=2, microbatches=4, zero=zero)
+    yield Plan(dp=rest, pp=2, schedule="zb-h1", microbatches=4, zero=3)
     if rest % 2 == 0:
         yield Plan(dp=rest // 2, pp=2, tp=2, microbatches=4)
+        yield Plan(dp=rest // 2, pp=2, tp=2, microbatches=4, zero=3)
     if inexact:
         for rule in ("average", "diloco"):
             yield Plan(dp=rest, pp=2, microbatches=4, sync=f"{rule}@{AVERAGE_EVERY}")

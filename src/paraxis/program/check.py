@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from paraxis.errors import ProgramError
+from paraxis.program.check_meetings import check_meeting, check_midway
 from paraxis.program.check_shards import Shards
 from paraxis.program.grid import point_at
 from paraxis.program.hang import check_hang
@@ -16,25 +17,18 @@ from paraxis.program.instructions import (
     BACKWARD,
     COLLECTIVES,
     COMPUTE,
+    CROSSING,
+    MIDWAY,
     MOMENTS,
     RECEIVES,
-    REDUCES,
     SENDS,
     SHARES,
     Instruction,
     Program,
 )
-from paraxis.program.meetings import awaited, begins, kind, reach
+from paraxis.program.meetings import kind, reach
 from paraxis.sync.rule import updates
 
-SUMS = {
-    "moments": "the replicas' sums of batch norm {}",
-    "moment_grads": "the replicas' sums of batch norm {}'s gradient",
-    "ReduceAct": "the summed outputs of segment {}",
-    "ReduceGrad": "the summed gradients behind segment {}",
-    "acts": "the other threads' parts of what segment {} makes",
-    "act_grads": "the other threads' parts of the gradients behind segment {}",
-}
 Fail = Callable[[int, str], NoReturn]
 
 
@@ -62,6 +56,7 @@ class _Rank:
     met: set[tuple[str, int, int, int]] = field(default_factory=set)  # (buffer or op, stage, border, microbatch)
     midway: dict[int, Instruction] = field(default_factory=dict)  # of each stage, what stands still in the middle of it
     tied: set[int] = field(default_factory=set)  # ties whose copies have been added up
+    whole: bool = False  # gradients of what every rank of tp has, over the tokens of all of them
     parted: set[tuple[int, int, int]] = field(default_factory=set)  # I whose W is still to come
     leaks: set[tuple[int, int, int]] = field(default_factory=set)  # forwards whose backward never comes
     light: dict[tuple[int, int, int], int] = field(default_factory=dict)  # slices of forwards that kept nothing more
@@ -73,14 +68,19 @@ class _Rank:
 def check(program: Program) -> Checked:
     """Raises ProgramError or Deadlock with the grid and an arrow at the fault; else tells the peak of live work."""
     peaks = [0] * program.mesh.size
-    begin = [name for name, _ in program.prologue]
-    for part in (*begin, *_unrolled(program), *_apart(program)):
+    begin, steps = [name for name, _ in program.prologue], _unrolled(program)
+    crossing: list[dict[int, Instruction]] = [{} for _ in peaks]  # begun in a step, to be awaited in a later one
+    for number, part in enumerate((*begin, *steps, *_apart(program)), -len(begin)):
         body = program.body(part)
         if len(body) != program.mesh.size:
             raise ProgramError(f"body {part} has {len(body)} ranks, but the mesh has {program.mesh.size}")
         for rank, instructions in enumerate(body):
-            peak = _check_rank(program, part, rank, instructions)
+            peak = _check_rank(program, part, rank, instructions, crossing[rank])
             peaks[rank] = max(peaks[rank], peak)
+            if number == len(steps) - 1:
+                crossing[rank].clear()  # the step after the period is the first of another one
+            elif crossing[rank] and not 0 <= number < len(steps) - 2:
+                _fail_open(body, rank, part, next(iter(crossing[rank].values())))
         _check_slices(program, part)
     check_hang(program.mesh, [program.body(part) for part in (*begin, *_unrolled(program))])
     for name in _apart(program):
@@ -115,11 +115,23 @@ def _computes(i: Instruction, stage: int) -> bool:
     return i.op == "F" and i.stage == stage and i.segment == 0 and i.rule != "again"
 
 
-def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[Instruction]) -> int:
-    """What one rank can violate alone, in one body. Returns the peak of live microbatches."""
-    body, shards = program.body(part), Shards(program.zero)
+def _fail_open(body: Sequence[Sequence[Instruction]], rank: int, part: str, i: Instruction) -> NoReturn:
+    """A period must end as it began, or it could not be repeated, nor be the last."""
+    slot = len(body[rank]) - 1
+    why = f"{i.op} {i.label()} (token {i.token}) is not awaited when the period ends"
+    raise ProgramError(f"rank {rank}, slot {slot} of {part}: {why}\n{point_at(body, rank, slot)}")
+
+
+def _check_rank(
+    program: Program, part: str, rank: int, instructions: Sequence[Instruction], crossing: dict[int, Instruction]
+) -> int:
+    """What one rank can violate alone, in one body. Returns the peak of live microbatches.
+
+    `crossing`: by token, what earlier steps have begun and this one may await; it becomes what this one leaves open.
+    """
+    body, shards = program.body(part), Shards(program, rank)
     keys = {ops: {(i.stage, i.segment, i.microbatch) for i in instructions if i.op in ops} for ops in ("F", "BI")}
-    state = _Rank(leaks=keys["F"] - keys["BI"])
+    state = _Rank(leaks=keys["F"] - keys["BI"], open=dict(crossing))
 
     def fail(slot: int, why: str) -> NoReturn:
         raise ProgramError(f"rank {rank}, slot {slot} of {part}: {why}\n{point_at(body, rank, slot)}")
@@ -132,7 +144,7 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             known = f"there are {program.microbatches} microbatches and {stages} stages, of which {own} here"
             fail(slot, f"{i.label()} of stage {i.stage}: {known}")
         if i.op in MOMENTS:
-            _check_midway(program, state, i, slot, fail)
+            check_midway(program, state, i, slot, fail)
         if i.op == "F" and i.rule == "again":
             _check_again(state, i, slot, fail)
         elif i.op == "F":
@@ -147,17 +159,21 @@ def _check_rank(program: Program, part: str, rank: int, instructions: Sequence[I
             _check_send(program, state, i, slot, fail)
         elif i.waits and i.base in RECEIVES:
             state.received.add((i.base, i.stage, i.microbatch))
-        elif i.buffer in (*MOMENTS.values(), *SHARES) or i.base in REDUCES:
-            _check_meeting(program, state, i, slot, fail)
+        elif i.buffer in (*MOMENTS.values(), *SHARES) or i.base in MIDWAY:
+            check_meeting(program, state, i, slot, fail)
         elif i.buffer == "tied":
             _check_tie(program, rank, state, i, slot, fail)
+        elif i.buffer == "whole":
+            _check_whole(program, rank, state, i, slot, fail)
         elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm", *updates()):
             _check_write(program, rank, state, i, slot, fail)
         state.peak = max(state.peak, len({(f[0], f[2]) for f in (state.forward - state.backward) | state.parted}))
+    crossing.clear()
+    crossing |= {token: state.open.pop(token) for token in list(state.open) if token >= CROSSING}
     if state.open:
         token, i = next(iter(state.open.items()))
         fail(len(instructions) - 1, f"{i.op} {i.label()} (token {token}) is never awaited")
-    shards.end(set(_buckets(program, rank)), len(instructions) - 1, fail)
+    shards.end(len(instructions) - 1, fail)
     if any(i.op in BACKWARD for row in body for i in row):
         _check_complete(program, state, rank, fail, len(instructions) - 1)
         _check_shared(program, state, instructions, fail)
@@ -234,43 +250,6 @@ def _covered(program: Program, i: Instruction) -> range:
     return range(i.segment, reach(kind(i), program.borders(i.stage), i.segment) + 1)
 
 
-def _check_midway(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
-    """What stands still where ranks meet goes on before its stage computes anything else, and once they have met."""
-    words, op = program.borders(i.stage), kind(i)
-    if i.segment not in begins(op, words):
-        fail(slot, f"{i.label()}: nothing stops a computation in front of segment {i.segment} of stage {i.stage}")
-    before = state.midway.pop(i.stage, None)
-    if before and (kind(before), before.microbatch) != (op, i.microbatch):
-        fail(slot, f"{i.label()} while {before.label()} stands still in the middle of stage {i.stage}")
-    wanted = awaited(i, words)
-    if wanted and (wanted[1], i.stage, wanted[0], _of_microbatch(i, wanted[1])) not in state.met:
-        fail(slot, f"{i.label()} before {SUMS[wanted[1]].format(wanted[0])} are there")
-    ends = i.segment - 1 if op == "B" else reach(op, words, i.segment)
-    if 0 <= ends < len(words) and words[ends] != "cut":
-        state.midway[i.stage] = i
-
-
-def _of_microbatch(i: Instruction, met: str) -> int:
-    """Batch norms over all ranks have but one."""
-    return i.microbatch if met in (*REDUCES, *SHARES) else -1
-
-
-def _check_meeting(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
-    """What ranks add up in the middle of a stage has just been made, and is used by what comes next."""
-    stage, forward = i.stage, i.buffer in ("moments", "acts") or i.base == "ReduceAct"
-    words, border = program.borders(stage), i.segment if i.base in REDUCES or i.buffer in SHARES else i.bucket
-    word = {"ReduceAct": "act", "ReduceGrad": "grad"}.get(i.base, i.buffer if i.buffer in SHARES else "norm")
-    if not 0 <= border < len(words) or words[border] not in (word, "shared" if i.buffer in SHARES else word):
-        found = f"{sum(w == word for w in words)} batch norms" if word == "norm" else f"borders {', '.join(words)}"
-        fail(slot, f"{i.label()}: stage {stage} has {found}")
-    mine = {(s, k) for s, k, m in (state.forward if forward else state.backward) if m == max(i.microbatch, 0)}
-    before, behind = (border, border + 1) if forward else (border + 1, border)
-    if (stage, before) not in mine or (stage, behind) in mine:
-        fail(slot, f"{i.label()} must stand between segments {before} and {behind}")
-    if i.waits:
-        state.met.add((i.buffer or i.base, stage, border, i.microbatch))
-
-
 def _check_weight_gradient(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
     key = (i.stage, i.segment, i.microbatch)
     if key not in state.parted:
@@ -298,11 +277,28 @@ def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: 
     done = sum(1 for s, k, _ in state.backward if (s, k) in own)
     if done < program.microbatches * len(own) or any(key[:2] in own for key in state.parted):
         fail(slot, f"the copies of {tie.parameter} are added up before their last backward")
+    if program.zero > 1:
+        return
     whole = not program.epilogue and not program.common() and not program.zero
     replicas = program.mesh.dp > 1 and whole
     if any(o.buffer == "grads" for o in state.open.values()) or any((p in state.reduced) != replicas for p in own):
         order = "after" if replicas else "before"
         fail(slot, f"the copies of {tie.parameter} must be added up {order} the replicas' reduction")
+
+
+def _check_whole(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+    """What ranks have computed from their tokens alone is added up once, complete, and before replicas reduce it."""
+    if i.starts:
+        done = len(state.backward) - len(state.parted)
+        if state.whole:
+            fail(slot, f"{i.label()} adds up the gradients of whole parameters twice")
+        if done < program.microbatches * len(_buckets(program, rank)):
+            fail(slot, f"{i.label()}: gradients of whole parameters are added up before their last backward")
+        if program.zero < 2 and state.reduced:
+            fail(slot, f"{i.label()}: gradients of whole parameters must be added up before the replicas' reduction")
+        if any(o.buffer == "grads" for o in state.open.values()):
+            fail(slot, f"{i.label()} does not wait for the replicas' reduction")
+    state.whole |= i.waits
 
 
 def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
@@ -313,11 +309,9 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
         fail(slot, _leaked(min(live & state.leaks)[2]))
     if writes and live:
         fail(slot, f"{i.label()} writes parameters while microbatch {min(live)[2]} is between F and B")
-    if i.starts and i.buffer == "grads":
+    if i.starts and i.buffer == "grads" and program.zero < 2:  # or else microbatch by microbatch
         for stage, bucket in _buckets(program, rank) if i.bucket < 0 else [(i.stage, i.bucket)]:
             done = sum(1 for s, k, _ in state.backward - state.parted if (s, k) == (stage, bucket))
-            if done < program.microbatches and program.zero > 1:
-                return  # reduced microbatch by microbatch
             if done < program.microbatches:
                 fail(slot, f"bucket {bucket} is reduced after {done} of {program.microbatches} microbatches")
             state.reduced.add((stage, bucket))
@@ -328,7 +322,10 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
         state.gathered |= i.buffer == "params" and program.zero < 3
     if i.rule in ("step", "norm") and (missing := program.ties_of(rank).keys() - state.tied):
         fail(slot, f"{i.label()} before the copies of {program.ties[min(missing)].parameter} have been added up")
-    busy = [o for o in state.open.values() if i.rule in updates() and o.buffer in updates()[i.rule][1]]
+    taken = updates()[i.rule][1] if i.rule in updates() else ()
+    busy = [
+        o for o in state.open.values() if o.buffer in taken and (o.bucket == i.bucket or -1 in (o.bucket, i.bucket))
+    ]
     if busy:
         fail(slot, f"{i.label()} does not wait for the reduction of {busy[0].buffer}")
     if i.rule == "step":
@@ -336,10 +333,12 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
             fail(slot, f"the update comes without W{min(state.parted)[2]}, its microbatch's gradient of weights")
         if any(o.buffer == "grads" for o in state.open.values()):
             fail(slot, "the update does not wait for the reduction")
+        if program.sequenced() and not state.whole:
+            fail(slot, "the update comes before the gradients of whole parameters are added up over tp")
         if state.gathered:
             fail(slot, "the update comes after the weights were gathered")
         agree = program.mesh.dp > 1 and not program.epilogue  # otherwise replicas agree on weights, later
-        wanted = len(_buckets(program, rank)) if agree else 0
+        wanted = len(_buckets(program, rank)) if agree and program.zero < 2 else 0
         if len(state.reduced) < wanted:
             fail(slot, f"the update comes after {len(state.reduced)} of {wanted} buckets were reduced")
 

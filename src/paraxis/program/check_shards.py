@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from paraxis.program.instructions import BACKWARD, MEMORY, Instruction
+from paraxis.program.instructions import GRADIENT, MEMORY, Instruction, Program
+from paraxis.program.meetings import kind, reach
 
 Fail = Callable[[int, str], NoReturn]
 Bucket = tuple[int, int]  # (stage, bucket)
@@ -13,21 +14,34 @@ NEEDS = {"params": "parameters", "grads": "gradients"}
 
 @dataclass
 class Shards:
-    """The abstract state of one rank's shares within one step; `zero` is the program's stage."""
+    """The abstract state of one rank's shares within one step; `buckets` are those that its program ever speaks of."""
 
-    zero: int
+    program: Program
+    rank: int
+    zero: int = 0  # the program's stage
+    buckets: frozenset[Bucket] = frozenset()
+    tied: dict[int, Bucket] = field(default_factory=dict)  # by the number of the tie
     whole: dict[str, set[Bucket]] = field(default_factory=lambda: {"params": set(), "grads": set()})  # have memory
     gathered: set[Bucket] = field(default_factory=set)  # whose parameters are there, of all replicas
     released: set[Bucket] = field(default_factory=set)  # whose parameters have been let go
     added: dict[Bucket, set[int]] = field(default_factory=dict)  # microbatches whose gradients wait to be reduced
     reducing: set[Bucket] = field(default_factory=set)
+    reduced: set[Bucket] = field(default_factory=set)  # at least once
     updated: bool = False
+
+    def __post_init__(self) -> None:
+        self.zero = self.program.zero
+        rows = (ranks[self.rank] for _, ranks in self.program.bodies) if self.zero else ()
+        self.buckets = frozenset(
+            (i.stage, i.bucket) for row in rows for i in row if i.base in ("AllGather", "ReduceScatter")
+        )
+        self.tied = self.program.own_buckets(self.rank)
 
     def see(self, i: Instruction, slot: int, fail: Fail) -> None:
         """One instruction more; calls `fail` if it cannot stand here."""
         if not self.zero:
             return
-        if i.op == "F" or i.op in BACKWARD or i.rule == "keep":
+        if i.op in ("F", *GRADIENT) or i.rule == "keep":
             self._computes(i, slot, fail)
         elif i.op in MEMORY:
             self._memory(i, slot, fail)
@@ -35,20 +49,29 @@ class Shards:
             self._gathers(i, slot, fail)
         elif i.base == "ReduceScatter" and i.buffer == "grads":
             self._reduces(i, slot, fail)
+        elif i.buffer == "tied" and self.tied:
+            self._adds_copies(i, slot, fail)
         elif i.rule == "step":
             self._updates(slot, fail)
 
     def _computes(self, i: Instruction, slot: int, fail: Fail) -> None:
-        own = i.stage, i.segment
-        if self.zero == 3 and own not in self.gathered:
-            late = "have been released" if own in self.released else "are not gathered"
-            fail(slot, f"{i.label()}: its segment's parameters {late}")
-        if self.zero > 1 and i.op in BACKWARD:
-            if own not in self.whole["grads"]:
-                fail(slot, f"{i.label()}: there is no memory for its segment's gradients")
-            if own in self.reducing:
-                fail(slot, f"{i.label()} adds to bucket {i.segment} while it is reduced")
-            self.added.setdefault(own, set()).add(i.microbatch)
+        """Of the segments that it covers; which of a layer that is cut has which part, the program does not say."""
+        ends = i.segment if i.rule == "keep" else reach(kind(i), self.program.borders(i.stage), i.segment)
+        own = [place for k in range(i.segment, ends + 1) if (place := (i.stage, k)) in self.buckets]
+        if self.zero == 3 and i.op != "W":
+            for place in own:
+                if place not in self.gathered:
+                    late = "have been released" if place in self.released else "are not gathered"
+                    fail(slot, f"{i.label()}: its segment's parameters {late}")
+        if self.zero > 1 and i.op in GRADIENT:
+            for place in own:
+                if place not in self.whole["grads"]:
+                    fail(slot, f"{i.label()}: there is no memory for its segment's gradients")
+                if place in self.reducing:
+                    fail(slot, f"{i.label()} adds to bucket {place[1]} while it is reduced")
+            ties = [place for place in self.tied.values() if place in self.whole["grads"] - self.reducing]
+            for place in (*own, *ties):
+                self.added.setdefault(place, set()).add(i.microbatch)
 
     def _memory(self, i: Instruction, slot: int, fail: Fail) -> None:
         bucket, whole = (i.stage, i.bucket), self.whole.get(i.buffer, set())
@@ -88,6 +111,14 @@ class Shards:
             self.added.pop(bucket)
         else:
             self.reducing.discard(bucket)
+            self.reduced.add(bucket)
+
+    def _adds_copies(self, i: Instruction, slot: int, fail: Fail) -> None:
+        """Shares of a tied parameter's gradient, of all microbatches: when their bucket has been let go."""
+        place = self.tied.get(i.bucket, (-1, -1))
+        if i.starts and (place not in self.reduced or place in self.whole["grads"]):
+            parameter = self.program.ties[i.bucket].parameter
+            fail(slot, f"the copies of {parameter} must be added up after the replicas' reduction")
 
     def _updates(self, slot: int, fail: Fail) -> None:
         self.updated = True
@@ -97,12 +128,12 @@ class Shards:
             stage, bucket = min(self.whole["params"])
             fail(slot, f"the update comes while segment {bucket} of stage {stage} is whole: it would go stale")
 
-    def end(self, buckets: set[Bucket], slot: int, fail: Fail) -> None:
-        """The body ends; `buckets` are those of the rank, one for all of them being -1."""
+    def end(self, slot: int, fail: Fail) -> None:
+        """The body ends."""
         for buffer in ("params", "grads") if self.zero else ():
             if self.whole[buffer]:
                 stage, bucket = min(self.whole[buffer])
                 fail(slot, f"the {NEEDS[buffer]} of segment {bucket} of stage {stage} are never released")
-        if self.zero in (1, 2) and self.updated and not any(bucket < 0 for _, bucket in self.gathered):
-            for stage, bucket in sorted(buckets - self.gathered):
+        if self.zero in (1, 2) and self.updated:
+            for stage, bucket in sorted(self.buckets - self.gathered):
                 fail(slot, f"bucket {bucket} of stage {stage} is not gathered after the update")

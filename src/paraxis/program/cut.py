@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paraxis.errors import PlanError
-from paraxis.plan.plan import Plan
+from paraxis.plan.plan import Plan, usual_bucket
 from paraxis.program.instructions import Tie
-from paraxis.program.shares import Split, chosen, told, words_of
+from paraxis.program.shares import Split, Tokens, chosen, sharing, told, words_of
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What lowering has to know of a network: parameters of each layer, and what its training needs to agree on.
+    """What lowering has to know of a network: the trained `parameters` of each layer (of one that several share the
+    first counts it), and what its training needs to agree on.
 
     `weight_in_data`: the loss's weight is known only after the forwards. `statistics`: it has running statistics.
     `clip`: gradients are clipped by their global norm. `cuttable`: empty, or why its layers cannot be split. `norms`:
@@ -27,6 +28,7 @@ class Layout:
     tied: tuple[tuple[str, tuple[int, ...]], ...] = ()  # a parameter, and the layers that share it
     norms: tuple[int, ...] = ()
     splits: tuple[Split, ...] = ()  # what tensor parallelism can share, in the order of a forward
+    tokens: tuple[Tokens, ...] = ()  # ... and how the tokens between them
     modules: tuple[str, ...] = ()  # names of those that have parameters of their own
     unkeyed: tuple[str, ...] = ()
     shares: tuple[str, ...] = ()  # of each layer, how threads share it; see program.slices
@@ -96,9 +98,7 @@ def synchronised(plan: Plan, layout: Layout) -> bool:
         return False
     if plan.microbatches > 1 or plan.sync != "gradient":
         raise PlanError("batch norm over the whole batch needs microbatches=1 and sync=gradient; or a smaller bn_group")
-    if plan.zero > 1:
-        raise PlanError(f"zero={plan.zero}: batch norm over the whole batch cuts layers in two; zero=1 does not mind")
-    if plan.bucket_bytes:
+    if plan.bucket_bytes != usual_bucket(plan.zero):
         raise PlanError(
             "bucket_bytes: synchronised batch norm cuts stages where its layers are; leave bucket_bytes out"
         )
@@ -112,30 +112,34 @@ def words(plan: Plan, layout: Layout) -> tuple[tuple[str, ...], ...]:
         return tuple(("norm",) * count for count in layout.norms) if meets else ()
     if meets:
         raise PlanError(f"tp={plan.tp}: batch norm over all ranks cannot be had with it; set bn_group lower")
-    if plan.zero > 1:
-        raise PlanError(
-            f"tp={plan.tp}: zero={plan.zero} shares gradients segment by segment, which tp cuts; take zero=1"
-        )
-    if plan.bucket_bytes:
+    if plan.bucket_bytes != usual_bucket(plan.zero):
         raise PlanError("bucket_bytes: tensor parallelism cuts stages where its layers are; leave bucket_bytes out")
+    if plan.sequence:
+        return words_of([sharing(plan.tp, layout.splits, layout.tokens)], len(layout.parameters))
     return words_of(chosen(plan.tp, layout.splits), len(layout.parameters))
 
 
 def met(stage: tuple[int, int], words: Sequence[Sequence[str]]) -> tuple[tuple[int, int], ...]:
     """Segments of a stage: each ends where ranks meet, and the layer in whose middle that is counts to the one it
-    begins in; a gradient is met in front of a layer."""
+    begins in; a gradient is met in front of a layer, and so are tokens that it gathers."""
     first, last = stage
-    cuts = [layer + (own[0] != "grad" or n > 0) for layer, own in _numbered(stage, words) for n in range(len(own))]
+    cuts = [
+        layer + (own[0] not in ("grad", "gather") or n > 0)
+        for layer, own in _numbered(stage, words)
+        for n in range(len(own))
+    ]
     return tuple(zip([first, *cuts], [*cuts, last], strict=True))
 
 
 def told_of(plans: Sequence[Plan], layout: Layout) -> list[str]:
     """For people: what each of these plans splits over the ranks of a `tp` group, and what it leaves whole."""
-    split, shared = (
-        sorted({p.tp for p in plans if (p.engine == "native") == native} - {1}) for native in (False, True)
-    )
-    found = [told(tp, layout.splits, layout.modules) for tp in split]
-    return found + [f"tp={tp} native: threads share every layer, each making its own channels of it" for tp in shared]
+    kinds = sorted({(p.tp, p.sequence, p.engine == "native") for p in plans if p.tp > 1})
+    return [
+        f"tp={tp} native: threads share every layer, each making its own channels of it"
+        if native
+        else told(tp, layout.splits, layout.modules, layout.tokens if sequence else None)
+        for tp, sequence, native in kinds
+    ]
 
 
 def _numbered(stage: tuple[int, int], words: Sequence[Sequence[str]]) -> list[tuple[int, Sequence[str]]]:

@@ -90,6 +90,20 @@ def _skip_backward(program: Program, rank: int, body: list[Instruction]) -> list
     return [i for i in body if not (i.stage == 0 and i.op in GRADIENT and i.microbatch == last)]
 
 
+def _after_reducing(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
+    """Every W comes right before its bucket's memory is let go."""
+    out = list(body)
+    for w in (i for i in body if i.op == "W"):
+        behind = out[out.index(w) :]
+        ends = (
+            i for i in behind if i.op == "Release" and (i.buffer, i.stage, i.bucket) == ("grads", w.stage, w.segment)
+        )
+        if end := next(ends, None):
+            out.remove(w)
+            out.insert(out.index(end), w)
+    return out
+
+
 def _local_slice(program: Program, i: Instruction) -> Instruction:
     return replace(i, slice=i.microbatch)
 
@@ -144,8 +158,9 @@ def _summed_whole(engine: Any) -> None:
     update, ranks = engine.update, {shard.parts for shard in engine.shards.values()}.pop()
 
     def updated() -> None:
-        for first, last in _whole(engine):
-            engine.gradients_flat[first:last].mul_(ranks)
+        for begins, own in engine.shares.own_gradients() if engine.shares else [(0, engine.gradients_flat)]:
+            for first, last in _whole(engine):
+                own[max(first - begins, 0) : max(last - begins, 0)].mul_(ranks)
         update()
 
     engine.update = updated
@@ -185,6 +200,10 @@ def _sharding(p: Plan) -> bool:
     return p.zero > 0
 
 
+def _parted(p: Plan) -> bool:
+    return p.zero > 1 and p.schedule.startswith("zb")
+
+
 def _adding(p: Plan) -> bool:
     return p.zero > 1 and p.microbatches > 1
 
@@ -215,6 +234,10 @@ def _shared(p: Plan) -> bool:
 
 def _grouped(p: Plan) -> bool:
     return p.tp > 1 and p.engine == "native"
+
+
+def _sequenced(p: Plan) -> bool:
+    return p.sequence > 0
 
 
 def _any(p: Plan) -> bool:
@@ -250,6 +273,12 @@ FAULTS: dict[str, Fault] = {
         _adding,
         "zero=2 or 3 and microbatches > 1",
         spoil=_overwriting,
+    ),
+    "late-weights": Fault(
+        "gradients of weights come when their bucket has been reduced",
+        _parted,
+        "zero=2 or 3 and schedule=zb-h1 or zb-h2",
+        _after_reducing,
     ),
     "fresh-masks": Fault(
         "forwards that are computed again draw other dropout masks",
@@ -306,17 +335,37 @@ FAULTS: dict[str, Fault] = {
         "tp > 1 and engine=native",
         _without(lambda i: i.buffer in SHARES),
     ),
-    "dropped-output": Fault("parts of outputs are not added up", _shared, "tp > 1", _without(_of("ReduceAct"))),
+    "dropped-output": Fault(
+        "parts of outputs are not added up",
+        _shared,
+        "tp > 1",
+        _without(lambda i: i.base in ("ReduceAct", "ScatterAct")),
+    ),
     "dropped-input-gradient": Fault(
         "gradients of an input that ranks share are not added up",
         _shared,
         "tp > 1 and a split layer whose input needs a gradient",
-        _without(_of("ReduceGrad")),
+        _without(lambda i: i.base in ("ReduceGrad", "ScatterGrad")),
+    ),
+    "dropped-tokens": Fault(
+        "tokens of other ranks are not gathered", _sequenced, "tp > 1 and sequence=1", _without(_of("GatherAct"))
+    ),
+    "dropped-token-gradients": Fault(
+        "gradients of other ranks' tokens are not gathered",
+        _sequenced,
+        "tp > 1 and sequence=1",
+        _without(_of("GatherGrad")),
+    ),
+    "partial-gradients": Fault(
+        "gradients of one's own tokens are not added up",
+        _sequenced,
+        "tp > 1 and sequence=1",
+        _without(_of("AllReduce", buffer="whole")),
     ),
     "wrong-part": Fault(
         "dropout masks of another rank's part",
         _shared,
-        "tp > 1 and dropout between two layers that are split",
+        "tp > 1 and dropout of what is split",
         spoil=_first_masks,
     ),
     "summed-whole": Fault("gradients that every rank has whole are added up", _shared, "tp > 1", spoil=_summed_whole),

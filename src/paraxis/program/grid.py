@@ -69,6 +69,9 @@ def explain(program: Program) -> str:
     keys = "F forward, B backward of a microbatch; L load; r/s receive/send A activation, G gradient; AR all-reduce"
     keys += ", ARm of a batch norm's sums" * program.synchronised()
     keys += ", RA/RG sums of outputs and input gradients of split layers" * (program.mesh.tp > 1)
+    keys += ", AGA/RSA/AGG/RSG of tokens' activations and gradients, ARw of gradients that ranks have in parts" * (
+        program.sequenced()
+    )
     keys += ", ARt of a tied parameter's gradient" * bool(program.ties)
     keys += ", RS reduce-scatter, AG all-gather" * (program.zero > 0)
     keys += ", +/- memory for a segment's gradients (g)" * (program.zero > 1)

@@ -17,10 +17,13 @@ GRADIENT = ("B", "I", "W")  # what adds to the gradients of weights
 SENDS = ("SendAct", "SendGrad")
 RECEIVES = ("RecvAct", "RecvGrad")
 REDUCES = ("ReduceAct", "ReduceGrad")  # what ranks that share layers add up in the middle of a stage
-COLLECTIVES = ("AllReduce", "ReduceScatter", "AllGather", *REDUCES)
+GATHERS, SCATTERS = ("GatherAct", "GatherGrad"), ("ScatterAct", "ScatterGrad")  # ... or whose tokens they also share
+MIDWAY = (*REDUCES, *GATHERS, *SCATTERS)
+COLLECTIVES = ("AllReduce", "ReduceScatter", "AllGather", *MIDWAY)
 MEMORY = ("Reserve", "Release")  # of a bucket that is whole only while it is needed (ZeRO)
 MOMENTS = {"F": "moments", "B": "moment_grads"}  # what replicas add up where a batch norm cuts a stage
 SHARES = ("acts", "act_grads")  # what threads of a `tp` group wait for in a forward and in a backward
+CROSSING = 1 << 16  # tokens from here on may stay open from one step of a period to a later one of the same
 HEAD = ("mesh", "microbatches", "stage", "meets", "buffer", "tie", "prologue", "period", "epilogue")  # of a program
 OPS = (
     *("Load", "F", "B", "I", "W", "Update"),
@@ -41,9 +44,9 @@ class Instruction:
     from that, right before the backward. A `W` with rule "owner" computes the rank's own block of the weights'
     gradient, over the samples of all replicas.
     Of buffers `moments` (in a forward) and `moment_grads` (in a backward), `bucket` is the batch norm between segments
-    `bucket` and `bucket` + 1; of buffer `tied` it is the number of a tie. A `ReduceAct` or `ReduceGrad`, or what
-    gathers `acts` or `act_grads`, stands between segments `segment` and `segment` + 1. An F or B covers segments from
-    `segment` on; see program.meetings.
+    `bucket` and `bucket` + 1; of buffer `tied` it is the number of a tie. What is MIDWAY, such as a `ReduceAct`, or
+    gathers `acts` or `act_grads`, stands between segments `segment` and `segment` + 1. Buffer `whole` has gradients of
+    what all ranks of a `tp` group have. An F or B covers segments from `segment` on; see program.meetings.
     What shards a bucket's memory names the `segment`, microbatch and op (as `rule`) that it is made whole for.
     """
 
@@ -104,8 +107,9 @@ class Instruction:
             return {"zero": "zero", "step": "step"}.get(self.rule, self.rule)
         short = {"SendAct": "sA", "SendGrad": "sG", "RecvAct": "rA", "RecvGrad": "rG", "AllReduce": "AR", "Load": "L"}
         short |= {"ReduceScatter": "RS", "AllGather": "AG", "ReduceAct": "RA", "ReduceGrad": "RG"}
+        short |= {"GatherAct": "AGA", "GatherGrad": "AGG", "ScatterAct": "RSA", "ScatterGrad": "RSG"}
         mark = "<" if self.starts else ">" if self.waits else ""
-        if self.base in REDUCES:
+        if self.base in MIDWAY:
             return f"{short[self.base]}{self.microbatch}.{self.segment}{mark}"
         if self.buffer in SHARES:
             return f"AG{'ag'[SHARES.index(self.buffer)]}{self.microbatch}.{self.segment}{mark}"
@@ -179,6 +183,12 @@ class Program:
         own = set(self.stages_of(rank))
         return {number: tie for number, tie in enumerate(self.ties) if own & set(tie.stages)}
 
+    def own_buckets(self, rank: int) -> dict[int, tuple[int, int]]:
+        """(stage, bucket) of a rank's tied parameters, by the tie's number, where gradients are sharded."""
+        ties = self.ties_of(rank).items() if self.zero > 1 else ()
+        first = {number: min(set(self.stages_of(rank)) & set(tie.stages)) for number, tie in ties}
+        return {number: (stage, len(self.segments[stage]) + number) for number, stage in first.items()}
+
     def common(self) -> bool:
         """Whether replicas have one copy of the weights."""
         return any(b.name == "params" and b.scope == "shared" for b in self.buffers)
@@ -191,6 +201,10 @@ class Program:
     def synchronised(self) -> bool:
         """Whether replicas have batch norms in common, which cut their stages into segments."""
         return any(b.name == "moments" for b in self.buffers)
+
+    def sequenced(self) -> bool:
+        """Whether the ranks of a `tp` group also share the tokens of what lies between their splits."""
+        return any(b.name == "whole" for b in self.buffers)
 
     def parted(self, stage: int) -> bool:
         """Whether a stage makes the gradient of its weights apart from its input's, each microbatch's in its W."""

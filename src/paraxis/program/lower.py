@@ -11,7 +11,7 @@ from paraxis.program.instructions import MOMENTS, SHARES, Buffer, Instruction, P
 from paraxis.program.passes import evaluation, follow, pair_tokens, scoring, state, training
 from paraxis.program.recompute import check_recompute, sublinear
 from paraxis.program.slices import grouped, sliced
-from paraxis.program.zero import check_zero
+from paraxis.program.zero import used_buckets
 from paraxis.sync.rule import Do, Sync, parse
 
 
@@ -25,9 +25,10 @@ def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
     borders = tuple(tuple(w for own in meets[first:last] for w in own) for first, last in stages) if meets else ()
     if grouped(plan):
         segments, borders = (tuple(part) for part in zip(*sliced(plan, layout, stages), strict=True))
-    cuts = segments, borders or tuple(("cut",) * (len(own) - 1) for own in segments)
+    met_in = [[n for n in range(*stage) for _ in meets[n]] for stage in stages] if meets else []
+    between = borders or tuple(("cut",) * (len(own) - 1) for own in segments)
     tied = ties(plan, layout, stages)
-    check_zero(plan, bool(meets), tied)
+    cuts = segments, between, used_buckets(segments, between, met_in, layout, tied, plan.pp) if plan.zero > 1 else {}
     sync = parse(plan.sync)
 
     def step(agree: str, reduce: Iterable[Do] = (), after: Iterable[Do] = ()) -> list[list[Instruction]]:
@@ -91,6 +92,7 @@ def buffers(layout: Layout, plan: Plan, tied: Sequence[Tie] = ()) -> list[Buffer
     names += ["statistics", "running"] * layout.statistics + ["norm"] * layout.clip
     names += list(MOMENTS.values()) * synchronised(plan, layout)
     names += ["tied"] * bool(tied)
+    names += ["whole"] * plan.sequence
     names += ["factors"] * (plan.gradients == "owner")
     names += ["state"] * (plan.zero > 0)
     names += SHARES * grouped(plan)

@@ -10,14 +10,14 @@ from paraxis.plan.own import find, is_own
 from paraxis.plan.plan import Plan
 from paraxis.plan.schedules import Order
 from paraxis.program.cut import Layout
-from paraxis.program.instructions import Instruction, Tie
+from paraxis.program.instructions import CROSSING, GRADIENT, Instruction, Tie
 from paraxis.program.meetings import Words, add_meetings, begins
 from paraxis.program.recompute import recompute
-from paraxis.program.zero import copying, gather_parameters, shard_gradients, shard_parameters, used_buckets
-from paraxis.sync.rule import Do
+from paraxis.program.zero import Used, buckets_of, copying, gather_parameters, shard_gradients, shard_parameters
+from paraxis.sync.rule import Do, agree
 
 Body = list[Instruction]
-Cuts = tuple[Sequence[Sequence[tuple[int, int]]], Sequence[Words]]  # of every stage, its segments and their borders
+Cuts = tuple[Sequence[Sequence[tuple[int, int]]], Sequence[Words], Used]  # of every stage, its segments and borders
 I = Instruction  # noqa: E741  (the passes below are tables of instructions)
 
 
@@ -43,17 +43,23 @@ def training(
     if reduce:
         totals = _both("dp", "totals", "sum") if layout.weight_in_data else []  # which no rounding may reach
         body += [replace(i, stage=place) for i in [*totals, *follow(reduce)]]
+    elif plan.zero > 1:
+        shares = buckets_of(cuts[2], place, plan.pp)
+        body = shard_gradients(body, cuts[2])
     elif agree == "gradient" and plan.dp > 1:
         whole = meets or ((plan.interleave > 1 or plan.recompute) and not plan.bucket_bytes)
         buckets = _whole(body) if whole else _each(cuts, body)
+        shares = [(stage, bucket) for (stage, _), bucket in buckets.items()]
         if plan.zero == 1 and tied:  # shares are shares of sums, so copies are added up before
             tied += scatter(buckets)
-        elif plan.zero < 2:
-            body = add_reductions(body, buckets, "ReduceScatter" if plan.zero else "AllReduce")
         else:
-            body = shard_gradients(body, used_buckets(cuts[0], layout))
+            body = add_reductions(body, buckets, "ReduceScatter" if plan.zero else "AllReduce")
     if plan.zero == 3:
-        body = shard_parameters(body, used_buckets(cuts[0], layout))
+        body = shard_parameters(body, cuts[2])
+    if plan.sequence and plan.zero < 2:
+        body = add_whole(body)
+    elif plan.sequence:  # of what replicas have reduced microbatch by microbatch, each has its share
+        tied = _both("tp", "whole", "sum") + tied
     body = add_totals(body, plan, layout, place)
     body = add_transfers(body, plan, rank)  # last, so that a gradient is on its way before a reduction begins
     body = add_meetings(body, cuts[1])
@@ -62,7 +68,7 @@ def training(
     body = [I("Update", stage=place, rule="zero"), *body]
     body += finish(plan, layout, place, agree, tied)
     if plan.zero in (1, 2):
-        body += gather_parameters((stage, bucket) for (stage, _), bucket in buckets.items())
+        body += gather_parameters(shares)
     body += follow(after, layout.statistics)
     return pair_tokens(body)
 
@@ -168,6 +174,12 @@ def add_reductions(body: Body, buckets: dict[tuple[int, int], int], op: str = "A
     return out + [_reduce("Wait", stage, "grads", buckets[stage, k], op) for stage, k in reversed(buckets)]
 
 
+def add_whole(body: Body) -> Body:
+    """Parameters between splits see but a rank's own tokens: their gradients are added up as soon as all are there."""
+    last = max(n for n, i in enumerate(body) if i.op in GRADIENT)
+    return [*body[: last + 1], *_both("tp", "whole", "sum"), *body[last + 1 :]]
+
+
 def scatter(buckets: dict[tuple[int, int], int]) -> Body:
     """Buckets reduced into shares one after the other, when all of them are complete."""
     ends = ("Start", "Wait")
@@ -231,13 +243,18 @@ def finish(plan: Plan, layout: Layout, stage: int, agree: str, tied: Body) -> Bo
 def follow(steps: Iterable[Do], statistics: bool = False) -> Body:
     """What a synchronisation rule asks for, in instructions, and if there are running `statistics` their mean."""
     body: Body = []
-    for do in steps:
+    for do in (steps := list(steps)):
         if do.op == "Update":
             body.append(I("Update", rule=do.rule, bucket=do.bucket))
-        else:
-            ends = _both("dp", do.buffer, do.reduction, do.op)
-            body += [replace(i, bucket=do.bucket, payload=do.payload) for i in ends]
-    return body + (_both("dp", "running", "mean") if body and statistics else [])
+            continue
+        whole = do.op == "AllReduce"
+        ends = (
+            _both("dp", do.buffer, do.reduction)
+            if whole
+            else [I(do.op, axis="dp", buffer=do.buffer, reduction=do.reduction, token=CROSSING + max(do.bucket, 0))]
+        )
+        body += [replace(i, bucket=do.bucket, payload=do.payload) for i in ends]
+    return body + (_both("dp", "running", "mean") if statistics and agree(steps) else [])
 
 
 def evaluation(plan: Plan, layout: Layout, rank: int, cuts: Cuts) -> Body:
@@ -246,7 +263,7 @@ def evaluation(plan: Plan, layout: Layout, rank: int, cuts: Cuts) -> Body:
     own = range(place, plan.stages, plan.pp)
     body = expand([("F", s, i) for s in own for i in range(plan.microbatches)], plan, dp, cuts, rule="evaluate")
     if plan.zero == 3:
-        body = shard_parameters(body, used_buckets(cuts[0], layout))
+        body = shard_parameters(body, cuts[2])
     return pair_tokens(add_meetings(add_transfers(body, plan, rank), cuts[1]))
 
 
@@ -258,16 +275,17 @@ def scoring(plan: Plan, rank: int) -> Body:
 
 def state(plan: Plan, rank: int, cuts: Cuts) -> Body:
     """How the weights that no rank has whole come to be read."""
-    own = range(plan.mesh.coordinates(rank)[1], plan.stages, plan.pp)
-    return pair_tokens(copying((s, k) for s in own for k in range(len(cuts[0][s]))))
+    return pair_tokens(copying(buckets_of(cuts[2], plan.mesh.coordinates(rank)[1], plan.pp)))
 
 
 def pair_tokens(body: Body) -> Body:
-    """Number every start, and give its wait the same number."""
+    """Number every start, and give its wait the same number; those that cross steps have one already."""
     tokens: dict[Instruction, int] = {}
     out: Body = []
     for instruction in body:
-        if instruction.starts:
+        if instruction.token >= CROSSING:
+            out.append(instruction)
+        elif instruction.starts:
             key = replace(instruction, op=instruction.base + "Wait")
             tokens[key] = len(tokens)
             out.append(replace(instruction, token=tokens[key]))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from paraxis.errors import Deadlock
-from paraxis.program.instructions import COLLECTIVES, SENDS, Instruction, Program
+from paraxis.program.instructions import COLLECTIVES, CROSSING, SENDS, Instruction, Program
 from paraxis.program.timeline import Clock, Timeline, classify
 
 
@@ -32,6 +32,8 @@ def simulate(program: Program, costs: Costs, body: str | None = None) -> Timelin
     ranks = program.body(name)
     clocks: list[list[Clock]] = [[] for _ in ranks]
     started: dict[tuple[object, ...], float] = {}
+    for rank, instructions in enumerate(ranks):  # what an earlier step has begun is under way when this one begins
+        started |= {_name(i, rank): 0.0 for i in instructions if i.waits and i.token >= CROSSING}
     now = [0.0] * len(ranks)
     moved = True
     while moved:

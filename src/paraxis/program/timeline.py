@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from paraxis.program.instructions import COLLECTIVES, MEMORY, RECEIVES, SENDS, Instruction, Program
+from paraxis.program.instructions import COLLECTIVES, CROSSING, MEMORY, RECEIVES, SENDS, Instruction, Program
 
 KINDS = ("compute", "optimizer", "communication", "pipeline_wait", "straggler_wait", "data")
 
@@ -80,7 +80,14 @@ def resolve(program: Program, body: str) -> Resolved:
     ranks = program.body(body)
     begins = {_name(i, rank): (rank, n) for rank, row in enumerate(ranks) for n, i in enumerate(row) if i.starts}
     return [
-        [(i, *_kind(i), [begins[name] for name in _awaited(program, i, rank)]) for i in row]
+        [
+            (
+                i,
+                *_kind(i),
+                [begins[name] for name in _awaited(program, i, rank) if name in begins or i.token < CROSSING],
+            )
+            for i in row
+        ]
         for rank, row in enumerate(ranks)
     ]
 

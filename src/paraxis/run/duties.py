@@ -4,8 +4,8 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paraxis.comm.clocks import shift
+from paraxis.engine.devices import CPU, wait
 from paraxis.engine.native_rank import NativeEngine
 from paraxis.engine.torch_engine import TorchEngine
 from paraxis.errors import Diverged, RankError
 from paraxis.measure.gradients import gradient_norms
 from paraxis.measure.layers import coupled, measure_layers
+from paraxis.measure.saved import measure_sizes
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
 from paraxis.program.faults import FAULTS, Fault
 from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
-from paraxis.run.held import counting, held
+from paraxis.run.agreement import agreed
+from paraxis.run.clock import clock_of
+from paraxis.run.devices import device_for, found_here, reaching
+from paraxis.run.graphs import replay
+from paraxis.run.held import counted
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
+from paraxis.run.reserved import native_memory
 from paraxis.run.resident import peak_bytes, reset_peak
 from paraxis.run.weights import compare, difference, untied
 from paraxis.run.window import record_cost, traceable, window_of
@@ -51,10 +58,11 @@ class Running:
     cpus: list[int]
     rank: Rank | Team | None = None  # a program's rank, all of its ranks as threads, or ...
     plain: serial.Replica | None = None  # ... the framework's own loop
+    device: torch.device = CPU
     done: int = 0
     before: int = 0  # resident bytes before it was set up
     record: float = 0.0  # nanoseconds that its interpreter adds to an instruction, once measured
-    losses: list[tuple[float, float]] = field(default_factory=list)  # of the framework's own loop
+    losses: list[Tensor] = field(default_factory=list)  # of the framework's own loop
 
 
 class Duties:
@@ -62,6 +70,7 @@ class Duties:
 
     def __init__(self, transport: str, rank: int = 0, size: int = 1, address: str = "") -> None:
         self.transport, self.rank = transport, rank
+        self.launched = transport == "mpi" or address == "env://"
         self.world: Any = None
         if transport == "mpi":
             from paraxis.comm import mpi
@@ -75,6 +84,7 @@ class Duties:
         self.spec = TaskSpec()
         self.objects: dict[str, Any] = {}
         self.plans: dict[str, Running] = {}
+        self.tried: Task | None = None  # one that native plans are compiled for, to know what they would hold
         self.base = 0  # resident bytes of this process before any plan, the data in memory
         self.default_threads = torch.get_num_threads()
         self.every_cpu = sorted(os.sched_getaffinity(0))
@@ -88,19 +98,32 @@ class Duties:
 
             library = mpi.library()
         size = self.world.size if self.world else 1
-        return {"size": size, "threads": self.default_threads, "torch": torch.__version__, "library": library}
+        own = {"size": size, "threads": self.default_threads, "torch": torch.__version__, "library": library}
+        return own | {"gpus": asdict(found_here())}
 
     def take_task(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """The task to work on; live objects of a notebook come with it, over a line only our own children have."""
         self.spec = TaskSpec.model_validate(request["spec"])
         self.objects = cloudpickle.loads(blob) if blob else {}
         self.plans.clear()
+        self.tried = None
         return {}
 
     def facts(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """What the driver has to know of the task."""
         task = self._task(torch.float32)
         return measure_layers(task, task.batch).as_json()
+
+    def sizes(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """Bytes of every layer of one rank's part, where `tp` ranks share layers."""
+        return asdict(measure_sizes(self._task(torch.float32), request["tp"], request["sequence"]))
+
+    def reserved(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[dict[str, int]]:
+        """Of every rank of a plan of the native engine, bytes that it would hold."""
+        plan, task = parse(request["plan"]), self.tried or self._task(torch.float32)
+        self.tried = task
+        program = lower(plan, task.layout(), task.train.steps_per_epoch or 1)
+        return [asdict(m) for m in native_memory(task, program, plan)]
 
     def coupling(self, request: dict[str, Any], blob: bytes, tell: Tell) -> str:
         """A sentence if the loss couples samples."""
@@ -159,14 +182,15 @@ class Duties:
         """Lower, check and bind a plan on this rank; raises what makes it impossible before anything is sent."""
         plan = parse(request["plan"])
         dtype = DTYPES[request["dtype"]]
-        running = Running(plan, request["cpus"][self.rank] if request["cpus"] else [])
+        device = device_for(plan, self.rank, self.launched)
+        running = Running(plan, request["cpus"][self.rank] if request["cpus"] else [], device=device)
         self.plans[request["key"]] = running
         self._activate(running)
         keep_data(self.spec)
         running.before = reset_peak()
         self.base = self.base or running.before
         if plan.engine == "plain":
-            running.plain = serial.replica(self._task(dtype, plain=True))
+            running.plain = serial.replica(self._task(dtype, plain=True), device)
             return {"program": None, "bytes": 0, "batch": 0}
         fault: Fault | None = FAULTS[request["fault"]] if request.get("fault") else None
         task = self._task(dtype)
@@ -178,14 +202,17 @@ class Duties:
             running.rank = openmp.start(task, program, plan.sync == "hogwild")
             return {"program": program.digest(), "bytes": running.rank.bytes_held(), "batch": digest(task.train)}
         world: Any = self.world.group(range(plan.mesh.size)) if self.world else _Alone()
+        world = reaching(world, self.transport, device)
         engine: Any
         if plan.engine == "native":
             engine = NativeEngine(task, program, self.rank, plan.threads)
         else:
-            engine = TorchEngine(task, program, self.rank)
+            engine = TorchEngine(task, program, self.rank, device)
         if fault and self.rank == plan.mesh.size - 1:
             fault.spoil(engine)
-        running.rank = Rank(program, self.rank, engine, world)
+        running.rank = Rank(program, self.rank, engine, world, clock=clock_of(device))
+        if plan.graphs:
+            replay(running.rank)
         gc.collect()
         gc.freeze()  # what lives as long as this rank need not be looked at again in the middle of a chunk
         return {"program": program.digest(), "bytes": engine.bytes_held(), "batch": digest(task.train)}
@@ -197,16 +224,18 @@ class Duties:
         self._steps(running, request["warm"])
         barrier = rank.world.barrier if isinstance(rank, Rank) else lambda: None
         traced = traceable(rank, min(request["trace"], request["steps"]))
+        wait(running.device)
         barrier()
         begun = time.perf_counter_ns()
         self._steps(running, request["steps"] - traced)
         if rank is not None and traced:
             rank.run_traced(traced)
+        wait(running.device)
         barrier()
         ended = time.perf_counter_ns()
         if rank is not None and traced and not running.record:
             running.record = record_cost(rank)
-        several = traced and running.plan.processes > 1 and self.transport != "nccl"
+        several = traced and running.plan.processes > 1
         apart = shift(rank.world) if several and isinstance(rank, Rank) else 0
         seen = window_of(rank, traced, begun if traced == request["steps"] else 0, ended, running.record, apart)
         return {"seconds": (ended - begun) / 1e9, "window": seen, "losses": self._losses(running)}
@@ -216,19 +245,23 @@ class Duties:
         running = self._ready(request["key"])
         return running.rank.sent_in_a_step() if isinstance(running.rank, Rank) else 0.0
 
+    def remarks(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[str]:
+        """What a reader of this rank's figures must know, such as that its CUDA graphs could not be recorded."""
+        rank = self._ready(request["key"]).rank
+        return list(rank.remarks) if isinstance(rank, Rank) else []
+
     def memory(self, request: dict[str, Any], blob: bytes, tell: Tell) -> int:
         """The peak of resident bytes since the plan was set up, less what plans set up before it hold."""
         return peak_bytes() - max(0, self.plans[request["key"]].before - self.base)
 
     def held(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, int]:
-        """Bytes of each kind at the peak of a step, counted while it runs, and how far the process has grown."""
+        """Bytes of each kind at the peak of a period, counted while it runs, and how far the process has grown."""
         running = self._ready(request["key"])
         rank = _some(running.rank)
         self._steps(running, 2)
         grown = peak_bytes() - running.before
-        with counting(rank) as count:
-            self._steps(running, 1)
-        return held(rank, count.peak) | {"grown": grown}
+        steps = rank.program.steps_in_period()
+        return counted(rank, lambda: self._steps(running, steps)) | {"grown": grown}
 
     def norm(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """Sum of squares of this rank's parameters, of which it counts what no rank before it has."""
@@ -264,7 +297,7 @@ class Duties:
             source = source.thinned(most)
         if rank is None:
             return self._evaluate_plain(task, source)
-        with _agreed(rank):
+        with agreed(rank):
             loss, weight, hits = rank.evaluate(source)
         return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
 
@@ -290,7 +323,7 @@ class Duties:
     def save(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Write this rank's part of the state_dict to a file."""
         running = self._ready(request["key"])
-        with _agreed(running.rank) if running.rank is not None else nullcontext():
+        with agreed(running.rank) if running.rank is not None else nullcontext():
             state = self._state(running)
         save_file(untied({k: v.contiguous() for k, v in state.items()}), request["files"][self.rank])
         return {"split": {name: (shard.dim, shard.blocks) for name, shard in _shards(running).items()}}
@@ -324,14 +357,14 @@ class Duties:
             loss = serial.plain_step(plain.task.net, plain.task, plain.optimizer, running.done)
             if plain.scheduler is not None:
                 plain.scheduler.step()
-            running.losses.append((float(loss), 1.0))
+            running.losses.append(loss)
             running.done += 1
 
     def _losses(self, running: Running) -> list[tuple[float, float]]:
         """Loss sum and weight of every step since they were last asked for."""
         if running.rank is None:
-            out, running.losses = running.losses, []
-            return out
+            means, running.losses = running.losses, []
+            return [(loss, 1.0) for loss in (torch.stack(means).tolist() if means else ())]
         keeper = running.rank if isinstance(running.rank, Team) else running.rank.engine
         out, keeper.losses = keeper.losses, []
         for number, (loss, _) in enumerate(out, running.rank.done - len(out) + 1):
@@ -359,22 +392,6 @@ class _Alone:
 
     def barrier(self) -> None:
         """Nobody to wait for."""
-
-
-@contextmanager
-def _agreed(rank: Rank | Team) -> Iterator[None]:
-    """Replicas that disagree take their mean for a while, and go on as they were."""
-    if isinstance(rank, Team):
-        with rank.agreed():
-            yield
-        return
-    engine = rank.engine
-    kept = (engine.flat.params.clone(), engine.running.clone()) if rank.program.epilogue else None
-    rank.settle()
-    yield
-    if kept:
-        engine.flat.params.copy_(kept[0])
-        engine.running.copy_(kept[1])
 
 
 def _some(value: Any) -> Any:

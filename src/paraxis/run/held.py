@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paraxis.comm.payload import PackedSum
+from paraxis.engine.native_engine import extension
+from paraxis.engine.native_rank import NativeEngine
 from paraxis.program.instructions import SENDS, Instruction
 from paraxis.run.interpreter import Rank
+from paraxis.run.openmp import Team
 from paraxis.task.batches import leaves
 
 
@@ -64,6 +68,10 @@ class Count:
     sending: dict[int, list[Tensor]] = field(default_factory=dict)
     peak: int = 0
 
+    def watching(self) -> Any:
+        """Within this context what autograd saves is written down."""
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: Saved(t, self.saved), lambda saved: saved.tensor)
+
     def look(self) -> None:
         """After an instruction."""
         sizes = {at: size for at, (size, _) in self.saved.items()}
@@ -83,8 +91,12 @@ class Count:
                 yield from (t for t in leaves(nest) if isinstance(t, Tensor))
         for tensors in self.sending.values():
             yield from tensors
-        for requests in self.rank.context.open.values():
-            yield from (request.tensor for request in requests if hasattr(request, "tensor"))
+        every: Iterable[Any] = (r for requests in self.rank.context.open.values() for r in requests)
+        for request in every:
+            if isinstance(request, PackedSum):
+                yield from request.letters()
+            elif hasattr(request, "tensor"):
+                yield request.tensor
 
 
 @contextmanager
@@ -95,9 +107,13 @@ def counting(rank: Rank) -> Any:
     modules = [m for stage in engine.stages.values() for segment in stage.segments for m in segment]
     own += [t for m in modules for t in (*m.parameters(), *m.buffers())]
     own += [p.grad for m in modules for p in m.parameters() if p.grad is not None]
+    own += list(engine.kept.buffers.values()) if engine.kept else []
     count = Count(rank, {_address(t) for t in own})
     before, source = rank.bodies, engine.source
     engine.source = Watched(source, count.ignored)
+    pausing = [stage.pausing for stage in engine.stages.values() if stage.pausing is not None]
+    for one in pausing:  # which computes in a thread of its own, where hooks of this one are not heard
+        vars(one)["forward"] = partial(_forward, count, one.forward)
     rank.bodies = {
         name: [
             partial(_counted, count, i, act) for i, act in zip(rank.program.body(name)[rank.rank], acts, strict=True)
@@ -108,16 +124,26 @@ def counting(rank: Rank) -> Any:
         yield count
     finally:
         rank.bodies, engine.source = before, source
+        for one in pausing:
+            vars(one).pop("forward")
 
 
 def _counted(count: Count, i: Instruction, act: Callable[[], None]) -> None:
     if i.starts and i.base in SENDS:
         count.sending[i.token] = list(count.rank.engine.at(i.stage).leaving[i.microbatch])
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: Saved(t, count.saved), lambda saved: saved.tensor):
+    with count.watching():
         act()
     if i.waits:
         count.sending.pop(i.token, None)
     count.look()
+
+
+def _forward(count: Count, begin: Callable[..., None], compute: Callable[[], Any], kind: str = "F") -> None:
+    def watched() -> Any:
+        with count.watching():
+            return compute()
+
+    begin(watched, kind)
 
 
 def held(rank: Rank, peak: int) -> dict[str, int]:
@@ -128,12 +154,24 @@ def held(rank: Rank, peak: int) -> dict[str, int]:
     state = [t for run in engine.runs for t in run[2].values()]
     if engine.hyper.optimizer is not None:
         state += [t for own in engine.hyper.optimizer.state.values() for t in own.values() if isinstance(t, Tensor)]
+    kept = engine.kept.buffers.values() if engine.kept else ()
     return {
         "parameters": engine.flat.params.nbytes + sum(frozen.values()),
         "gradients": engine.gradients_flat.nbytes,
-        "optimizer": sum(t.nbytes for t in state),
+        "optimizer": sum(t.nbytes for t in state) + sum(t.nbytes for t in kept),
         "activations": peak,
     }
+
+
+def counted(rank: Rank | Team, train: Callable[[], None]) -> dict[str, int]:
+    """Bytes of each kind while `train` runs; of the native engine what this process has reserved, all in one."""
+    if isinstance(rank, Rank) and not isinstance(rank.engine, NativeEngine):
+        with counting(rank) as count:
+            train()
+        return held(rank, count.peak)
+    train()
+    kept = rank.engine.kept if isinstance(rank, Rank) else None
+    return {"reserved": int(extension().reserved()) + sum(t.nbytes for t in (kept.buffers if kept else {}).values())}
 
 
 def _address(tensor: Tensor) -> int:

@@ -6,19 +6,20 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from time import perf_counter_ns
 from typing import Any, cast
 
 from torch import Tensor
 
 from paraxis.comm.base import Comm, Request
 from paraxis.comm.payload import PackedSum
-from paraxis.program.instructions import COLLECTIVES, REDUCES, Instruction, Program
+from paraxis.program.instructions import COLLECTIVES, GATHERS, MIDWAY, SCATTERS, Instruction, Program
+from paraxis.run.clock import HOST, Clock
 from paraxis.sync.rule import updates
 
 Action = Callable[[], None]
 KINDS = ("SendAct", "RecvAct", "SendGrad", "RecvGrad")
 MAX_LEAVES = 64
+PARTIAL, COLLECTED = ("ReduceScatter", *SCATTERS), ("AllGather", *GATHERS)
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,12 @@ def _wait(i: Instruction, c: Context) -> Action:
 
 def _collective(i: Instruction) -> str:
     """What a communicator calls it."""
-    return {"ReduceScatter": "reduce_scatter", "AllGather": "all_gather"}.get(i.base, "all_reduce")
+    return "reduce_scatter" if i.base in PARTIAL else "all_gather" if i.base in COLLECTED else "all_reduce"
 
 
 def _tensor(i: Instruction, c: Context) -> Tensor:
     """What a collective is about: a buffer, or what a stage that stands still in its middle has just made."""
-    if i.base in REDUCES:
+    if i.base in MIDWAY:
         return cast(Tensor, c.engine.buffer(i.base, i.segment, i.stage))
     whole = i.payload and i.buffer == "grads"  # what is rounded on its way goes without the totals in front
     return cast(Tensor, c.engine.buffer("gradients" if whole else i.buffer, i.bucket, i.stage))
@@ -172,9 +173,10 @@ def _collect_at_once(i: Instruction, c: Context) -> Action:
     def meet() -> None:
         tensor = _tensor(i, c)
         collect(tensor)
+        finish()
         c.sent[0] += _collected_bytes(i, tensor, comm.size)
 
-    if i.base in REDUCES:
+    if i.base in MIDWAY or i.buffer == "whole":
         return meet
     tensor = _tensor(i, c)
     count = _collected_bytes(i, tensor, comm.size)
@@ -190,6 +192,7 @@ def _collect_at_once(i: Instruction, c: Context) -> Action:
 def _finish(i: Instruction, c: Context) -> Action:
     """What remains to be done with what a collective has brought."""
     take: Action = partial(c.engine.take_share, i.bucket, i.stage) if i.base == "ReduceScatter" else lambda: None
+    take = c.engine.take_whole if i.buffer == "whole" else take
     if i.reduction != "mean":
         return take
 
@@ -202,7 +205,7 @@ def _finish(i: Instruction, c: Context) -> Action:
 
 def _collected_bytes(i: Instruction, tensor: Tensor, ranks: int) -> int:
     """What each rank sends in a bandwidth-optimal collective: (p-1)/p of the bytes, in an all-reduce twice."""
-    return (1 if i.base in ("ReduceScatter", "AllGather") else 2) * (ranks - 1) * tensor.nbytes // ranks
+    return (1 if i.base in (*PARTIAL, *COLLECTED) else 2) * (ranks - 1) * tensor.nbytes // ranks
 
 
 def _gather(i: Instruction, c: Context) -> Action:
@@ -240,16 +243,14 @@ BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
     "RecvGradWait": _received,
     "AllReduceStart": _collect_start,
     "AllReduceWait": _collect_wait,
-    "ReduceActStart": _collect_start,
-    "ReduceActWait": _wait,
-    "ReduceGradStart": _collect_start,
-    "ReduceGradWait": _wait,
     "ReduceScatterStart": _collect_start,
     "ReduceScatterWait": _collect_wait,
     "AllGatherStart": _gather,
     "AllGatherWait": _gathered,
     "Reserve": _memory,
     "Release": _memory,
+    **{f"{op}Start": _collect_start for op in MIDWAY},
+    **{f"{op}Wait": _wait for op in MIDWAY},
 }
 
 
@@ -265,8 +266,10 @@ class Rank:
     The engine's methods are bound here, once: what replaces one of them must do so before.
     """
 
-    def __init__(self, program: Program, rank: int, engine: Any, world: Comm, blocking: bool = True) -> None:
-        self.program, self.rank, self.engine, self.world = program, rank, engine, world
+    def __init__(
+        self, program: Program, rank: int, engine: Any, world: Comm, blocking: bool = True, clock: Clock = HOST
+    ) -> None:
+        self.program, self.rank, self.engine, self.world, self.clock = program, rank, engine, world, clock
         mesh = program.mesh
         sizes = {"dp": mesh.dp, "pp": mesh.pp, "tp": mesh.tp}
         parts = {i.axis for _, ranks in program.bodies for i in ranks[rank] if ":" in i.axis}  # ranks with tied weights
@@ -278,6 +281,7 @@ class Rank:
         self.sent: dict[str, int] = {}  # bytes that the last pass over a body has sent
         self.done = 0  # optimiser steps
         self.stamps: list[tuple[str, list[int]]] = []  # of the steps that were traced last
+        self.remarks: list[str] = []  # what a reader of its figures must know
 
     def bind(self, instructions: Sequence[Instruction]) -> list[Action]:
         """One action an instruction."""
@@ -310,15 +314,20 @@ class Rank:
         """Optimiser steps with the clock read between instructions; `clocks` has what was read."""
         self.begin()
         self.stamps = []
+        now, names, rows = self.clock.read, [], []
         for _ in range(steps):
+            self.advance()
             name = self.program.step_body(self.done)
-            stamps = [perf_counter_ns()]
+            stamps = [now()]
             read = stamps.append
             for action in self.bodies[name]:
                 action()
-                read(perf_counter_ns())
-            self.stamps.append((name, stamps))
+                read(now())
+            names.append(name)
+            rows.append(stamps)
             self.done += 1
+        self.rest()
+        self.stamps = list(zip(names, self.clock.told(rows), strict=True))
 
     def clocks(self, steps: int) -> list[tuple[str, list[list[int]]]]:
         """Of the last steps, which `run_traced` has run: (body, one list of nanoseconds) each."""
@@ -332,8 +341,22 @@ class Rank:
         """`count` optimiser steps."""
         self.begin()
         for _ in range(count):
+            self.advance()
             self.run(self.program.step_body(self.done))
             self.done += 1
+        self.rest()
+
+    def advance(self) -> None:
+        """Let what earlier steps have begun go on: some libraries only move data while they are called."""
+        for requests in self.context.open.values():
+            for request in requests:
+                request.ready()
+
+    def rest(self) -> None:
+        """Between calls nothing is under way, for its memory may be given back; a later Wait finds it done."""
+        for requests in self.context.open.values():
+            for request in requests:
+                request.wait()
 
     def sent_in_a_step(self) -> float:
         """Bytes that this rank sends in a step, averaged over the whole period, however much of it has been run.
@@ -341,10 +364,11 @@ class Rank:
         A body whose turn has not come yet, such as the one that ends a long epoch, is run once out of turn for it.
         """
         self.begin()
-        for name, _ in self.program.period:
-            if name not in self.sent:
-                self.run(name)
-                self.done += 1
+        while self.context.open:  # what is under way ends in its turn
+            self.steps(1)
+        for name in dict.fromkeys(name for name, _ in self.program.period if name not in self.sent):
+            self.run(name)
+            self.done += self.program.steps_in_period()  # goes on at the same place of the period
         total = sum(times * self.sent[name] for name, times in self.program.period)
         return total / self.program.steps_in_period()
 
@@ -377,4 +401,4 @@ class Rank:
         self.run("score")
         engine.source, engine.step = kept
         engine.training(True)
-        return [float(v) for v in engine.score]
+        return list(map(float, engine.score.tolist()))

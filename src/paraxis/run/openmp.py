@@ -130,8 +130,15 @@ class Team:
 
 def start(task: Task, program: Program, hogwild: bool) -> Team:
     """A team with the task's initial weights; raises PlanError for what C++ cannot do."""
-    native, mesh = extension(), program.mesh
     hyper = task.hyper()
+    ensemble = ensemble_of(task, program, hyper, hogwild)
+    put_weights(ensemble, task, range(program.mesh.size))
+    return Team(task, program, ensemble, hyper, [name for name, _ in program.bodies])
+
+
+def ensemble_of(task: Task, program: Program, hyper: Hyper, hogwild: bool, dry: bool = False) -> Any:
+    """What C++ executes, with weights of zero; `dry`: it reserves no memory, but knows how much that would be."""
+    native, mesh = extension(), program.mesh
     if hogwild:
         plain = hyper.rule == "sgd" and not (hyper.groups[0]["momentum"] or hyper.groups[0]["weight_decay"])
         if not plain or task.spec.clip:
@@ -165,16 +172,13 @@ def start(task: Task, program: Program, hogwild: bool) -> Team:
         naive=False,
         whole=(0, mesh.pp),
         tokens=tokens_of(task),
+        dry=dry,
         tp=mesh.tp,
     )
     for rank in range(mesh.size) if mesh.tp > 1 else ():
         if (found := tuple(ensemble.borders(rank))) != (wanted := program.borders(program.stages_of(rank)[0])):
-            raise ProgramError(
-                f"rank {rank}: its layers have borders {', '.join(found)}, its program {', '.join(wanted)}"
-            )
-    team = Team(task, program, ensemble, hyper, [name for name, _ in program.bodies])
-    put_weights(ensemble, task, range(mesh.size))
-    return team
+            raise ProgramError(f"rank {rank}: its layers have borders {found}, its program {wanted}")
+    return ensemble
 
 
 def _words(i: Instruction) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from paraxis.engine.devices import CPU, move
 from paraxis.sync.rule import parse
 from paraxis.task.batches import cut
 from paraxis.task.task import Task
@@ -26,8 +27,9 @@ class Replica:
     scheduler: object
 
 
-def replica(task: Task) -> Replica:
-    """A copy ready to train."""
+def replica(task: Task, device: torch.device = CPU) -> Replica:
+    """A copy ready to train, on a device."""
+    move(task, [[task.net]], device)
     optimizer = task.optimizer()
     return Replica(task, optimizer, task.scheduler(optimizer))
 
@@ -88,7 +90,7 @@ def emulate(
     sync = parse(text) if len(replicas) > 1 else None
     named = [dict(r.task.net.named_parameters()) for r in replicas]
     agreeing = sync.rule.emulate(named, every, **sync.options) if sync and sync.rule.emulate else iter(range(steps + 1))
-    meets = {at % every for at in sync.agreements(every)} | {0} if sync else set()
+    meets = {at % every for at in sync.meets(every)} | {0} if sync else set()
     next(agreeing)  # what it does before training
     losses = []
     for number in range(first_step, first_step + steps):

@@ -2,10 +2,13 @@
 
 Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models" (2023). Options: the change
 travels as `bf16` or `int8`; `fragments=P` cuts the parameters in P parts that agree in turn, one every H/P steps, so
-that less is sent at once (Douillard et al., "Streaming DiLoCo with overlapping communication", 2025; no overlap here).
+that less is sent at once (Douillard et al., "Streaming DiLoCo with overlapping communication", 2025). `overlap=T` sends
+a fragment's change T steps before it agrees, as in that paper: replicas train on meanwhile, and what each has learned
+since is kept by half, the other half being what all have agreed on.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from paraxis.errors import PlanError
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RATE, MOMENTUM = 0.7, 0.9  # of the outer step, as in the paper
+MIXED = 0.5  # of what has been agreed on, where replicas have trained on meanwhile
 
 
 def snapshot(params: "Tensor", snapshot: "Tensor") -> None:
@@ -43,11 +47,38 @@ def copy(snapshot: "Tensor", params: "Tensor") -> None:
     params.copy_(snapshot)
 
 
-def agreements(every: int, payload: str, fragments: int) -> dict[int, list[Do]]:
-    """Each fragment's outer step, evenly over the period; the last one with its last step."""
+def mix(snapshot: "Tensor", params: "Tensor") -> None:
+    """All replicas go half the way to there, from where each has come meanwhile."""
+    params.lerp_(snapshot, MIXED)
+
+
+def agreements(every: int, payload: str, fragments: int, overlap: int) -> dict[int, list[Do]]:
+    """Each fragment's outer step, evenly over the period; the last one with its last step.
+
+    At most one is on its way, and none from one period to the next, so that a period can be repeated and left.
+    """
     if every < fragments:
         raise PlanError(f"diloco@{every}: {fragments} fragments agree at as many steps; H={fragments} or more would do")
-    return {every * (n + 1) // fragments: agree(n if fragments > 1 else -1, payload) for n in range(fragments)}
+    if overlap >= every // fragments:
+        most, least = every // fragments - 1, fragments * (overlap + 1)
+        other = f"overlap={most} or " if most else ""
+        raise PlanError(f"diloco@{every}: overlap={overlap} reaches beyond the step before; {other}H={least} would do")
+    found: dict[int, list[Do]] = {}
+    for n in range(fragments):
+        at, steps = every * (n + 1) // fragments, agree(n if fragments > 1 else -1, payload)
+        if overlap:
+            sent, taken = apart(steps)
+            found |= {at - overlap: sent, at: taken}
+        else:
+            found[at] = steps
+    return found
+
+
+def apart(steps: list[Do]) -> tuple[list[Do], list[Do]]:
+    """(what begins a fragment's outer step, what ends it some steps later)."""
+    change, mean, *rest, _ = steps
+    begun, ended = (replace(mean, op=f"AllReduce{end}") for end in ("Start", "Wait"))
+    return [change, begun], [ended, *rest, Do("Update", rule=mix.__name__, bucket=mean.bucket)]
 
 
 def agree(bucket: int, payload: str) -> list[Do]:
@@ -57,7 +88,9 @@ def agree(bucket: int, payload: str) -> list[Do]:
     return [steps[0], mean, *steps[1:]]
 
 
-def emulate(replicas: "list[dict[str, Tensor]]", every: int, payload: str, fragments: int) -> Iterator[None]:
+def emulate(
+    replicas: "list[dict[str, Tensor]]", every: int, payload: str, fragments: int, overlap: int
+) -> Iterator[None]:
     """The same by plain code: an optimiser of the framework steps a global copy of the parameters."""
     import torch
 
@@ -68,15 +101,15 @@ def emulate(replicas: "list[dict[str, Tensor]]", every: int, payload: str, fragm
     while True:
         yield
         step += 1
-        for number in range(fragments):
-            if step % every != every * (number + 1) // fragments % every:
-                continue
-            for name in (name for name in whole if part[name] == number):
+        for name, number in part.items():
+            agreed = every * (number + 1) // fragments
+            if (step + overlap) % every == agreed % every:
                 changes = [_sent(whole[name] - own[name], payload) for own in replicas]
                 whole[name].grad = _sent(torch.stack(changes).sum(0), payload) / len(replicas)
+            if step % every == agreed % every:
                 optimizers[name].step()
                 for own in replicas:
-                    own[name].copy_(whole[name])
+                    own[name].copy_((own[name] + whole[name]) / 2 if overlap else whole[name])
 
 
 def _sent(x: "Tensor", payload: str) -> "Tensor":
@@ -95,9 +128,9 @@ def _sent(x: "Tensor", payload: str) -> "Tensor":
 RULE = Rule(
     "diloco",
     "Douillard et al. 2023",
-    options={"payload": "", "fragments": 1},
+    options={"payload": "", "fragments": 1, "overlap": 0},
     buffers=("snapshot", "delta", "momentum"),
-    updates=(snapshot, delta, nesterov, outer, copy),
+    updates=(snapshot, delta, nesterov, outer, copy, mix),
     prologue=(Do("Update", rule="snapshot"),),
     agreements=agreements,
     epilogue=(Do("AllReduce", buffer="params", reduction="mean"),),

@@ -4,7 +4,7 @@ A file of this folder with a `RULE` is one. Nothing here knows of ranks, engines
 data which updates and reductions follow a step, and passes make instructions of that.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import import_module
@@ -24,7 +24,8 @@ Options = dict[str, str | int]
 
 @dataclass(frozen=True)
 class Do:
-    """What follows a step on every replica: `Update` of a rule, or `AllReduce` of a buffer over the replicas.
+    """What follows a step on every replica: `Update` of a rule, or `AllReduce` of a buffer over the replicas, or one
+    end of it (`AllReduceStart`, and `AllReduceWait` after a later step of the same period).
 
     `payload`: what the reduced elements travel as ("": as they are). `bucket`: the fragment meant (-1: everything).
     """
@@ -93,6 +94,15 @@ class Sync:
     def agreements(self, every: int) -> dict[int, list[Do]]:
         """What follows which steps of a period of `every`; raises PlanError for a period that is too short."""
         return self.rule.agreements(every, **self.options) if self.rule.agreements else {}
+
+    def meets(self, every: int) -> list[int]:
+        """After which steps of a period replicas agree on something."""
+        return [at for at, steps in self.agreements(every).items() if agree(steps)]
+
+
+def agree(steps: Iterable[Do]) -> bool:
+    """Whether replicas agree on something with these, and do not only begin to."""
+    return any(do.op in ("AllReduce", "AllReduceWait") for do in steps)
 
 
 @cache

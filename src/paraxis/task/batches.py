@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
-from functools import reduce
+from functools import lru_cache, reduce
 from itertools import chain
 from typing import Any, Protocol
 from zlib import crc32
@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 
 from paraxis.errors import TaskError
 from paraxis.task.data import Arrays
-from paraxis.task.randomness import splitmix64
+from paraxis.task.masks import splitmix64
 
 Nest = Any
 BLOCK_BYTES = 4 << 20  # of samples gathered at once
+SHARE = 0.25  # of a device's free memory, for a whole set of samples
 
 
 class Source(Protocol):
@@ -33,12 +34,19 @@ class Source(Protocol):
 
     def valid(self, step: int, first: int, count: int) -> int: ...
 
+    def on(self, device: torch.device) -> "Source": ...
+
 
 class ArraySource:
-    """Samples in memory; each epoch is a permutation of (seed, epoch), its tail dropped. Tokens come as int64."""
+    """Samples in memory; each epoch is a permutation of (seed, epoch), its tail dropped. Tokens come as int64.
+
+    `device` is where samples go to; they are gathered there, too, where the whole set has room.
+    """
+
+    device = torch.device("cpu")
 
     def __init__(self, arrays: Arrays, batch: int, seed: int, dtype: torch.dtype, shuffled: bool = True) -> None:
-        size = len(arrays.targets)
+        self.arrays, size = arrays, len(arrays.targets)
         if shuffled and batch > size:
             raise TaskError(f"batch={batch} is more than the {size} training samples; at most {size} fit")
         self.inputs, self.targets = torch.from_numpy(arrays.inputs), torch.from_numpy(arrays.targets)
@@ -56,7 +64,8 @@ class ArraySource:
         """
         if not self.shuffled:
             start = step * self.batch + first
-            return self._gather(torch.arange(start, start + count).clamp_(max=self.size - 1), inputs, targets)
+            chosen = torch.arange(start, start + count, device=self.inputs.device).clamp_(max=self.size - 1)
+            return self._gather(chosen, inputs, targets)
         epoch, within = divmod(step, self.steps_per_epoch)
         steps = self._steps_at_once(count)
         key = first, count, inputs, targets
@@ -83,10 +92,18 @@ class ArraySource:
             self._thinned[stride] = few
         return self._thinned[stride]
 
+    def on(self, device: torch.device) -> "ArraySource":
+        """The same samples in the memory of a device; where they do not fit, copied there as they are asked for."""
+        moved = copy(self)
+        moved.device, moved._epoch, moved._blocks, moved._thinned = device, -1, {}, {}
+        if held := resident(self.arrays, device):
+            moved.inputs, moved.targets = held
+        return moved
+
     def numbers(self, step: int, steps: int) -> np.ndarray:
         """Sample numbers of up to `steps` steps from `step` on, none beyond its epoch: int64 (steps, batch)."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        return np.ascontiguousarray(self._epoch_order(epoch)[within : within + steps].numpy())
+        return np.ascontiguousarray(self._epoch_order(epoch)[within : within + steps].cpu().numpy())
 
     def _steps_at_once(self, count: int) -> int:
         return max(1, min(64, BLOCK_BYTES // max(1, 4 * count * self.inputs[0].numel())))
@@ -96,12 +113,14 @@ class ArraySource:
         if epoch != self._epoch:
             order = np.random.default_rng(splitmix64(self.seed) ^ epoch).permutation(self.size)
             self._epoch = epoch
-            self._order = torch.from_numpy(order[: self.steps_per_epoch * self.batch]).view(-1, self.batch)
+            numbers = torch.from_numpy(order[: self.steps_per_epoch * self.batch]).view(-1, self.batch)
+            self._order = numbers.to(self.inputs.device)
         return self._order
 
     def _gather(self, index: Tensor, inputs: bool, targets: bool) -> tuple[Tensor | None, Tensor | None]:
-        x = self._values(self.inputs.index_select(0, index)) if inputs else None
-        return x, self.targets.index_select(0, index).long() if targets else None
+        x = sent(self.inputs.index_select(0, index), self.device) if inputs else None
+        y = sent(self.targets.index_select(0, index), self.device).long() if targets else None
+        return None if x is None else self._values(x), y
 
     def _values(self, x: Tensor) -> Tensor:
         if self.tokens:
@@ -119,7 +138,7 @@ class StreamSource:
     """Batches of the user's own iterable, read alike by every rank and cut as views; short last ones are dropped."""
 
     def __init__(self, make: Callable[[], Iterable[Nest]], batch: int | None, seed: int, dtype: torch.dtype) -> None:
-        self.make, self.seed, self.dtype = make, seed, dtype
+        self.make, self.seed, self.dtype, self.device = make, seed, dtype, torch.device("cpu")
         self._step, self._epoch = -1, -1
         self._iterator: Iterator[Nest] = iter(())
         self._current: Nest = None
@@ -140,6 +159,12 @@ class StreamSource:
         """All of them."""
         return count
 
+    def on(self, device: torch.device) -> "StreamSource":
+        """Itself, whose batches go to a device from now on."""
+        self.device = device
+        self._current = map_nest(self._current, lambda t: sent(t, device))
+        return self
+
     def _advance(self, step: int) -> None:
         """Read on to a step; an earlier one begins again."""
         if step < self._step:
@@ -149,7 +174,7 @@ class StreamSource:
             if batch is None:
                 self._open_epoch()
                 continue
-            batch = as_dtype(batch, self.dtype)
+            batch = as_dtype(map_nest(batch, lambda t: sent(t, self.device)), self.dtype)
             self._whole = self._whole or samples(batch)
             if samples(batch) == self._whole:
                 self._current, self._step = batch, self._step + 1
@@ -162,6 +187,23 @@ class StreamSource:
         if first is None:
             raise TaskError(f"batches() gave no batch in epoch {self._epoch}; it must be iterable again and again")
         self._iterator = chain([first], self._iterator)
+
+
+@lru_cache(maxsize=4)
+def resident(arrays: Arrays, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """A set of samples on a device, once for all plans that a rank sets up; None if it would fill it."""
+    inputs, targets = torch.from_numpy(arrays.inputs), torch.from_numpy(arrays.targets)
+    if device.type == "cuda" and inputs.nbytes + targets.nbytes > SHARE * torch.cuda.mem_get_info(device)[0]:
+        return None
+    return inputs.to(device), targets.to(device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; from the memory of a CPU to a GPU without waiting, through pages that stay in place."""
+    if tensor.device == device:
+        return tensor
+    leaves_cpu = device.type == "cuda" and tensor.device.type == "cpu"
+    return tensor.pin_memory().to(device, non_blocking=True) if leaves_cpu else tensor.to(device)
 
 
 def _whole_batches(batches: Iterable[Nest], size: int) -> int | None:
@@ -215,7 +257,7 @@ def cut(batch: Nest, size: int, first: int, count: int) -> Nest:
 def digest(source: Source) -> int:
     """A number that tells whether two processes read the same first batch."""
     tensors = leaves(source.share(0, 0, source.batch))
-    return reduce(lambda crc, t: crc32(t.contiguous().numpy().tobytes(), crc), tensors, 0)
+    return reduce(lambda crc, t: crc32(t.cpu().contiguous().numpy().tobytes(), crc), tensors, 0)
 
 
 def as_dtype(nest: Nest, dtype: torch.dtype) -> Nest:

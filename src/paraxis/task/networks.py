@@ -12,7 +12,7 @@ from torch import nn
 
 from paraxis.errors import TaskError
 from paraxis.task.gpt import GPT, shape_of
-from paraxis.task.randomness import splitmix64
+from paraxis.task.masks import splitmix64
 from paraxis.task.resnet import ResNet
 
 CLASSES = 10

@@ -1,14 +1,12 @@
 """Randomness that belongs to the task, never to the plan: a dropout mask follows from (seed, step, layer, sample).
 
-The mask is a counter hash in uint32 with wrap-around, so that any rank computes its part of it without the others.
-`mix32` is lowbias32 (Wellons 2018), `splitmix64` Steele, Lea and Flood 2014.
+The bits come from `masks`; here modules and functions are made to draw them, and what draws otherwise is found.
 """
 
 import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 from unittest.mock import patch
 from zlib import crc32
@@ -21,75 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle as Handle
 
 from paraxis.errors import TaskError
+from paraxis.task.masks import Words, dropout_key, kept_of_part, kept_on, threshold, words_of
 
-MASK64 = (1 << 64) - 1
 ATTENTION = F.scaled_dot_product_attention
-
-
-def splitmix64(x: int) -> int:
-    """One step of the splitmix64 generator from state x."""
-    x = (x + 0x9E3779B97F4A7C15) & MASK64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
-    return x ^ (x >> 31)
-
-
-def mix32(x: np.ndarray) -> np.ndarray:
-    """lowbias32 of every element of a uint32 array, in place."""
-    x ^= x >> np.uint32(16)
-    x *= np.uint32(0x7FEB352D)
-    x ^= x >> np.uint32(15)
-    x *= np.uint32(0x846CA68B)
-    x ^= x >> np.uint32(16)
-    return x
-
-
-def dropout_key(seed: int, step: int, layer: int) -> int:
-    """The 64-bit key of one layer's mask in one step."""
-    return splitmix64(splitmix64(splitmix64(seed) ^ step) ^ layer)
-
-
-@lru_cache(maxsize=64)
-def _columns(words: int) -> np.ndarray:
-    w = np.arange(words, dtype=np.uint32)
-    return mix32(w * np.uint32(0x9E3779B9) + np.uint32(1))
-
-
-def kept(key: int, first: int, samples: int, elements: int, p: float) -> np.ndarray:
-    """Which elements of samples [first, first + samples) survive dropout p: bool (samples, elements)."""
-    return _survivors(key, first, samples, _columns((elements + 1) // 2), p)[:, :elements]
-
-
-def kept_of_part(
-    key: int, first: int, samples: int, outer: int, run: int, index: int, parts: int, p: float
-) -> np.ndarray:
-    """The same of a tensor of which one of `parts` ranks has its part: bool (samples, outer x run).
-
-    The whole has (outer, parts, run) elements a sample, of which the rank has [:, index].
-    """
-    if run % 2:  # one draw serves two elements, and here the two may lie on different ranks
-        whole = kept(key, first, samples, outer * parts * run, p)
-        return whole.reshape(samples, outer, parts, run)[:, :, index].reshape(samples, -1)
-    return _survivors(key, first, samples, _columns_of_part(outer, run // 2, index, parts), p)
-
-
-@lru_cache(maxsize=64)
-def _columns_of_part(outer: int, words: int, index: int, parts: int) -> np.ndarray:
-    return np.ascontiguousarray(_columns(outer * parts * words).reshape(outer, parts, words)[:, index]).reshape(-1)
-
-
-def _survivors(key: int, first: int, samples: int, columns: np.ndarray, p: float) -> np.ndarray:
-    low, high = np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32)
-    rows = mix32(np.arange(first, first + samples, dtype=np.uint32) + low) ^ high
-    bits = mix32(rows[:, None] + columns[None, :])
-    return np.asarray(bits.view(np.uint16).reshape(samples, -1) >= threshold(p))
-
-
-def threshold(p: float) -> int:
-    """A 16-bit draw below this one is dropped."""
-    return round(65536 * p)
-
-
 Call = tuple[str, int]  # (the module's name, which of its draws in one forward)
 RECOMPUTED = (
     "dropout in {} is drawn again in the backward (activation checkpointing), where it cannot be keyed; "
@@ -103,7 +35,8 @@ class Draw:
 
     `calls` counts how often each place has drawn in this forward; `dims` is the dimension of a call's tensor that
     counts samples (-1: none, one mask for all), learned by `key_randomness`. `parts`: of calls whose tensor is split
-    over ranks, (the dimension from the end, this rank's part, of how many).
+    over ranks, (the dimension from the end, this rank's part, of how many). `words` are a call's key in the memory of a
+    device, where whoever has set them changes them from step to step; without them the key is that of `step`.
     """
 
     seed: int = 0
@@ -116,6 +49,7 @@ class Draw:
     shapes: dict[Call, tuple[int, ...]] = field(default_factory=dict)  # as last seen
     parts: dict[Call, tuple[int, int, int]] = field(default_factory=dict)
     backward: bool = False
+    words: Callable[[Call], Words] | None = None
 
     def at(self, step: int, first: int, samples: int) -> None:
         """Move to a microbatch."""
@@ -138,18 +72,23 @@ class Draw:
         if dim >= 0 and x.shape[dim] % self.samples:
             raise TaskError(f"dropout in {name}: dimension {dim} of {tuple(x.shape)} does not count {self.samples}")
         samples, first = (self.samples, self.first) if dim >= 0 else (1, 0)
-        key = dropout_key(self.seed, self.step, crc32(f"{name}#{number}".encode()))
         moved = x.movedim(dim, 0) if dim > 0 else x
-        mask = torch.from_numpy(self._mask(call, key, first, samples, moved, p)).to(x.device).view(moved.shape)
+        mask = self._mask(call, first, samples, moved, p).reshape(moved.shape)
         return x * (mask.movedim(0, dim) if dim > 0 else mask) * (65536 / (65536 - cut))
 
-    def _mask(self, call: Call, key: int, first: int, samples: int, x: Tensor, p: float) -> np.ndarray:
-        """Bool, as many as x has: of its elements within the whole tensor if x is a rank's part of it."""
-        if call not in self.parts:
-            return kept(key, first, samples, x.numel() // samples, p)
-        dim, index, parts = self.parts[call]
-        run = math.prod(x.shape[dim:])
-        return kept_of_part(key, first, samples, x.numel() // samples // run, run, index, parts, p)
+    def key(self, call: Call, step: int) -> int:
+        """The key of a call's mask in a step."""
+        return dropout_key(self.seed, step, crc32(f"{call[0]}#{call[1]}".encode()))
+
+    def _mask(self, call: Call, first: int, samples: int, x: Tensor, p: float) -> Tensor:
+        """Bool, as many as x has, where x is: of its elements within the whole tensor if x is a rank's part of it."""
+        dim, index, parts = self.parts.get(call, (1, 0, 1))
+        run = math.prod(x.shape[dim:]) if parts > 1 else x.numel() // samples
+        place = x.numel() // samples // run, run, index, parts
+        if self.words is None and x.device.type == "cpu":  # where numpy is faster
+            return torch.from_numpy(kept_of_part(self.key(call, self.step), first, samples, *place, p))
+        words = self.words(call) if self.words else words_of(self.key(call, self.step))
+        return kept_on(x.device, words, first, samples, place, p)
 
 
 class KeyedDropout(nn.Module):

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from paraxis.program.shares import Split
+from paraxis.program.shares import Split, Tokens
 from paraxis.task.batches import Nest
+from paraxis.task.gathering import gathered, scattered
 from paraxis.task.gpt import Attention
 from paraxis.task.randomness import Draw
+
+Leaving = Callable[[Any, Tensor, Tensor | None], Tensor]  # (module, its part, bias) -> what it makes
 
 
 class Sharing(Protocol):
@@ -112,10 +115,13 @@ class CrossEntropy(torch.autograd.Function):
         return slope.mul_(dy), None, None, None, None
 
 
-def split(net: nn.Module, splits: Sequence[Split], draw: Draw, index: int, parts: int) -> dict[int, Shard]:
+def split(
+    net: nn.Module, splits: Sequence[Split], draw: Draw, index: int, parts: int, tokens: Tokens | None = None
+) -> dict[int, Shard]:
     """Keep one of `parts` equal parts of every split, in place; of which parameters (by id) that leaves which part.
 
-    Every module that meets others gets an attribute `meeting`, which whoever computes it sets.
+    Every module that meets others gets an attribute `meeting`, which whoever computes it sets. With `tokens` the ranks
+    share these, too.
     """
     modules, shards = dict(net.named_modules()), {}
     for own in splits:
@@ -126,9 +132,9 @@ def split(net: nn.Module, splits: Sequence[Split], draw: Draw, index: int, parts
                 if id(p) not in shards and (shard := _shard(own, key, last, index, parts)):
                     shards[id(p)] = shard
                     p.data = shard.of(p.data)
-            _share(own, module, last, index)
-        for call, dim in own.noise:
-            draw.parts[call] = dim, index, parts
+            _share(own, module, last, index, parts if tokens else 0)
+    noise = [call for own in splits for call in own.noise] + list(tokens.noise if tokens else ())
+    draw.parts |= {call: (dim, index, parts) for call, dim in noise}
     return shards
 
 
@@ -141,18 +147,20 @@ def _shard(own: Split, key: str, last: bool, index: int, parts: int) -> Shard | 
     return Shard(0, index, parts, 3 if own.unit == "heads" else 1)
 
 
-def _share(own: Split, module: nn.Module, last: bool, index: int) -> None:
-    """Give a module the forward of its part."""
+def _share(own: Split, module: nn.Module, last: bool, index: int, apart: int) -> None:
+    """Give a module the forward of its part; `apart`: by how many ranks tokens are shared, 0: each has all of them."""
     vars(module)["meeting"] = None
+    enter = partial(gathered, index, apart) if apart else _entering
+    leave = partial(_own_tokens, index, apart) if apart else _summed
     if isinstance(module, nn.Embedding):
-        vars(module)["forward"] = partial(_embedding, module, index)
+        vars(module)["forward"] = partial(_embedding, module, index, leave)
     elif own.unit == "classes":
-        module.register_forward_pre_hook(_entering)
+        module.register_forward_pre_hook(enter)
         vars(module)["forward"] = partial(_scores, module, index, own.size)
     elif last:
-        vars(module)["forward"] = partial(_second, module)
+        vars(module)["forward"] = partial(_second, module, leave)
     else:
-        module.register_forward_pre_hook(_entering)
+        module.register_forward_pre_hook(enter)
 
 
 def _entering(module: Any, given: tuple[Tensor]) -> tuple[Tensor] | None:
@@ -164,21 +172,29 @@ def _entering(module: Any, given: tuple[Tensor]) -> tuple[Tensor] | None:
     return (entered,)
 
 
-def _second(layer: Any, x: Tensor) -> Tensor:
-    """A second layer: the product of its part, the sum over all ranks, then the bias."""
-    part = F.linear(x, layer.weight)
-    made: Tensor = part if layer.meeting is None else Leave.apply(part, layer.bias, layer.meeting)
+def _summed(layer: Any, part: Tensor, bias: Tensor | None) -> Tensor:
+    """The sum over all ranks, and once the bias."""
+    made: Tensor = part if layer.meeting is None else Leave.apply(part, bias, layer.meeting)
     return made
 
 
-def _embedding(layer: Any, index: int, words: Tensor) -> Tensor:
+def _own_tokens(index: int, parts: int, layer: Any, part: Tensor, bias: Tensor | None) -> Tensor:
+    """One's own tokens of the sum over all ranks, each with the bias."""
+    made = scattered(layer, part, index, parts)
+    return made if bias is None else made + bias
+
+
+def _second(layer: Any, leave: Leaving, x: Tensor) -> Tensor:
+    """A second layer: the product of its part, and what it leaves."""
+    return leave(layer, F.linear(x, layer.weight), layer.bias)
+
+
+def _embedding(layer: Any, index: int, leave: Leaving, words: Tensor) -> Tensor:
     """Vectors of the words in one's own part of the vocabulary, zero for all others; then the sum over all ranks."""
     rows = layer.weight.shape[0]
     local = words - index * rows
     here = (local >= 0) & (local < rows)
-    part = F.embedding(local.clamp(0, rows - 1), layer.weight) * here[..., None]
-    made: Tensor = part if layer.meeting is None else Leave.apply(part, None, layer.meeting)
-    return made
+    return leave(layer, F.embedding(local.clamp(0, rows - 1), layer.weight) * here[..., None], None)
 
 
 def _scores(layer: Any, index: int, classes: int, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from paraxis.engine.rules import Hyper, of_optimizer
 from paraxis.errors import TaskError
 from paraxis.program.cut import Layout
-from paraxis.program.shares import Split
+from paraxis.program.shares import Split, Tokens
 from paraxis.task import data as data_module
 from paraxis.task.batches import ArraySource, Nest, Source, StreamSource, leaves, map_nest, seed_everything
 from paraxis.task.gpt import shape_of
@@ -24,8 +24,9 @@ from paraxis.task.randomness import Draw, Keyed, KeyedFunctions, key_randomness
 from paraxis.task.recipe import Recipe, from_file, from_objects
 from paraxis.task.sharing import letters
 from paraxis.task.spec import DEFAULT_BATCH, TaskSpec
-from paraxis.task.tensor import find
+from paraxis.task.tensor import found, watch
 from paraxis.task.text import in_windows_of, is_text
+from paraxis.task.tokens import find_tokens
 from paraxis.task.trial import apply, check_composition, least_samples, one_line, running, try_forward, try_loss
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -55,6 +56,7 @@ class Task:
     least: int = 1  # samples without which its batch norms have no statistics
     norms: list[list[int]] = field(default_factory=list)  # how long the sums of each layer's whole batch norms are
     splits: tuple[Split, ...] = ()  # what several ranks can share
+    tokens: tuple[Tokens, ...] = ()  # ... and how the tokens between
     shared_loss: Callable[..., Any] | None = None  # in a forward, where they share the classes too
 
     @property
@@ -145,7 +147,10 @@ class Task:
             for parameter in filter(lambda p: p.requires_grad, layer.parameters()):
                 owners.setdefault(id(parameter), []).append(index)
         return Layout(
-            parameters=tuple(sum(p.numel() for p in layer.parameters()) for layer in self.chain),
+            parameters=tuple(
+                sum(p.numel() for p in layer.parameters() if owners.get(id(p), [-1])[0] == index)
+                for index, layer in enumerate(self.chain)
+            ),
             weight_in_data=self.weight_in_data,
             statistics=any(b.is_floating_point() for m in self.net.modules() for b in running(m)),
             clip=self.spec.clip is not None,
@@ -155,6 +160,7 @@ class Task:
             unkeyed=self.keyed.unkeyed,
             splits=self.splits,
             shares=letters(self.chain),
+            tokens=self.tokens,
             modules=tuple(n for n, m in self.net.named_modules() if any(True for _ in m.parameters(recurse=False))),
         )
 
@@ -191,7 +197,9 @@ def make_task(
     if not plain:
         draw.at(0, 0, count)
         labels = None if "loss" in recipe.own else _targets(batch)
-        task.splits = find(net, chain, task.call, recipe.inputs(batch), draw, labels)
+        trial = watch(net, chain, task.call, recipe.inputs(batch), draw)
+        task.splits = found(net, trial, labels)
+        task.tokens = find_tokens(trial, task.splits)
     task.weight_in_data = "loss" in recipe.own or any(t.is_floating_point() for t in leaves(_targets(batch)))
     return task
 
@@ -260,7 +268,7 @@ def _sources(
         data = _in_memory(text)
         arrays, held = data.train, None
         if spec.validation:
-            arrays, held = data_module.hold_out(data.train, spec.validation, spec.seed)
+            arrays, held = _parted(text, spec.validation, spec.seed)
         batch = spec.batch or DEFAULT_BATCH
         return (
             ArraySource(arrays, batch, spec.seed, dtype),
@@ -297,6 +305,11 @@ def keep_data(spec: TaskSpec) -> None:
 def _in_memory(text: str) -> data_module.Data:
     """Every plan of a rank trains on the same samples, so they are read once."""
     return data_module.load(text)
+
+
+@lru_cache(maxsize=2)
+def _parted(text: str, fraction: float, seed: int) -> tuple[data_module.Arrays, data_module.Arrays]:
+    return data_module.hold_out(_in_memory(text).train, fraction, seed)
 
 
 def layers_of(net: nn.Module, recipe: Recipe) -> tuple[list[nn.Module], str]:

@@ -23,6 +23,7 @@ NAMES = (
     "softplus softsign logsigmoid hardtanh hardtanh_ hardswish hardsigmoid tanhshrink softshrink hardshrink threshold "
     "mul mul_ __mul__ __rmul__ add add_ __add__ __radd__ sub sub_ __sub__ div div_ __truediv__ neg abs square exp clamp"
 )
+NORMS = ("layer_norm", "rms_norm")
 ELEMENTWISE = frozenset(NAMES.split())  # what makes an element of its output of those at its place in its inputs
 
 
@@ -39,6 +40,7 @@ class Step:
     begun: int = 0
     ended: int = 0
     trained: bool = False  # its input needs a gradient
+    dims: int = 0  # over how many dimensions it normalises
 
 
 @dataclass
@@ -55,6 +57,9 @@ class Trial(TorchFunctionMode):
     inside: list[Step] = field(default_factory=list)
     numbers: dict[int, int] = field(default_factory=dict)
     alive: list[Any] = field(default_factory=list)  # so that ids stay theirs
+    sized: dict[int, int] = field(default_factory=dict)  # values whose shape is asked for -> in which layer
+    entries: list[int] = field(default_factory=list)  # what each layer of the chain is given, and what it ends with ...
+    begins: list[int] = field(default_factory=list)  # ... at which place
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -63,7 +68,10 @@ class Trial(TorchFunctionMode):
         """Every function on tensors."""
         out = func(*args, **(kwargs or {}))
         if not self.inside:
-            self.note(getattr(func, "__name__", "?"), (args, kwargs or {}), out)
+            name = getattr(func, "__name__", "?")
+            if name == "size" or func == Tensor.shape.__get__:  # type: ignore[attr-defined]
+                self.sized.setdefault(self.number(args[0]), self.layer)
+            self.note(name, (args, kwargs or {}), out, dims=_dims(name, args, kwargs or {}))
         return out
 
     def note(self, name: str, given: Any, made: Any, **more: Any) -> None:
@@ -72,7 +80,7 @@ class Trial(TorchFunctionMode):
         self.elsewhere |= {id(t) for t in taken if isinstance(t, nn.Parameter)}
         if not gives:
             return
-        step = Step(name, [self.number(t) for t in taken], [], **more)
+        step = Step(name, [self.number(t) for t in taken], [], **({"layer": self.layer} | more))
         step.gives = [self.number(t, fresh=True) for t in gives]
         self.steps.append(step)
 
@@ -82,6 +90,11 @@ class Trial(TorchFunctionMode):
             self.alive.append(t)
             self.numbers[id(t)] = len(self.alive)
         return self.numbers[id(t)]
+
+    def arrive(self, x: Any) -> None:
+        """Between two layers, at either end of all: a single tensor, or 0."""
+        self.entries.append(self.number(x) if isinstance(x, Tensor) else 0)
+        self.begins.append(self.clock)
 
     def enter(self, module: nn.Module, given: tuple[Any, ...]) -> None:
         """A hook in front of a module."""
@@ -116,16 +129,13 @@ class Trial(TorchFunctionMode):
         return dropout
 
 
-def find(
-    net: nn.Module, chain: list[nn.Module], call: Callable[[nn.Module, Any], Any], inputs: Nest, draw: Draw, labels: Any
-) -> tuple[Split, ...]:
-    """All that can be split, in the order of a forward of `inputs`; `labels` are those of the default loss, else None.
-
-    Pairs may overlap: whoever chooses takes the first of two.
-    """
+def watch(
+    net: nn.Module, chain: list[nn.Module], call: Callable[[nn.Module, Any], Any], inputs: Nest, draw: Draw
+) -> Trial | None:
+    """A forward of `inputs`, written down; None where nothing could be split."""
     linear = [m for m in net.modules() if type(m) is nn.Linear]
     if len(linear) < 2 and all(m.out_features < LEAST_CLASSES for m in linear):
-        return ()
+        return None
     whole = {id(m) for m in net.modules() if type(m) in (nn.Linear, nn.Embedding) or heads_of(m)}
     trial = Trial({id(m): name for name, m in net.named_modules()}, whole)
     before = [b.clone() for b in net.buffers()]
@@ -137,12 +147,31 @@ def find(
         stack.callback(vars(draw).pop, "dropout")
         x: Any = map_nest(inputs, Tensor.clone)
         for trial.layer, layer in enumerate(chain):
+            trial.arrive(x)
             with trial:
                 x = call(layer, x)
+        trial.arrive(x)
     for buffer, old in zip(net.buffers(), before, strict=True):
         buffer.copy_(old)
-    found = _Found(net, trial)
-    return (*found.by_columns(), *found.by_heads(), *found.by_classes(x, labels, len(chain) - 1))
+    return trial
+
+
+def found(net: nn.Module, trial: Trial | None, labels: Any) -> tuple[Split, ...]:
+    """All that can be split, in the order of the forward; `labels` are those of the default loss, else None.
+
+    Pairs may overlap: whoever chooses takes the first of two.
+    """
+    if trial is None:
+        return ()
+    seen = _Found(net, trial)
+    return (*seen.by_columns(), *seen.by_heads(), *seen.by_classes(labels))
+
+
+def find(
+    net: nn.Module, chain: list[nn.Module], call: Callable[[nn.Module, Any], Any], inputs: Nest, draw: Draw, labels: Any
+) -> tuple[Split, ...]:
+    """All that can be split of a network, tried out."""
+    return found(net, watch(net, chain, call, inputs, draw), labels)
 
 
 class _Found:
@@ -229,10 +258,14 @@ class _Found:
             meets = (*grads, (step.layer, step.ended, "act"))
             yield Split("heads", heads, names, meets, (step.layer, step.layer), noise)
 
-    def by_classes(self, output: Any, labels: Any, last: int) -> Iterable[Split]:
+    def by_classes(self, labels: Any) -> Iterable[Split]:
         """A last layer, with the embedding whose weight it may share."""
-        head = self.maker.get(self.trial.numbers.get(id(output), -1)) if isinstance(output, Tensor) else None
-        if head is None or not isinstance(labels, Tensor) or output.shape[:-1] != labels.shape:
+        made, last = self.trial.entries[-1], len(self.trial.entries) - 2
+        head = self.maker.get(made)
+        if head is None or not isinstance(labels, Tensor):
+            return
+        output = self.trial.alive[made - 1]
+        if output.shape[:-1] != labels.shape:
             return
         ends = (last, self.trial.clock + 1, "act")
         grads = [(head.layer, head.begun, "grad")] * head.trained
@@ -253,6 +286,13 @@ def _plain(module: nn.Module) -> bool:
     return all(not getattr(module, key, None) for key in ("max_norm", "scale_grad_by_freq", "sparse")) and (
         getattr(module, "padding_idx", None) is None
     )
+
+
+def _dims(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Over how many dimensions a function normalises; 0: over none."""
+    if name not in NORMS:
+        return 0
+    return len(kwargs["normalized_shape"] if "normalized_shape" in kwargs else args[1])
 
 
 def _tensors(nest: Any) -> list[Tensor]:

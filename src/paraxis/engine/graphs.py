@@ -1,0 +1,131 @@
+"""CUDA graphs: what is asked of a device, recorded once and from then on replayed as one launch.
+
+To launch a kernel from Python takes longer than a small network's kernel runs. A recording has fixed kernels, addresses
+and numbers; `Recordings` decides when to make one, and falls back to what is recorded where one cannot be made.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from paraxis.plan.plan import WARM
+from paraxis.task.batches import Nest, leaves, map_nest
+
+Action = Callable[[], None]
+SHAPES = 8  # recordings of one body at most: each keeps the memory of its tensors
+
+
+class Recorder(Protocol):
+    """What makes recordings."""
+
+    def warm(self, run: Action) -> None:
+        """Run it as it is, where it will be recorded."""
+
+    def record(self, run: Action) -> Action:
+        """Take down what `run` asks of the device, without doing it; the result does it. Raises what cannot be."""
+
+
+class CudaRecorder:
+    """CUDA graphs of one device. They share memory, as recordings that are replayed in the order they were made may."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm(self, run: Action) -> None:
+        """On the stream of the recordings, for autograd's nodes keep to the stream that they were made on."""
+        usual = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(usual)
+        with torch.cuda.stream(self.stream):
+            run()
+        usual.wait_stream(self.stream)
+
+    def record(self, run: Action) -> Action:
+        """One graph. What autocast has kept would not be computed again, so it keeps nothing meanwhile."""
+        graph, kept = torch.cuda.CUDAGraph(), torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                run()
+        finally:
+            torch.set_autocast_cache_enabled(kept)
+        return graph.replay
+
+
+@dataclass
+class Recording:
+    """What has become of a body with samples of one shape: how often it has run, and once recorded, its parts.
+
+    `inputs` are the samples that the parts read, by name, as nests of tensors that stay where they are.
+    """
+
+    passes: int = 0
+    inputs: dict[Any, Nest] = field(default_factory=dict)
+    parts: list[Action] = field(default_factory=list)
+
+    def take(self, fresh: dict[Any, Nest]) -> None:
+        """Copy samples to where the parts read them."""
+        for name, nest in self.inputs.items():
+            for there, here in zip(leaves(nest), leaves(fresh[name]), strict=True):
+                there.copy_(here, non_blocking=True)
+
+
+@dataclass
+class Recordings:
+    """The recordings of one body, by what they take for granted; `reason` is why there will be no more.
+
+    `record(inputs)` makes one, all parts in turn, and leaves everything else as it was; `tell` gets the reason.
+    """
+
+    record: Callable[[dict[Any, Nest]], list[Action]]
+    tell: Callable[[str], None]
+    warm: int = WARM
+    most: int = SHAPES
+    known: dict[Hashable, Recording] = field(default_factory=dict)
+    reason: str = ""
+
+    def next(self, samples: dict[Any, Nest], granted: Hashable) -> Recording | None:
+        """What to replay in the pass that begins, with its samples in place; None: run it as it is."""
+        if self.reason:
+            return None
+        found = self.known.setdefault((signature(samples), granted), Recording())
+        if not found.parts and found.passes < self.warm:
+            found.passes += 1
+            return None
+        if not found.parts:
+            if sum(bool(own.parts) for own in self.known.values()) == self.most:
+                self.give_up(f"more than {self.most} shapes of samples or settings of the optimiser")
+                return None
+            found.inputs = {name: map_nest(nest, Tensor.clone) for name, nest in samples.items()}
+            try:
+                found.parts = self.record(found.inputs)
+            except Exception as error:
+                self.give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                return None
+        found.take(samples)
+        return found
+
+    def give_up(self, reason: str) -> None:
+        """Run it as it is from now on, and say why."""
+        self.reason = reason
+        self.known.clear()
+        self.tell(f"graphs: fell back to eager: {reason}")
+
+
+def signature(samples: dict[Any, Nest]) -> str:
+    """Shapes and types of all tensors, and all else by its value: what a recording takes for granted of samples."""
+    return repr(map_nest(samples, lambda t: (*t.shape, t.dtype)))
+
+
+def stretches(free: Sequence[bool]) -> list[range]:
+    """The longest runs of places that are `free`, in order."""
+    found: list[range] = []
+    for place, own in enumerate(free):
+        if own and found and found[-1].stop == place:
+            found[-1] = range(found[-1].start, place + 1)
+        elif own:
+            found.append(range(place, place + 1))
+    return found
