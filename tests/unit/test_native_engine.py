@@ -13,7 +13,7 @@ from torch import nn
 from paraxis.engine.native_engine import extension
 from paraxis.plan.plan import parse
 from paraxis.program.cut import Layout
-from paraxis.program.instructions import MEMORY, OPS, REDUCES
+from paraxis.program.instructions import MEMORY, MIDWAY, OPS
 from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
 from paraxis.task.spec import TaskSpec
@@ -29,7 +29,7 @@ Shape = tuple[int, int, int]
 
 
 def test_operations_are_one_list() -> None:
-    assert tuple(native.OPS) == tuple(op for op in OPS if op not in MEMORY and not op.startswith(REDUCES))
+    assert tuple(native.OPS) == tuple(op for op in OPS if op not in MEMORY and not op.startswith(MIDWAY))
 
 
 @pytest.mark.parametrize("text", ["dp=2", "dp=2,pp=2,microbatches=2", "dp=2,sync=diloco@2", "dp=2,sync=hogwild"])
