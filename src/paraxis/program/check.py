@@ -140,9 +140,8 @@ def _check_rank(
         _check_token(state, i, slot, fail)
         shards.see(i, slot, fail)
         if i.op in COMPUTE and not (0 <= i.microbatch < program.microbatches and i.stage in program.stages_of(rank)):
-            own, stages = ", ".join(map(str, program.stages_of(rank))), len(program.stages)
-            known = f"there are {program.microbatches} microbatches and {stages} stages, of which {own} here"
-            fail(slot, f"{i.label()} of stage {i.stage}: {known}")
+            own = f"{len(program.stages)} stages, of which {', '.join(map(str, program.stages_of(rank)))} here"
+            fail(slot, f"{i.label()} of stage {i.stage}: there are {program.microbatches} microbatches and {own}")
         if i.op in MOMENTS:
             check_midway(program, state, i, slot, fail)
         if i.op == "F" and i.rule == "again":
