@@ -22,8 +22,8 @@ template <class T>
 using Array = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Numpy = nb::ndarray<nb::numpy, T, nb::c_contig, nb::device::cpu>;
-// (op, microbatch, slice, peer, axis, buffer, rule, mean, segment, bucket)
-using Words = std::tuple<std::string, int, int, int, std::string, std::string, std::string, bool, int, int>;
+// (op, microbatch, slice, peer, axis, buffer, rule, mean, segment, bucket, stage)
+using Words = std::tuple<std::string, int, int, int, std::string, std::string, std::string, bool, int, int, int>;
 
 template <class List>
 int number_of(const List& list, const std::string& word, const char* what) {
@@ -37,7 +37,7 @@ Instruction instruction(nb::handle h, int microbatches) {
     auto text = [&](size_t n) { return nb::cast<std::string>(t[n]); };
     Instruction i{Op(number_of(OPS, text(0), "operation")), nb::cast<int>(t[1]), nb::cast<int>(t[2]), nb::cast<int>(t[3]),
                   Axis(number_of(AXES, text(4), "axis")), Buffer(number_of(BUFFERS, text(5), "buffer")),
-                  Rule(number_of(RULES, text(6), "rule")), nb::cast<bool>(t[7]), nb::cast<int>(t[8]), nb::cast<int>(t[9])};
+                  Rule(number_of(RULES, text(6), "rule")), nb::cast<bool>(t[7]), nb::cast<int>(t[8]), nb::cast<int>(t[9]), nb::cast<int>(t[10])};
     if (i.microbatch >= microbatches) throw nb::value_error("an instruction names a microbatch that there is not");
     return i;
 }
@@ -97,7 +97,8 @@ Fed<T> feed(Ensemble<T>& e, nb::object inputs, Array<int64_t> targets, Array<int
     fed.samples.index = index.data();
     fed.samples.batch = batch, fed.samples.size = size, fed.samples.scale = scale;
     fed.steps = int64_t(index.size()) / batch;
-    const int64_t classes = e.stage(e.grid.size() - 1).tail ? e.stage(e.grid.size() - 1).layers.back()->spec.out.size() : 0;
+    Stage<T>& last = e.stage(e.grid.size() - 1, e.each - 1);
+    const int64_t classes = last.tail ? last.layers.back()->spec.out.size() : 0;
     if (classes) check_below(targets.data(), index, each, classes, "label", " classes");
     return fed;
 }
@@ -108,9 +109,16 @@ int checked(Ensemble<T>& e, int microbatch) {
     return microbatch;
 }
 
+// One of the stages of a rank.
 template <class T>
-int checked_segment(Ensemble<T>& e, int segment) {
-    if (segment < 0 || segment >= e.stage(0).segments()) throw std::out_of_range("no such segment");
+Stage<T>& stage_of(Ensemble<T>& e, int rank, int number) {
+    if (rank < 0 || rank >= e.grid.size() || number < 0 || number >= e.each) throw std::out_of_range("no such stage");
+    return e.stage(rank, number);
+}
+
+template <class T>
+int checked_segment(Ensemble<T>& e, int number, int segment) {
+    if (segment < 0 || segment >= stage_of(e, 0, number).segments()) throw std::out_of_range("no such segment");
     return segment;
 }
 
@@ -120,9 +128,12 @@ Numpy<T> view(nb::handle owner, T* data, size_t count) {
 }
 
 template <class T>
-std::pair<Layer<T>*, typename Stage<T>::Place> layer_of(Stage<T>& stage, const std::string& name) {
-    for (size_t n = 0; n < stage.layers.size(); ++n)
-        if (stage.layers[n]->spec.name == name && stage.layers[n]->parameters) return {stage.layers[n].get(), stage.places[n]};
+std::pair<Layer<T>*, typename Stage<T>::Place> layer_of(Ensemble<T>& e, int rank, const std::string& name) {
+    for (int number = 0; number < e.each; ++number) {
+        Stage<T>& stage = e.stage(rank, number);
+        for (size_t n = 0; n < stage.layers.size(); ++n)
+            if (stage.layers[n]->spec.name == name && stage.layers[n]->parameters) return {stage.layers[n].get(), stage.places[n]};
+    }
     throw nb::key_error(name.c_str());
 }
 
@@ -130,21 +141,26 @@ template <class T>
 std::unique_ptr<Ensemble<T>> make(int dp, int pp, const std::vector<std::vector<Spec>>& specs, int slice,
                                   int microbatches, const std::vector<std::pair<std::string, nb::list>>& bodies,
                                   Hyper hyper, bool shared, int usable_cores, uint64_t seed, bool naively,
-                                  std::pair<int, int> whole, int tokens, bool dry, int tp) {
+                                  std::pair<bool, bool> ends, const std::vector<int>& kept, int tokens, bool dry, int tp) {
     const Grid grid{dp, pp, tp};
+    if (specs.size() % size_t(pp)) throw nb::value_error("there must be stages for every rank");
+    const Kernels<T>* kernels;
+    if constexpr (std::is_same_v<T, float>)
+        kernels = naively ? &naive() : &fastest();
+    else
+        kernels = &twin();
     std::vector<std::unique_ptr<Stage<T>>> stages;
-    for (int rank = 0; rank < grid.size(); ++rank) {
-        const Kernels<T>* kernels;
-        if constexpr (std::is_same_v<T, float>)
-            kernels = naively ? &naive() : &fastest();
-        else
-            kernels = &twin();
-        // `whole`: (number of the first stage here, stages in all), where this process has one rank of several.
-        const int stage = whole.first + grid.pp_of(rank);
-        stages.push_back(std::make_unique<Stage<T>>(specs.at(grid.pp_of(rank)), slice, microbatches, stage == 0,
-                                                    stage == whole.second - 1, *kernels, seed, tokens, dry,
-                                                    rank % tp ? stages[rank - rank % tp].get() : nullptr, rank % tp, tp));
-    }
+    for (int rank = 0; rank < grid.size(); ++rank)
+        for (size_t n = grid.pp_of(rank); n < specs.size(); n += pp) {
+            // `ends`: whether samples come into the first stage here, and the last one ends in the loss.
+            const bool head = ends.first && n == 0, tail = ends.second && n + 1 == specs.size();
+            const size_t thread = grid.tp_of(rank), each = specs.size() / pp;
+            const Stage<T>* first = thread ? stages[stages.size() - thread * each].get() : nullptr;
+            stages.push_back(std::make_unique<Stage<T>>(specs[n], slice, microbatches, head, tail, *kernels, seed, tokens, dry,
+                                                        first, int(thread), tp));
+            // `kept`: of every stage, for how many microbatches at once an I keeps what their W needs (0: never).
+            if (kept.at(n)) stages.back()->part(kept[n], pp > 1);
+        }
     return std::make_unique<Ensemble<T>>(grid, std::move(stages), bodies_of(bodies, microbatches), hyper, shared,
                                          usable_cores);
 }
@@ -154,8 +170,14 @@ void bind(nb::module_& m, const char* name) {
     using E = Ensemble<T>;
     nb::class_<E> c(m, name);
     c.def(nb::new_(&make<T>), "dp"_a, "pp"_a, "stages"_a, "slice"_a, "microbatches"_a, "bodies"_a, "hyper"_a, "shared"_a,
-          "usable_cores"_a, "seed"_a, "naive"_a, "whole"_a, "tokens"_a = 0, "dry"_a = false, "tp"_a = 1);
+          "usable_cores"_a, "seed"_a, "naive"_a, "ends"_a, "kept"_a, "tokens"_a = 0, "dry"_a = false, "tp"_a = 1);
     c.def("reserved", &E::reserved, "rank"_a);
+    // Bytes of what comes into a stage from another one, and of what goes out.
+    c.def("edges", [](E& e, int number, int rank) {
+        Stage<T>& stage = stage_of(e, rank, number);
+        const size_t entering = stage.head ? 0 : stage.input_elements(), leaving = stage.tail ? 0 : stage.output_elements();
+        return std::pair{entering * sizeof(T), leaving * sizeof(T)};
+    }, "stage"_a, "rank"_a);
     c.def(
         "run",
         [](E& e, int64_t first, const std::vector<int>& body, const std::vector<double>& rates, nb::object inputs,
@@ -188,52 +210,63 @@ void bind(nb::module_& m, const char* name) {
     c.def("begin", &E::begin);
     c.def(
         "load",
-        [](E& e, int microbatch, nb::object inputs, Array<int64_t> targets, Array<int64_t> index, int64_t size,
+        [](E& e, int number, int microbatch, nb::object inputs, Array<int64_t> targets, Array<int64_t> index, int64_t size,
            double scale, int64_t first) {
             Fed<T> fed = feed(e, inputs, targets, index, int64_t(index.size()), size, scale);
+            stage_of(e, 0, number);
             if (first < 0 || first + int64_t(e.stage(0).slice) * e.grid.size() > int64_t(index.size()))
                 throw nb::value_error("a slice lies outside of the batch");
             nb::gil_scoped_release release;
-            e.load(checked(e, microbatch), fed.samples, first);
+            e.load(number, checked(e, microbatch), fed.samples, first);
         },
-        "microbatch"_a, "inputs"_a, "targets"_a.noconvert(), "index"_a.noconvert(), "size"_a, "scale"_a, "first"_a);
+        "stage"_a, "microbatch"_a, "inputs"_a, "targets"_a.noconvert(), "index"_a.noconvert(), "size"_a, "scale"_a, "first"_a);
     c.def(
         "forward",
-        [](E& e, int segment, int microbatch, int64_t step, int64_t first, bool training) {
+        [](E& e, int number, int segment, int microbatch, int64_t step, int64_t first, bool training) {
             nb::gil_scoped_release release;
-            e.forward(checked_segment(e, segment), checked(e, microbatch), step, first, training);
+            e.forward(number, checked_segment(e, number, segment), checked(e, microbatch), step, first, training);
         },
-        "segment"_a, "microbatch"_a, "step"_a, "first"_a, "training"_a);
+        "stage"_a, "segment"_a, "microbatch"_a, "step"_a, "first"_a, "training"_a);
     c.def(
         "backward",
-        [](E& e, int segment, int microbatch, int64_t step, int64_t first) {
+        [](E& e, int number, int segment, int microbatch, int64_t step, int64_t first, bool parted) {
             nb::gil_scoped_release release;
-            e.backward(checked_segment(e, segment), checked(e, microbatch), step, first);
+            e.backward(number, checked_segment(e, number, segment), checked(e, microbatch), step, first, parted);
         },
-        "segment"_a, "microbatch"_a, "step"_a, "first"_a);
+        "stage"_a, "segment"_a, "microbatch"_a, "step"_a, "first"_a, "parted"_a);
+    c.def(
+        "weigh",
+        [](E& e, int number, int segment, int microbatch) {
+            nb::gil_scoped_release release;
+            e.weigh(number, checked_segment(e, number, segment), checked(e, microbatch));
+        },
+        "stage"_a, "segment"_a, "microbatch"_a);
     c.def("finish", &E::finish, nb::call_guard<nb::gil_scoped_release>(), "step"_a, "rate"_a, "scale"_a);
     // Of one thread's samples: what a microbatch hands on, and where it takes in what others hand on.
-    c.def("output", [](nb::handle self, int rank, int m) {
-        Stage<T>& stage = nb::cast<E&>(self).stage(rank);
+    c.def("output", [](nb::handle self, int number, int rank, int m) {
+        Stage<T>& stage = stage_of(nb::cast<E&>(self), rank, number);
         return view<T>(self, stage.output(m), stage.output_elements());
     });
-    c.def("input_gradient", [](nb::handle self, int rank, int m) {
-        Stage<T>& stage = nb::cast<E&>(self).stage(rank);
+    c.def("input_gradient", [](nb::handle self, int number, int rank, int m) {
+        Stage<T>& stage = stage_of(nb::cast<E&>(self), rank, number);
         return view<T>(self, stage.input_gradient(m), stage.head ? 0 : stage.input_elements());
     });
-    c.def("give_input", [](E& e, int rank, int m, nb::ndarray<T, nb::c_contig, nb::device::cpu> x) {
-        if (x.size() != e.stage(rank).input_elements()) throw nb::value_error("an input of another size");
-        e.stage(rank).give_input(checked(e, m), x.data());
+    c.def("give_input", [](E& e, int number, int rank, int m, nb::ndarray<T, nb::c_contig, nb::device::cpu> x) {
+        Stage<T>& stage = stage_of(e, rank, number);
+        if (x.size() != stage.input_elements()) throw nb::value_error("an input of another size");
+        stage.give_input(checked(e, m), x.data());
     });
-    c.def("give_gradient", [](E& e, int rank, int m, nb::ndarray<T, nb::c_contig, nb::device::cpu> dy) {
-        if (dy.size() != e.stage(rank).output_elements()) throw nb::value_error("a gradient of another size");
-        e.stage(rank).give_gradient(checked(e, m), dy.data());
+    c.def("give_gradient", [](E& e, int number, int rank, int m, nb::ndarray<T, nb::c_contig, nb::device::cpu> dy) {
+        Stage<T>& stage = stage_of(e, rank, number);
+        if (dy.size() != stage.output_elements()) throw nb::value_error("a gradient of another size");
+        stage.give_gradient(checked(e, m), dy.data());
     });
     // (loss, weight, hits) of this step, or of the evaluation in progress, which `clear` begins anew.
     c.def("score", [](E& e, bool training, bool clear) {
         std::vector<double> total(3);
         for (int rank = 0; rank < e.grid.size(); ++rank) {
-            Score& s = training ? e.stage(rank).step_score : e.stage(rank).evaluation;
+            Stage<T>& last = e.stage(rank, e.each - 1);
+            Score& s = training ? last.step_score : last.evaluation;
             total[0] += s.loss, total[1] += s.weight, total[2] += s.hits;
             if (clear) s = {};
         }
@@ -241,15 +274,16 @@ void bind(nb::module_& m, const char* name) {
     }, "training"_a, "clear"_a);
     c.def("parts", [](E& e, int rank) {
         std::vector<std::tuple<std::string, std::string, int64_t>> found;
-        for (const auto& layer : e.stage(rank).layers)
-            for (const auto& [part, count] : layer->parts()) found.push_back({layer->spec.name, part, count});
+        for (int number = 0; number < e.each; ++number)
+            for (const auto& layer : e.stage(rank, number).layers)
+                for (const auto& [part, count] : layer->parts()) found.push_back({layer->spec.name, part, count});
         nb::list out;
         for (const auto& [a, b, n] : found) out.append(nb::make_tuple(a, b, n));
         return out;
     });
     c.def("put", [](E& e, int rank, const std::string& name, const std::string& part, Array<T> tensor) {
         Stage<T>& stage = e.stage(rank);
-        auto [layer, place] = layer_of(stage, name);
+        auto [layer, place] = layer_of(e, rank, name);
         for (const auto& [known, count] : layer->parts())
             if (known == part && size_t(count) == tensor.size())
                 return layer->pack(part, tensor.data(), stage.weights->params.data() + place.weights,
@@ -259,19 +293,24 @@ void bind(nb::module_& m, const char* name) {
     c.def("get", [](E& e, int rank, const std::string& name, const std::string& part,
                     nb::ndarray<T, nb::c_contig, nb::device::cpu> tensor) {
         Stage<T>& stage = e.stage(rank);
-        auto [layer, place] = layer_of(stage, name);
+        auto [layer, place] = layer_of(e, rank, name);
         for (const auto& [known, count] : layer->parts())
             if (known == part && size_t(count) == tensor.size())
                 return layer->unpack(part, stage.weights->params.data() + place.weights,
                                      stage.weights->running.data() + place.statistics, tensor.data());
         throw nb::value_error((name + "." + part + " has another size or is not there").c_str());
     });
-    c.def("tied", [](E& e, int rank, int tie) { return e.stage(rank).tied(tie); });
-    c.def("segments", [](E& e, int rank) { return e.stage(rank).segments(); });
+    c.def("tied", [](E& e, int rank, int tie) { return e.tied(rank, tie); });
+    // Where a stage's parameters lie in the flat buffers of its rank: begin, end.
+    c.def("part_of", [](E& e, int number) {
+        Stage<T>& stage = stage_of(e, 0, number);
+        return std::pair{stage.begins, stage.begins + stage.parameters};
+    }, "stage"_a);
+    c.def("segments", [](E& e, int number) { return stage_of(e, 0, number).segments(); }, "stage"_a);
     c.def("borders", [](E& e, int rank) { return e.stage(rank).borders(); });
-    // What a layer's replicas add up in the middle of a pass: the n-th such layer of a rank.
-    c.def("moments", [](nb::handle self, int rank, int n) {
-        Stage<T>& stage = nb::cast<E&>(self).stage(rank);
+    // What a layer's replicas add up in the middle of a pass: the n-th such layer of a stage.
+    c.def("moments", [](nb::handle self, int number, int n) {
+        Stage<T>& stage = stage_of(nb::cast<E&>(self), 0, number);
         if (n < 0 || n >= int(stage.moments.size())) throw std::out_of_range("no such layer");
         return view<double>(self, stage.moments[n].data(), stage.moments[n].size());
     });

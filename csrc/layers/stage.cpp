@@ -35,6 +35,7 @@ Stage<T>::Stage(const std::vector<Spec>& specs, int slice, int microbatches, boo
     for (int m = 0; m < microbatches; ++m) house(first ? &first->slots[m] : nullptr);
     share();
     plan_gradients();
+    shelved.assign(elements.size(), false);
     house_gradients(false, first);
 }
 
@@ -96,6 +97,10 @@ size_t Stage<T>::activation_bytes() const {
     size_t total = scratch.bytes();
     for (const auto& own : grads) total += own.bytes();
     for (const auto& own : moments) total += own.bytes();
+    for (const auto& shelf : shelves) {
+        total += shelf->input.bytes();
+        for (const auto& own : shelf->gradients) total += own.bytes();
+    }
     for (const Slot& slot : slots) {
         total += slot.entering.bytes();
         for (const auto& own : slot.acts) total += own.bytes();
@@ -181,6 +186,10 @@ void Stage<T>::house_gradients(bool apart, const Stage* theirs) {
     rooms.assign(elements.size(), -1);
     const auto house = [&](int id) {
         if (id <= 0 || id + 1 == int(elements.size()) || rooms[id] >= 0) return;
+        if (shelved[id]) {
+            rooms[id] = id;  // of its shelf
+            return;
+        }
         if (empty.empty()) {
             empty.push_back(int(sizes.size()));
             sizes.push_back(0);
@@ -201,7 +210,7 @@ void Stage<T>::house_gradients(bool apart, const Stage* theirs) {
             throw std::invalid_argument(spec.name + ": nobody reads what it makes");
         house(spec.x);
         house(spec.skip);
-        if (!apart && rooms[spec.y] >= 0) used.push_back(rooms[spec.y]);
+        if (!apart && rooms[spec.y] >= 0 && !shelved[spec.y]) used.push_back(rooms[spec.y]);
     }
     grads.clear();
     for (size_t n = 0; n < sizes.size(); ++n) grads.push_back(theirs ? theirs->grads[n].lend() : Memory<T>(sizes[n], dry));
@@ -211,7 +220,8 @@ template <class T>
 T* Stage<T>::grad(int m, int id) {
     if (!id) return slots[m].entering.data();
     if (id + 1 == int(elements.size())) return tail ? slots[m].acts.back().data() : slots[m].gradient;
-    return grads[rooms[id]].data();
+    if (!shelved[id]) return grads[rooms[id]].data();
+    return slots[m].shelf ? slots[m].shelf->gradients[rooms[id]].data() : nullptr;  // a forward has none
 }
 
 template <class T>
@@ -222,13 +232,13 @@ Pass<T> Stage<T>::pass(size_t n, int m, uint64_t step, int64_t first, bool train
     const auto place = std::find(meeting.begin(), meeting.end(), n);
     return {
         .kernels = &kernels, .blocks = blocks, .samples = slot.valid, .tokens = tokens, .seed = seed, .step = step, .first = first,
-        .training = training, .add = backwards > 0 || dw_add[n], .parted = false, .w = weights->params.data() + places[n].weights,
-        .running = weights->running.data() + places[n].statistics, .collected = collected.data() + places[n].statistics,
-        .dw = gradients.data() + places[n].weights, .x = act(m, spec.x),
+        .training = training, .add = backwards > 0 || dw_add[n], .parted = false, .w = flat->weights->params.data() + places[n].weights,
+        .running = flat->weights->running.data() + places[n].statistics, .collected = flat->collected.data() + places[n].statistics,
+        .dw = flat->gradients.data() + places[n].weights, .x = act(m, spec.x),
         .skip = spec.skip >= 0 ? act(m, spec.skip) : nullptr, .y = act(m, spec.y), .dy = grad(m, spec.y),
         .dx = first_layer ? nullptr : grad(m, spec.x),
-        .dskip = spec.skip > 0 || (spec.skip == 0 && !head) ? grad(m, spec.skip) : nullptr, .dx_add = dx_add[n],
-        .dskip_add = dskip_add[n], .kept = slot.kept[n].data(), .marks = slot.marks[n].data(),
+        .dskip = spec.skip > 0 || (spec.skip == 0 && !head) ? grad(m, spec.skip) : nullptr,
+        .dx_add = dx_add[n], .dskip_add = dskip_add[n], .kept = slot.kept[n].data(), .marks = slot.marks[n].data(),
         .scratch = scratch.data(), .terms = &terms, .share = 1,
         .moments = place == meeting.end() ? nullptr : moments[place - meeting.begin()].data(), .slice = thread,
         .slices = threads,
@@ -286,9 +296,10 @@ void Stage<T>::forward(int segment, int m, uint64_t step, int64_t first, bool tr
 
 template <class T>
 void Stage<T>::backward(int segment, int m, uint64_t step, int64_t first, bool parted) {
+    if (halved) shelve(slots[m]);
     const auto passed = [&](size_t n) {
         Pass<T> p = pass(n, m, step, first, true);
-        p.parted = parted;
+        p.parted = parted || halved;
         return p;
     };
     const int last = reach(segment, false);
@@ -301,6 +312,10 @@ void Stage<T>::backward(int segment, int m, uint64_t step, int64_t first, bool p
         layers[front]->measure_back(passed(front));
     else if (front)
         layers[front - 1]->open_back(passed(front - 1));
+    if (!parted && halved)
+        weigh(segment, m);
+    else if (!parted && !segment)
+        ++weighed;
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-// One rank's stage: its layers, the activations of every microbatch in flight, and gradients.
+// A stage: its layers, the activations of every microbatch in flight, and gradients.
 #pragma once
 
 #include "layer.h"
@@ -45,6 +45,14 @@ class Stage {
     void forward(int segment, int microbatch, uint64_t step, int64_t first, bool training);
     // `parted`: but for the gradient of matrices, which `own` computes.
     void backward(int segment, int microbatch, uint64_t step, int64_t first, bool parted = false);
+    // Stages of one rank lie in common flat buffers, those of its first; this one's part comes behind what is there.
+    void join(Stage& first);
+    // I and W apart: a backward leaves the gradient of matrices to `weigh`, and keeps until then what that is made of; one
+    // that is not `parted` calls it itself.
+    // `most`: microbatches between their I and W at once; `borrowed`: their inputs lie with the stage in front.
+    void part(int most, bool borrowed);
+    void keep_input(int microbatch);
+    void weigh(int segment, int microbatch);
     // The n-th owner's part of the gradient of matrices, over the samples of all replicas of this stage.
     void own(int segment, const std::vector<Stage*>& replicas, int n);
     void own_by(int owners);  // room for that; before the first step
@@ -62,7 +70,7 @@ class Stage {
     int symbols() const { return layers.front()->spec.entries; }  // that it takes in, where it is the head of tokens
     std::pair<size_t, size_t> tied(int tie) const;  // where the parameters of that number lie: begin, end
     int segments() const { return int(cuts.size()) + 1; }
-    bool begins(bool forward, int segment) const { return !segment || stops(segment - 1, forward); }
+    bool starts(bool forward, int segment) const { return !segment || stops(segment - 1, forward); }
     std::vector<std::string> borders() const;  // between its segments, in the words of a program
     size_t activation_bytes() const;  // of all microbatches, with what the layers need while they compute
 
@@ -72,16 +80,23 @@ class Stage {
     std::vector<std::unique_ptr<Layer<T>>> layers;
     std::vector<Place> places;  // of each layer's parameters and statistics in the flat buffers
     size_t parameters = 0, statistics = 0;
+    size_t begins = 0;  // its parameters in the flat buffers
+    // Of the first stage of a rank, with room for all of them.
     std::shared_ptr<Weights<T>> weights;
     Memory<T> gradients, collected;
     std::vector<Memory<double>> moments;  // of every layer that meets the other replicas, in order
     Score step_score, evaluation;
     int backwards = 0;  // of this step; the first one overwrites the gradients
+    int weighed = 0;    // microbatches whose gradients are complete; the first one overwrites those of matrices
     const int slice, microbatches, tokens, thread, threads;
     const bool head, tail, dry;
     const Kernels<T>& kernels;
 
   private:
+    struct Shelf {  // what an I keeps for its W: gradients of what layers with a matrix have made, a borrowed input
+        std::vector<Memory<T>> gradients;
+        Memory<T> input;
+    };
     struct Slot {
         std::vector<Memory<T>> acts;  // acts[0] only where samples come in
         std::vector<Memory<T>> kept;
@@ -91,12 +106,18 @@ class Stage {
         T* gradient = nullptr;
         std::vector<int64_t> targets;
         int valid = 0;
+        Shelf* shelf = nullptr;
     };
     std::vector<Slot> slots;
+    std::vector<std::unique_ptr<Shelf>> shelves;
+    std::vector<Shelf*> idle;
+    std::vector<bool> shelved;  // activations whose gradient is kept for a W; none where I and W are not apart
+    bool halved = false, borrows = false;
+    Stage* flat = this;         // the first stage of the rank
     // Of every activation but the input and, in the tail, the output; no two microbatches are in a backward at once. One
     // that has been used up leaves its room to another.
     std::vector<Memory<T>> grads;
-    std::vector<int> rooms;         // of each activation, among `grads`; -1: none
+    std::vector<int> rooms;         // of each activation, among `grads` or those on a shelf; -1: none
     std::vector<size_t> elements;   // of every activation
     std::vector<bool> dx_add, dskip_add;
     std::vector<bool> dw_add;       // somebody behind it, who uses the same parameters, has written their gradient
@@ -116,6 +137,8 @@ class Stage {
     void settle(const Spec& spec, const Layer<T>& layer);
     void house(const Slot* theirs);
     void plan_gradients();
+    void add_shelf();
+    void shelve(Slot& slot);
     void house_gradients(bool apart, const Stage* theirs = nullptr);
     void share();
     bool stops(int border, bool forward) const { return forward ? cuts[border].forward : cuts[border].backward; }

@@ -5,6 +5,7 @@
 #include <array>
 #include <functional>
 #include <memory>
+#include <utility>
 
 #include "../layers/stage.h"
 #include "gate.h"
@@ -42,11 +43,35 @@ inline std::pair<size_t, size_t> part_of(size_t count, int n, int parts) {
 // Whether an instruction sums what a batch norm over all replicas needs.
 inline bool meets(const Instruction& i) { return i.buffer == Buffer::moments || i.buffer == Buffer::moment_grads; }
 
+// From a stage to one beside it, which may want microbatches in another order than they are sent in.
+template <class T>
+class Line {
+  public:
+    Line(int microbatches, int spin, const Abort& abort) : channel(microbatches + 1, spin, abort), early(microbatches) {}
+    void send(int microbatch, T* data) { channel.push({microbatch, data}); }
+    T* receive(int microbatch) {
+        while (!early[microbatch]) {
+            const Parcel parcel = channel.pop();
+            early[parcel.microbatch] = parcel.data;
+        }
+        return std::exchange(early[microbatch], nullptr);
+    }
+
+  private:
+    struct Parcel {
+        int microbatch;
+        T* data;
+    };
+    Channel<Parcel> channel;
+    std::vector<T*> early;  // the receiver's: what has come before its turn
+};
+
 template <class T>
 class Ensemble {
   public:
-    // `shared`: replicas have one copy of the weights; otherwise each its own. The threads of a `tp` group have one copy of
-    // everything. Throws std::invalid_argument.
+    // `stages`: equally many of each rank, those of a rank side by side; stage s of a replica is number s / pp on place
+    // s % pp. `shared`: replicas have one copy of the weights; otherwise each its own. The threads of a `tp` group have one
+    // copy of everything, and one stage. Throws std::invalid_argument.
     Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> stages, std::vector<Body> bodies, Hyper hyper,
              bool shared, int usable_cores);
 
@@ -59,20 +84,23 @@ class Ensemble {
     std::vector<std::vector<int64_t>> stamps(int64_t step) const;  // nanoseconds of each rank around its instructions
 
     // Driven from outside, as one rank of a larger mesh: the replicas here are the threads of that rank, which share
-    // the samples of every microbatch and add their gradients up in those of the first.
-    void load(int microbatch, const Samples& samples, int64_t first);
-    void forward(int segment, int microbatch, int64_t step, int64_t first, bool training);
-    void backward(int segment, int microbatch, int64_t step, int64_t first);
+    // the samples of every microbatch and add their gradients up in those of the first. `number`: of a stage on it.
+    void load(int number, int microbatch, const Samples& samples, int64_t first);
+    void forward(int number, int segment, int microbatch, int64_t step, int64_t first, bool training);
+    // `parted`: an I, whose W is `weigh`; both take a stage that has been told to part.
+    void backward(int number, int segment, int microbatch, int64_t step, int64_t first, bool parted);
+    void weigh(int number, int segment, int microbatch);
     void finish(int64_t step, double rate, double scale);
     void begin();
 
-    // Bytes of a rank's parameters (which replicas may have in common), gradients, optimiser's state, activations; of
-    // what comes into its stage from another one, and of what goes out.
-    std::array<size_t, 6> reserved(int rank) const;
+    // Bytes of a rank's parameters (which replicas may have in common), gradients, optimiser's state, activations.
+    std::array<size_t, 4> reserved(int rank) const;
 
-    Stage<T>& stage(int rank) { return *stages[rank]; }
+    Stage<T>& stage(int rank, int number = 0) { return *every[rank * each + number]; }
+    std::pair<size_t, size_t> tied(int rank, int tie);  // where a rank's flat buffers have the parameters of a tie
     const Grid grid;
     const bool shared;
+    const int each;  // stages of a rank
 
   private:
     // What one rank has in hand while it runs.
@@ -83,12 +111,13 @@ class Ensemble {
         double rate = 0;
         const Samples* samples = nullptr;
     };
-    struct Links {  // between a rank and the next stage of its replica
-        Links(int room, int spin, const Abort& abort) : acts(room, spin, abort), grads(room, spin, abort) {}
-        Channel<T*> acts, grads;
+    struct Links {  // between two stages of a replica
+        Links(int microbatches, int spin, const Abort& abort) : acts(microbatches, spin, abort), grads(microbatches, spin, abort) {}
+        Line<T> acts, grads;
     };
 
-    std::vector<std::unique_ptr<Stage<T>>> stages;
+    std::vector<std::unique_ptr<Stage<T>>> every;
+    std::vector<Stage<T>*> stages;  // the first of each rank, which has the flat buffers
     std::vector<Body> bodies;
     Hyper hyper;
     int spin;
@@ -97,7 +126,7 @@ class Ensemble {
     std::vector<std::unique_ptr<Barrier>> replicas, pipelines, groups;
     std::vector<std::vector<int>> ties;            // of what stages have copies of: these stages
     std::vector<std::unique_ptr<Barrier>> knots;  // [tie * dp + replica], of all threads of these stages
-    std::vector<std::unique_ptr<Links>> links;
+    std::vector<std::unique_ptr<Links>> links;    // [(stage in front * dp + replica) * tp + thread]
     std::vector<double> norms;
     std::vector<std::vector<int64_t>> clocks;  // [rank * RING + step % RING]
     std::vector<Memory<T>> strips;
@@ -114,13 +143,19 @@ class Ensemble {
     std::vector<std::vector<Stage<T>*>> kin;  // replicas of each stage
     std::vector<std::vector<const T*>> sources;  // whose gradients a rank is summing
 
+    void fits(const Body& body, int rank, const Instruction& i);
+    int place(const Hand& hand, const Instruction& i) const { return i.stage < 0 ? grid.pp_of(hand.rank) : i.stage; }
+    Links& link(const Hand& hand, int edge) {
+        return *links[(edge * grid.dp + grid.dp_of(hand.rank)) * grid.tp + grid.tp_of(hand.rank)];
+    }
+    void complete(int rank, int number);
     void connect();
-    struct Line {  // the ranks along an axis, the place of one of them, and their barrier
+    struct Row {  // the ranks along an axis, the place of one of them, and their barrier
         int parts, me;
         std::function<int(int)> member;
         Barrier& gate;
     };
-    Line line(int rank, Axis axis) const;
+    Row row(int rank, Axis axis) const;
     void meet(int rank, Axis axis);
     void start(const std::function<void(int)>& f);
     void body(Hand& hand, const Body& body, std::vector<int64_t>* stamps);

@@ -36,6 +36,7 @@ struct Instruction {
     Rule rule;
     bool mean;
     int segment = 0, bucket = -1;
+    int stage = -1;  // of the whole pipeline (-1: the first of its rank)
 };
 
 struct Body {

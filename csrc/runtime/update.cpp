@@ -24,7 +24,7 @@ template <class T>
 void Ensemble<T>::all_reduce(Hand& hand, const Instruction& i) {
     if (meets(i)) return sum_moments(hand, i);
     if (i.buffer == Buffer::tied) return sum_copies(hand, i);
-    const auto [parts, me, member, gate] = line(hand.rank, i.axis);
+    const auto [parts, me, member, gate] = row(hand.rank, i.axis);
     gate.wait(me);
     if (i.buffer == Buffer::norm) {
         double sum = 0;
@@ -66,10 +66,10 @@ void Ensemble<T>::sum_copies(Hand& hand, const Instruction& i) {
     Barrier& gate = *knots[i.bucket * grid.dp + d];
     std::vector<T*> from;
     for (int place : places) {
-        Stage<T>& own = *stages[grid.rank(d, place)];
-        from.push_back(own.gradients.data() + own.tied(i.bucket).first);
+        const int rank = grid.rank(d, place);
+        from.push_back(stages[rank]->gradients.data() + tied(rank, i.bucket).first);
     }
-    const auto [begin, end] = stages[hand.rank]->tied(i.bucket);
+    const auto [begin, end] = tied(hand.rank, i.bucket);
     gate.wait(me);
     sum_into_all(hand, from, end - begin, me, int(places.size()) * grid.tp, i.mean);
     gate.wait(me);
@@ -78,14 +78,15 @@ void Ensemble<T>::sum_copies(Hand& hand, const Instruction& i) {
 // The same for the sums of one layer that its replicas share, which are few and in double precision.
 template <class T>
 void Ensemble<T>::sum_moments(Hand& hand, const Instruction& i) {
-    const int stage = grid.pp_of(hand.rank), me = grid.dp_of(hand.rank);
-    Barrier& gate = *replicas[stage];
+    const int p = grid.pp_of(hand.rank), me = grid.dp_of(hand.rank), number = place(hand, i) / grid.pp;
+    const auto of = [&](int n) -> Memory<double>& { return stage(grid.rank(n, p), number).moments[i.bucket]; };
+    Barrier& gate = *replicas[p];
     gate.wait(me);
-    const auto [begin, end] = part_of(stages[hand.rank]->moments[i.bucket].size(), me, grid.dp);
+    const auto [begin, end] = part_of(of(me).size(), me, grid.dp);
     for (size_t k = begin; k < end; ++k) {
         double sum = 0;
-        for (int n = 0; n < grid.dp; ++n) sum += stages[grid.rank(n, stage)]->moments[i.bucket][k];
-        for (int n = 0; n < grid.dp; ++n) stages[grid.rank(n, stage)]->moments[i.bucket][k] = sum;
+        for (int n = 0; n < grid.dp; ++n) sum += of(n)[k];
+        for (int n = 0; n < grid.dp; ++n) of(n)[k] = sum;
     }
     gate.wait(me);
 }
@@ -94,14 +95,17 @@ template <class T>
 void Ensemble<T>::update(Hand& hand, const Instruction& i) {
     Stage<T>& stage = *stages[hand.rank];
     if (i.rule == Rule::zero) {
-        stage.backwards = 0;
-        stage.step_score = {};
+        for (int number = 0; number < each; ++number) {
+            Stage<T>& own = *every[hand.rank * each + number];
+            own.backwards = own.weighed = 0;
+            own.step_score = {};
+        }
     } else if (i.rule == Rule::norm) {
         norm(hand);
     } else if (i.rule == Rule::statistics) {
         if (grid.tp_of(hand.rank)) return;  // of a group's statistics its first thread takes care
         const bool writes = !shared || grid.dp_of(hand.rank) == 0;
-        for (size_t k = 0; k < stage.statistics; ++k) {
+        for (size_t k = 0; k < stage.collected.size(); ++k) {
             if (writes) stage.weights->running[k] = stage.collected[k] / T(stage.microbatches);
             stage.collected[k] = 0;
         }
@@ -116,13 +120,12 @@ void Ensemble<T>::update(Hand& hand, const Instruction& i) {
 
 template <class T>
 void Ensemble<T>::tie() {
-    for (int place = 0; place < grid.pp; ++place)
-        for (const auto& layer : stages[grid.rank(0, place)]->layers) {
-            const int number = layer->spec.tie;
+    for (int n = 0; n < grid.pp * each; ++n)
+        for (const auto& layer : stage(grid.rank(0, n / each), n % each).layers) {
+            const int number = layer->spec.tie, place = n / each;
             if (number < 0) continue;
             ties.resize(std::max(ties.size(), size_t(number) + 1));
-            const Stage<T>& first = *stages[grid.rank(0, ties[number].empty() ? place : ties[number][0])];
-            const auto [begin, end] = first.tied(number);
+            const auto [begin, end] = tied(grid.rank(0, ties[number].empty() ? place : ties[number][0]), number);
             if (end - begin != layer->parameters || (!ties[number].empty() && ties[number].back() == place))
                 throw std::invalid_argument(layer->spec.name + ": it is no copy of what another stage has");
             ties[number].push_back(place);
@@ -134,7 +137,7 @@ template <class T>
 void Ensemble<T>::assign(int rank, size_t begin, size_t end, bool summed) {
     const int place = grid.pp_of(rank);
     for (size_t number = 0; number < ties.size(); ++number) {
-        const auto [from, to] = stages[rank]->tied(int(number));
+        const auto [from, to] = tied(rank, int(number));
         if (from == to || ties[number][0] == place || to <= begin || end <= from) continue;
         if (begin < from) assign(rank, begin, from, summed);
         pieces[rank].push_back({std::max(begin, from), std::min(end, to), summed, false});
@@ -175,8 +178,8 @@ void Ensemble<T>::divide(bool owners) {
         const int me = grid.dp_of(rank), thread = grid.tp_of(rank);
         if (!thread) kin[grid.pp_of(rank)].push_back(&stage);
         if (!owners) {
-            const auto [begin, end] = shared ? part_of(stage.parameters, me * grid.tp + thread, grid.dp * grid.tp)
-                                             : std::pair<size_t, size_t>{0, stage.parameters};
+            const size_t count = stage.gradients.size();
+            const auto [begin, end] = shared ? part_of(count, me * grid.tp + thread, grid.dp * grid.tp) : std::pair<size_t, size_t>{0, count};
             assign(rank, begin, end, shared && grid.dp > 1);
             continue;
         }

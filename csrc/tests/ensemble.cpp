@@ -1,8 +1,8 @@
 // The whole runtime under a sanitizer, layers and fast kernels included: ensemble [--seed-fault missing-barrier|missing-wait]
 //
 // Two small networks, of images and of tokens, are trained alone, by two replicas with weights in common, by replicas with
-// weights of their own, by two stages, by both at once, and by groups of threads that share every layer. All must end with
-// the same weights up to rounding.
+// weights of their own, by two stages or two ranks of two stages each, by both at once, with I and W apart, and by groups of
+// threads that share every layer. All must end with the same weights up to rounding.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -31,25 +31,29 @@ struct Plan {
     bool owners = false;
     bool whole = false;  // statistics over all replicas
     bool of_tokens = false;
+    int each = 1;         // stages of a rank
+    bool halved = false;  // I and W apart
+    bool clipped = true;  // which has the stages wait for each other in every step
+    int stages() const { return grid.pp * each; }
     Network network() const { return of_tokens ? tokens() : images(); }
     bool meets() const { return whole && grid.dp > 1; }
 };
 
-// Lists of instructions as Python's lowering makes them, for 1F1B.
+// Lists of instructions as Python's lowering makes them, for 1F1B; where a rank has several stages, for GPipe.
 struct Lister {
     const Plan& plan;
     int rank;
     const Stage<float>& own;
     std::vector<Instruction> list = {};
 
-    int stage() const { return plan.grid.pp_of(rank); }
-    bool first() const { return stage() == 0; }
-    bool last() const { return stage() == plan.grid.pp - 1; }
+    int stage = plan.grid.pp_of(rank);  // that is being listed
+    bool first() const { return stage == 0; }
+    bool last() const { return stage == plan.stages() - 1; }
 
     void add(Op op, int microbatch = 0, Axis axis = Axis::none, Buffer buffer = Buffer::none, Rule rule = Rule::none,
              bool mean = false) {
         const int slice = plan.grid.dp_of(rank) * plan.microbatches + microbatch;
-        list.push_back({op, microbatch, slice, -1, axis, buffer, rule, mean});
+        list.push_back({op, microbatch, slice, -1, axis, buffer, rule, mean, 0, -1, stage});
     }
     void update(Rule rule) { add(Op::Update, 0, Axis::none, Buffer::none, rule); }
 
@@ -65,7 +69,7 @@ struct Lister {
         const bool forward = op == Op::F;
         for (int n = 0, begun = 0; n < own.segments(); ++n) {
             const int segment = forward ? n : own.segments() - 1 - n;
-            if (!own.begins(forward, segment)) continue;
+            if (!own.starts(forward, segment)) continue;
             if (begun++ && !impatient) add(Op::AllGatherWait, m, Axis::tp, forward ? Buffer::acts : Buffer::act_grads);
             add(op, m, Axis::none, Buffer::none, rule);
             list.back().segment = segment;
@@ -89,7 +93,7 @@ struct Lister {
 
     void backward(int m) {
         if (!last()) add(Op::RecvGradWait, m);
-        const Op op = plan.owners ? Op::I : Op::B;
+        const Op op = plan.owners || plan.halved ? Op::I : Op::B;
         if (plan.grid.tp > 1) shared(op, m);
         if (plan.meets() && first()) {
             add(op, m);
@@ -106,14 +110,38 @@ struct Lister {
         list.back().bucket = 0;
     }
 
-    std::vector<Instruction> training() {
-        const int ahead = std::min(plan.microbatches, plan.grid.pp - stage());
-        update(Rule::zero);
+    void weights(int m) {
+        if (plan.halved) add(Op::W, m);
+    }
+
+    // Weights come late: then the stage in front may be a step ahead.
+    void one_by_one() {
+        const int ahead = std::min(plan.microbatches, plan.grid.pp - stage);
         for (int m = 0; m < ahead; ++m) forward(m, Rule::none);
         for (int m = 0; m < plan.microbatches; ++m) {
             backward(m);
             if (m + ahead < plan.microbatches) forward(m + ahead, Rule::none);
         }
+        for (int m = 0; m < plan.microbatches; ++m) weights(m);
+    }
+
+    void all_forward() {
+        for (; stage < plan.stages(); stage += plan.grid.pp)
+            for (int m = 0; m < plan.microbatches; ++m) forward(m, Rule::none);
+        while ((stage -= plan.grid.pp) >= 0)
+            for (int m = 0; m < plan.microbatches; ++m) {
+                backward(m);
+                weights(m);
+            }
+    }
+
+    std::vector<Instruction> training() {
+        update(Rule::zero);
+        if (plan.each > 1)
+            all_forward();
+        else
+            one_by_one();
+        stage = plan.grid.pp_of(rank);
         const bool tied = plan.of_tokens && plan.grid.pp > 1;
         if (tied && plan.shared) add_copies();
         if (plan.shared && !seeded) add(plan.owners ? Op::AllGatherWait : Op::ReduceScatterWait, 0, Axis::dp, Buffer::grads);
@@ -123,10 +151,12 @@ struct Lister {
         }
         if (!plan.shared) add(Op::AllReduceWait, 0, Axis::dp, Buffer::grads);
         if (tied && !plan.shared) add_copies();
-        update(Rule::norm);
-        if (plan.shared) add(Op::AllReduceWait, 0, Axis::dp, Buffer::norm);
-        add(Op::AllReduceWait, 0, Axis::pp, Buffer::norm);
-        add(Op::AllReduceWait, 0, Axis::tp, Buffer::norm);
+        if (plan.clipped) {
+            update(Rule::norm);
+            if (plan.shared) add(Op::AllReduceWait, 0, Axis::dp, Buffer::norm);
+            add(Op::AllReduceWait, 0, Axis::pp, Buffer::norm);
+            add(Op::AllReduceWait, 0, Axis::tp, Buffer::norm);
+        }
         add(Op::AllReduceWait, 0, Axis::dp, Buffer::statistics, Rule::none, true);
         update(Rule::statistics);
         update(Rule::step);
@@ -136,7 +166,8 @@ struct Lister {
     }
 
     std::vector<Instruction> evaluation() {
-        for (int m = 0; m < plan.microbatches; ++m) forward(m, Rule::evaluate);
+        for (; stage < plan.stages(); stage += plan.grid.pp)
+            for (int m = 0; m < plan.microbatches; ++m) forward(m, Rule::evaluate);
         return list;
     }
 };
@@ -146,7 +177,7 @@ using Stages = std::vector<std::unique_ptr<Stage<float>>>;
 std::vector<Body> bodies_of(const Plan& plan, const Stages& stages) {
     std::vector<Body> bodies{{"step", {}}, {"evaluate", {}}, {"settle", {}}};
     for (int rank = 0; rank < plan.grid.size(); ++rank) {
-        const Stage<float>& own = *stages[rank];
+        const Stage<float>& own = *stages[rank * plan.each];
         bodies[0].ranks.push_back(Lister{plan, rank, own}.training());
         bodies[1].ranks.push_back(Lister{plan, rank, own}.evaluation());
         Lister settle{plan, rank, own};
@@ -156,18 +187,19 @@ std::vector<Body> bodies_of(const Plan& plan, const Stages& stages) {
     return bodies;
 }
 
-void for_each_part(Ensemble<float>& e, int rank,
+void for_each_part(Ensemble<float>& e, int rank, int number,
                    const std::function<void(Layer<float>&, const std::string&, int64_t, float*, float*)>& f) {
-    Stage<float>& stage = e.stage(rank);
+    Stage<float>& stage = e.stage(rank, number);
+    const auto& weights = *e.stage(rank).weights;
     for (size_t n = 0; n < stage.layers.size(); ++n)
         for (const auto& [part, count] : stage.layers[n]->parts())
-            f(*stage.layers[n], part, count, stage.weights->params.data() + stage.places[n].weights,
-              stage.weights->running.data() + stage.places[n].statistics);
+            f(*stage.layers[n], part, count, weights.params.data() + stage.places[n].weights,
+              weights.running.data() + stage.places[n].statistics);
 }
 
 // Weights that depend on the layer's name alone, so that all plans start alike.
-void initialise(Ensemble<float>& e, int rank) {
-    for_each_part(e, rank, [](Layer<float>& own, const std::string& part, int64_t count, float* w, float* running) {
+void initialise(Ensemble<float>& e, int rank, int number) {
+    for_each_part(e, rank, number, [](Layer<float>& own, const std::string& part, int64_t count, float* w, float* running) {
         std::vector<float> values(count);
         for (int64_t i = 0; i < count; ++i) {
             const uint32_t mixed = (uint32_t(i) * 2654435761u + own.spec.name[0] * 97u + part[0]) >> 8;
@@ -181,8 +213,8 @@ void initialise(Ensemble<float>& e, int rank) {
 
 std::vector<Weight> weights_of(Ensemble<float>& e, int dp) {
     std::vector<Weight> found;
-    for (int stage = 0; stage < e.grid.pp; ++stage)
-        for_each_part(e, e.grid.rank(dp, stage),
+    for (int stage = 0; stage < e.grid.pp * e.each; ++stage)
+        for_each_part(e, e.grid.rank(dp, stage % e.grid.pp), stage / e.grid.pp,
                       [&](Layer<float>& own, const std::string& part, int64_t count, float* w, float* running) {
                           found.push_back({own.spec.name + "." + part, std::vector<float>(count)});
                           own.unpack(part, w, running, found.back().second.data());
@@ -222,21 +254,25 @@ struct Result {
 Result trained(const Plan& plan, const Data& data) {
     const int slice = BATCH / (plan.grid.dp * plan.microbatches);
     const Network network = plan.network();
-    Stages stages;
-    for (int rank = 0; rank < plan.grid.size(); ++rank) {
-        const int p = plan.grid.pp_of(rank), thread = plan.grid.tp_of(rank);
-        auto specs = plan.grid.pp == 1 ? joined(network) : numbered(p ? network.back : network.front);
+    auto every = staged(network, plan.stages());
+    for (auto& specs : every)
         for (Spec& spec : specs)
             if (spec.kind == "batch_norm" && plan.whole) spec.across = plan.grid.dp;
-        stages.push_back(std::make_unique<Stage<float>>(specs, slice, plan.microbatches, p == 0,
-                                                        p == plan.grid.pp - 1, *plan.kernels, 5, network.tokens,
-                                                        thread ? stages[rank - thread].get() : nullptr, thread, plan.grid.tp));
-    }
+    Stages stages;
+    for (int rank = 0; rank < plan.grid.size(); ++rank)
+        for (int s = plan.grid.pp_of(rank); s < plan.stages(); s += plan.grid.pp) {
+            const int thread = plan.grid.tp_of(rank);
+            const Stage<float>* first = thread ? stages[stages.size() - thread * plan.each].get() : nullptr;
+            stages.push_back(std::make_unique<Stage<float>>(every[s], slice, plan.microbatches, s == 0, s == plan.stages() - 1,
+                                                            *plan.kernels, 5, network.tokens, false, first, thread, plan.grid.tp));
+            if (plan.halved) stages.back()->part(plan.microbatches, true);
+        }
     Hyper hyper;
-    hyper.momentum = 0.9, hyper.decay = 0.01, hyper.clip = 0.5, hyper.weight = BATCH;
+    hyper.momentum = 0.9, hyper.decay = 0.01, hyper.clip = plan.clipped ? 0.5 : 0, hyper.weight = BATCH;
     const std::vector<Body> bodies = bodies_of(plan, stages);
     Ensemble<float> e(plan.grid, std::move(stages), bodies, hyper, plan.shared, 2);
-    for (int rank = 0; rank < plan.grid.size(); ++rank) initialise(e, rank);
+    for (int rank = 0; rank < plan.grid.size(); ++rank)
+        for (int number = 0; number < plan.each; ++number) initialise(e, rank, number);
     Result result;
     result.scores = e.run(0, {0, 0}, {0.1, 0.05}, data.samples(1 << 30));
     Data rest = data;  // a run of its own for the last step: a team begins and ends between them
@@ -322,6 +358,28 @@ void all_of_tokens() {
     }
 }
 
+// Several stages of a rank, and I and W apart; nothing but transfers keeps two stages together here.
+void all_orders() {
+    for (const bool of_tokens : {false, true}) {
+        const Data data = made(0, of_tokens);
+        const auto of = [&](Grid grid, int microbatches, bool shared, int each, bool halved) {
+            return Plan{grid, microbatches, shared, &fastest(), false, false, of_tokens, each, halved, of_tokens};
+        };
+        const Result wanted = trained(of({1, 1}, MICROBATCHES, false, 1, false), data);
+        const std::vector<std::pair<const char*, Plan>> plans = {
+            {"two ranks of two stages", of({1, 2}, 4, false, 2, false)},
+            {"two replicas on two ranks of two stages", of({2, 2}, 2, true, 2, false)},
+            {"two stages, I and W apart", of({1, 2}, 4, false, 1, true)},
+            {"two replicas of two stages, I and W apart", of({2, 2}, 2, true, 1, true)},
+            {"two ranks of two stages, I and W apart", of({1, 2}, 4, false, 2, true)},
+        };
+        for (const auto& [name, plan] : plans) {
+            const float apart = difference(trained(plan, data), wanted);
+            expect(apart < ROUNDING, (of_tokens ? "tokens, " : "") + std::string(name) + ": differs by " + std::to_string(apart));
+        }
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -335,6 +393,7 @@ int main(int argc, char** argv) {
     try {
         all();
         all_of_tokens();
+        all_orders();
     } catch (const std::exception& error) {
         std::fprintf(stderr, "ensemble: %s\n", error.what());
         return 1;

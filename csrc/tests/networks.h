@@ -1,6 +1,7 @@
-// The networks that the runtime's test trains: one of images, one of tokens, each in two stages.
+// The networks that the runtime's test trains: one of images, one of tokens, each in one, two or four stages.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "../layers/layer.h"
@@ -14,6 +15,7 @@ constexpr int SIDE = 8, CLASSES = 3, SYMBOLS = 29, TOKENS = 21;
 struct Network {
     std::vector<Spec> front, back;  // a stage has its own activations, numbered from 0
     int tokens = 0;
+    int seams[2] = {1, 2};  // where these are cut once more
 };
 
 Spec layer(const char* kind, const char* name, Shape in, Shape out) {
@@ -60,7 +62,7 @@ Network tokens() {
     back[5].skip = 0;
     back[6].bias = false;
     front[0].tie = back[6].tie = 0;
-    return {front, back, TOKENS};
+    return {front, back, TOKENS, {2, 6}};
 }
 
 std::vector<Spec> numbered(std::vector<Spec> specs) {
@@ -78,6 +80,20 @@ std::vector<Spec> joined(const Network& network) {
     }
     for (Spec& spec : specs) spec.tie = -1;
     return numbered(specs);
+}
+
+std::vector<std::vector<Spec>> staged(const Network& network, int stages) {
+    if (stages == 1) return {joined(network)};
+    if (stages == 2) return {numbered(network.front), numbered(network.back)};
+    std::vector<std::vector<Spec>> quarters;
+    for (const auto& [half, seam] : {std::pair{network.front, network.seams[0]}, {network.back, network.seams[1]}}) {
+        quarters.push_back(numbered({half.begin(), half.begin() + seam}));
+        std::vector<Spec> rest(half.begin() + seam, half.end());
+        for (Spec& spec : rest)
+            if (spec.skip >= 0) spec.skip -= seam;
+        quarters.push_back(numbered(rest));
+    }
+    return quarters;
 }
 
 }  // namespace

@@ -211,11 +211,14 @@ def train(
 
 def _choose(plan: str, spec: Any, tell: Tell, joined: JoinedPool | None, limit: int | None) -> Any:
     from paraxis.api import read_recommendation
+    from paraxis.measure.gpus import usable
     from paraxis.measure.machine import usable_cores
-    from paraxis.plan.plan import Plan, parse
+    from paraxis.plan.plan import parse
 
-    if plan == "today":
-        return Plan(engine="plain", threads=usable_cores())
+    if plan.partition(",")[0] == "today":
+        more = [] if "threads=" in plan else [f"threads={usable_cores()}"]
+        more += ["device=cuda"] * ("device" not in plan and usable().count > 0)
+        return parse(",".join([plan, *more]))
     if plan != "best":
         return parse(plan)
     known = read_recommendation(STUDY, spec.network, limit)

@@ -2,10 +2,10 @@
 
 import os
 import shutil
-import subprocess
 from typing import Any
 
 from paraxis.errors import ParaxisError
+from paraxis.measure import gpus
 from paraxis.measure.machine import ForeignLoad, cpu_model, installed, usable_cores
 from paraxis.run.launch import start
 from paraxis.session import Tell
@@ -75,9 +75,10 @@ def _compiler() -> Finding:
 
 
 def _gpu() -> Finding:
-    tool = shutil.which("nvidia-smi")
-    query = [tool or "", "--query-gpu=name", "--format=csv,noheader"]
-    listed = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0] if tool else ""
-    return _finding(
-        "gpu", bool(listed), listed or "none", "plans run on the CPU; nothing to mend without a card", False
-    )
+    names, cuda = [name for name, _ in gpus.listed()], gpus.cuda_of_torch()
+    told = ", ".join(f"{key} {version}" for key, version in gpus.versions().items())
+    if names and not cuda:
+        found = f"{', '.join(names)}, but torch was built without CUDA"
+        return _finding("gpu", False, found, "install a torch that was built with CUDA", False)
+    mend = "plans run on the CPU; nothing to mend without a card"
+    return _finding("gpu", bool(names), f"{', '.join(names)} ({told})" if names else "none", mend, False)

@@ -24,6 +24,12 @@ class MissingError(ParaxisError, RuntimeError):
     """Something this machine lacks (MPI, a GPU, a compiler); the message says how to get it."""
 
 
+class OutOfMemory(ParaxisError, MemoryError):
+    """A device has no room left; the message says of how much. `bytes` is what it has, where that is known."""
+
+    bytes: int | None = None
+
+
 class Deadlock(ParaxisError, RuntimeError):
     """No rank can go on; the message prints every rank's next instruction."""
 

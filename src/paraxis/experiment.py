@@ -17,8 +17,10 @@ from paraxis.measure.roofline import roofline
 from paraxis.measure.samples import Book
 from paraxis.measure.speed import with_speeds
 from paraxis.measure.statistics import paired
+from paraxis.plan.devices import crowded
 from paraxis.plan.plan import Plan
-from paraxis.plan.space import space
+from paraxis.plan.precision import told_of_precision
+from paraxis.plan.space import in_bf16, on_gpus, space
 from paraxis.program.cut import told_of
 from paraxis.proof import prove, steps_for
 from paraxis.recommend import recommend
@@ -27,6 +29,7 @@ from paraxis.run.joined import JoinedPool
 from paraxis.session import Session, Tell, failure, open_session
 from paraxis.task.spec import TaskSpec
 
+UNTRIED = "plans over NCCL have never been run by the authors on more than one GPU: trust their proofs, not their names"
 PROOF_STEPS = 4
 REPORTING = 6.0  # seconds of the budget kept for the statistics and the report
 PROOF_SHARE = 0.6  # of the budget left after start-up: what is not set up and proved by then is not reached
@@ -63,12 +66,14 @@ def explore_task(
         session.limit = limit
         session.patience = max(60.0, budget)  # beyond it, ranks wait for each other: no plan may cost more than all
         missing = session.begin(("solo", *started))
+        missing |= _over_nccl(session)
         facts = session.known()
         study = _empty(spec, session, count)
         study.notes += facts.notes
         if "mpi" in session.pools:
             study.machine.mpi = session.pools["mpi"].facts["library"]
         rows = _rows(session, count, comms, missing, book)
+        study.notes += [UNTRIED] * any(row.plan.comm == "nccl" for row in rows)
         study.notes += told_of([row.plan for row in rows if row.live], facts.layout)
         today = _today(session)
         book.agrees(study.task, study.machine, [row.plan.text() for row in (today, *rows)])
@@ -86,6 +91,17 @@ def explore_task(
             study.elapsed_seconds = clock.spent()
             _publish(study, session, today, rows, save)
     return study
+
+
+def _over_nccl(session: Session) -> dict[str, str]:
+    """Ranks for the GPUs, where there are several; why there are none."""
+    if session.joined or session.gpus() < 2:
+        return {"nccl": "comm=nccl joins GPUs, of which there are not several here"}
+    session.sizes["nccl"] = session.gpus()
+    try:
+        return session.begin(("nccl",))
+    except ParaxisError as error:
+        return {"nccl": str(error)}
 
 
 def _empty(spec: TaskSpec, session: Session, workers: int) -> Study:
@@ -115,11 +131,14 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
     """Every plan of the space; those that the task cannot meet, or whose transport is missing, are refused at once."""
     facts = session.known()
     layers = 2 if facts.layout.cuttable else len(facts.layers)  # so that the refusal is listed once a kind
-    rows = []
-    sequence = any(not own.why for own in facts.layout.tokens)
-    several = workers >= 4
-    for plan in space(workers, layers, comms, recompute=session.limit is not None, hybrids=several, sequence=sequence):
+    rows, gpus = [], session.gpus()
+    words: Any = {"recompute": session.limit is not None, "hybrids": workers >= 4}
+    plans = space(workers, layers, comms, **words, sequence=any(not own.why for own in facts.layout.tokens))
+    plans = [*on_gpus(0 if comms == ("openmp",) else gpus, workers, layers, comms), *plans]
+    for plan in [*plans, *in_bf16(plans)]:
         row = Row(plan, plan.text(), blank(plan))
+        if plan.on_gpu() and (shared := crowded(plan, gpus, plan.mesh.size)):
+            row.result.label += f" ({shared[1]} ranks on {shared[0]})"
         try:
             if plan.comm in missing and plan.processes > 1:
                 raise MissingError(missing[plan.comm])
@@ -151,9 +170,9 @@ def blank(plan: Plan) -> Result:
 
 
 def _today(session: Session) -> Row:
-    """The user's own way: one process, the framework's default threads."""
+    """The user's own way: one process, the framework's default threads; a GPU if there is one."""
     threads = session.pool("solo").facts["threads"]
-    plan = Plan(engine="plain", threads=threads)
+    plan = Plan(engine="plain", threads=threads, device="cuda" if session.gpus() else "cpu")
     row = Row(plan, "today", blank(plan))
     row.result.computed_memory = record(session.memory(plan))
     return row
@@ -204,9 +223,15 @@ def _time_once(session: Session, row: Row) -> None:
 
 
 def _memory(session: Session, row: Row) -> None:
-    """Peak resident bytes of the rank that needs most, as if the plan were alone in its process."""
+    """Peak bytes of the rank that needs most, resident as if the plan were alone in its process, and of its GPU."""
     if row.live:
         row.result.peak_memory_bytes = max(session.ask(row.key, row.plan, {"do": "memory"}))
+    if row.live and row.plan.on_gpu():
+        found = session.ask(row.key, row.plan, {"do": "device_memory"})
+        row.result.devices = [own["device"] for own in found]
+        row.result.peak_device_memory_bytes = max(own["bytes"] for own in found)
+    if row.live and row.plan.compile:
+        row.result.compile_seconds = max(own or 0.0 for own in session.ask(row.key, row.plan, {"do": "compiling"}))
 
 
 def _traffic(session: Session, rows: list[Row]) -> None:
@@ -225,11 +250,11 @@ def _publish(study: Study, session: Session, today: Row, rows: list[Row], save: 
     study.today = today.result if today.times else None
     serial = [row for row in rows if row.plan.mesh.size == 1 and row.times]
     best = min([r for r in (*serial, today) if r.times], key=lambda r: median(r.times.values()), default=None)
-    ones = {row.plan.engine: row for row in serial if row.plan.threads == 1}
+    ones = {(row.plan.engine, row.plan.on_gpu()): row for row in serial if row.plan.threads == 1}
     if best is not None:
         study.baseline = Baseline(plan=best.result.plan, step_seconds=best.sorted.record())
     for row in (today, *rows):
-        one = ones.get("native" if row.plan.engine == "native" else "torch")
+        one = ones.get(("native" if row.plan.engine == "native" else "torch", row.plan.on_gpu()))
         _derive(row, session, today, best, one, study)
     study.recommendation = recommend(study, {row.result.plan: row.times for row in (today, *rows)})
     save(study)
@@ -248,9 +273,11 @@ def _derive(row: Row, session: Session, today: Row, best: Row | None, one: Row |
     if one is not None and one.times:
         result.efficiency = median(one.times.values()) / time_of_step / result.workers
     if row.plan.engine == "plain":
-        explain_today(result, session.known(), study.machine)
+        explain_today(result, session.known_on(row.plan), study.machine)
     elif row.windows:
-        fill(result, session.program(row.plan), row.windows, row.times, session.known(), study.machine)
+        fill(result, session.program(row.plan), row.windows, row.times, session.known_on(row.plan), study.machine)
+    if told := told_of_precision(row.plan):
+        result.explanation = f"{result.explanation or ''} {told}".strip()
 
 
 def save_to(folder: Path) -> Save:

@@ -1,20 +1,24 @@
 """Which plans fit into the memory that a rank may have: told before anything is set up, from computed bytes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from paraxis.errors import ParaxisError, PlanError
+from paraxis.errors import OutOfMemory, ParaxisError, PlanError
 from paraxis.measure.records import MemoryRecord
-from paraxis.plan.plan import Plan
+from paraxis.plan.plan import Plan, with_split
 from paraxis.plan.space import space
+from paraxis.program.cut import splits
 from paraxis.program.memory import Memory
 
 if TYPE_CHECKING:
     from paraxis.session import Session
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-UNKNOWN = "its memory could not be computed, so that it is not known to fit into --memory-limit"
+TRIED = 64  # ways of cutting whose memory is computed
+SMALLER = "smaller microbatches (microbatches=4), recompute=all or device=cpu need less"
+UNKNOWN = "its memory could not be computed, so that it is not known to fit into --memory-limit; in fp32 it can"
 
 
 def bytes_of(text: str) -> int:
@@ -55,6 +59,33 @@ def check_fits(session: "Session", plan: Plan, memory: Memory | None) -> None:
         raise PlanError(f"{told}; {_instead(session, plan, limit)}")
 
 
+def fitted(session: "Session", plan: Plan, costs: Sequence[Sequence[float]]) -> Plan | None:
+    """Where some ranks have a GPU of limited memory: the cheapest cut with which they keep to it, if there is one."""
+    limit, unlike = session.limit, len(set(plan.devices())) > 1
+    for split in splits(costs)[:TRIED] if limit and unlike else ():
+        made = with_split(plan, split)
+        memory = session.memory(made)
+        if memory is not None and limit is not None and memory.total <= limit:
+            return made
+    return None
+
+
+@contextmanager
+def advised(session: "Session", key: str, plan: Plan) -> Iterator[None]:
+    """Whoever runs out of a GPU's memory is forgotten on its ranks, and the error says which plan would fit."""
+    try:
+        yield
+    except OutOfMemory as error:
+        if session.home_alive(plan):
+            session.home(plan).ask({"do": "drop", "key": key}, range(plan.processes))
+        limit, computed = session.limit or error.bytes, session.memory(plan)
+        if limit and computed:  # which is less than what it really needs
+            limit = min(limit, int(0.9 * computed.total))
+        limited = f" ({_mb(session.limit)} MB allowed)" if session.limit else ""
+        told = f"{plan.short()}: {error}{limited}"
+        raise OutOfMemory(f"{told}; {_instead(session, plan, limit) if limit else SMALLER}") from None
+
+
 def _instead(session: "Session", plan: Plan, limit: int) -> str:
     """The first plan of as many ranks that fits, or the smallest."""
     found = []
@@ -75,6 +106,9 @@ def _instead(session: "Session", plan: Plan, limit: int) -> str:
 
 def _others(session: "Session", plan: Plan) -> Iterator[Plan]:
     """Of the same transport and as many ranks (of a single one: two), those first that change least."""
+    if plan.on_gpu():
+        yield from _on_less_of_a_gpu(plan)
+        return
     layers, comm = len(session.known().layers), plan.comm or "mpi"
     yield from _changed(plan, recompute="all")
     yield from space(max(2, plan.mesh.size), layers, (comm,), inexact=False, recompute=True)
@@ -82,6 +116,18 @@ def _others(session: "Session", plan: Plan) -> Iterator[Plan]:
     for parts in (plan.microbatches * n for n in (2, 4, 8, 16)):
         yield from _changed(plan, microbatches=parts, schedule=schedule)
         yield from _changed(plan, microbatches=parts, schedule=schedule, recompute="all")
+
+
+def _on_less_of_a_gpu(plan: Plan) -> Iterator[Plan]:
+    """Smaller microbatches, forwards computed again, and with that consecutive layers on the CPU."""
+    own = replace(plan, engine="torch", graphs=0)
+    for parts in (own.microbatches * n for n in (1, 2, 4, 8, 16)):
+        yield from _changed(own, microbatches=parts)
+        yield from _changed(own, microbatches=parts, recompute="all")
+    for gpu in sorted(set(plan.devices()) - {"cpu"})[:1] if plan.mesh.size == 1 else ():
+        device = f"cpu+{'cuda:0' if gpu == 'cuda' else gpu}"
+        for parts in (1, 4, 16):
+            yield from _changed(own, pp=2, microbatches=parts, device=device)
 
 
 def _changed(plan: Plan, **values: Any) -> Iterator[Plan]:

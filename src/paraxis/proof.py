@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from paraxis.bands import judged
 from paraxis.errors import ParaxisError
 from paraxis.measure.records import Verified
 from paraxis.plan.plan import WARM, Plan, period
+from paraxis.plan.precision import MIXED
 from paraxis.session import Session, failure
 
 EXACT64 = 1e-10
@@ -45,7 +47,11 @@ def prove(
         if not keep:
             session.ask(key, plan, {"do": "drop"})
         return Proof(plan, program.digest(), verified, losses)
+    if plan.precision != "fp32":
+        dtype = "float32"  # of its weights; autocast leaves float64 alone
     oracle = session.oracle(plan, steps, dtype)
+    if plan.precision in MIXED:
+        return _prove_mixed(session, plan, steps, fault, key, keep, oracle)
     limit = tolerance(session, plan, steps, dtype)
     difference, where, losses = _compare(session, plan, steps, dtype, fault, key, oracle)
     passed = difference <= limit
@@ -56,7 +62,7 @@ def prove(
     if not keep:
         session.ask(key, plan, {"do": "drop"})
     verified = Verified(
-        against=against(plan),
+        against=against(plan) + (f" in {plan.precision}" if plan.precision != "fp32" else ""),
         max_relative_difference=difference if math.isfinite(difference) else None,
         tolerance=limit,
         passed=passed,
@@ -64,6 +70,22 @@ def prove(
         note="; ".join(notes) or None,
     )
     return Proof(plan, program.digest(), verified, losses)
+
+
+def _prove_mixed(
+    session: Session, plan: Plan, steps: int, fault: str | None, key: str, keep: bool, oracle: dict[str, Any]
+) -> Proof:
+    """Held to the serial run in the same precision, and to what rounding does there."""
+    session.setup(key, plan, "float32", fault)
+    words = ("file", "change", "moved")
+    answers = session.ask(key, plan, {"do": "prove", "steps": steps} | {word: oracle[word] for word in words})
+    told = remarks(session, key, plan)
+    if not keep:
+        session.ask(key, plan, {"do": "drop"})
+    losses = mean_losses([a["losses"] for a in answers])
+    verified = judged(session, plan, steps, oracle, answers, losses, against(plan))
+    verified.note = "; ".join(filter(None, (verified.note, _note(session), *told)))
+    return Proof(plan, session.program(plan).digest(), verified, losses)
 
 
 def _in_band(session: Session, plan: Plan, steps: int, dtype: str, key: str) -> tuple[Verified, list[float]]:
@@ -115,10 +137,10 @@ def tolerance(session: Session, plan: Plan, steps: int, dtype: str) -> float:
     if dtype == "float64":
         return EXACT64
     facts = session.known()
-    plain = Plan()
+    plain = Plan() if plan.precision == "fp32" else Plan(precision=plan.precision, device=session.device(plan))
     # With statistics groups change the mathematics, another engine rounds within its sums, and what replicas tell each
     # other may be rounded once more, to one side or the other: there rounding is seen against float64.
-    if facts.layout.statistics or session.spec.bn_group or plan.engine == "native" or not plan.exact:
+    if facts.layout.statistics or session.spec.bn_group or plan.engine == "native" or plan.on_gpu() or not plan.exact:
         pair = session.oracle(plan, steps, "float32"), session.oracle(plan, steps, "float64")
     else:
         groups = next((g for g in (4, 2, 3, 5) if facts.batch % g == 0), 1)

@@ -10,17 +10,19 @@ from typing import Any
 
 import cloudpickle
 
-from paraxis.errors import MissingError, ParaxisError, PlanError, TaskError
-from paraxis.fitting import check_fits
+from paraxis.errors import MissingError, OutOfMemory, ParaxisError, PlanError, TaskError
+from paraxis.fitting import advised, check_fits, fitted
 from paraxis.measure.facts import Facts, facts_of
 from paraxis.measure.machine import ForeignLoad, pinning, usable_cores
 from paraxis.measure.records import Status
+from paraxis.plan.devices import Gpus, check_devices
 from paraxis.plan.plan import Plan, period, with_split
+from paraxis.plan.precision import MIXED
 from paraxis.program.check import check
-from paraxis.program.cut import balanced
+from paraxis.program.cut import balanced_on
 from paraxis.program.instructions import Program
 from paraxis.program.lower import lower
-from paraxis.program.memory import Memory, Sizes, memory, sizes_of
+from paraxis.program.memory import Memory, Sizes, greatest, memory, sizes_of
 from paraxis.run.joined import JoinedPool
 from paraxis.run.launch import Pool, Starting, start, task_request
 from paraxis.task.spec import DEFAULT_BATCH, SHIPPED, TaskSpec
@@ -47,6 +49,7 @@ class Session:
     oracles: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
     limit: int | None = None  # bytes that a rank may hold
     memories: dict[Plan, Memory | None] = field(default_factory=dict)  # computed so far
+    costs: dict[str, list[float]] = field(default_factory=dict)  # seconds of each layer on a device, measured so far
     parts: dict[tuple[int, int], Sizes] = field(default_factory=dict)  # of layers that so many ranks share
 
     def known(self) -> Facts:
@@ -112,6 +115,7 @@ class Session:
         """Go on with a changed task; what was set up is forgotten."""
         self.spec = spec
         self.memories.clear()
+        self.costs.clear()
         self.parts.clear()
         blob = cloudpickle.dumps(self.objects) if self.objects else b""
         for pool in self.pools.values():
@@ -127,8 +131,40 @@ class Session:
         facts = self.known()
         if plan.pp == 1 or plan.split or facts.layout.cuttable or plan.stages > len(facts.layers):
             return plan
-        costs = [f + b for f, b in zip(facts.forward, facts.backward, strict=True)]
-        return with_split(plan, balanced(costs, plan.stages))
+        self._check_devices(plan)
+        places = plan.devices()
+        costs = [self._costs(places[stage % plan.pp]) for stage in range(plan.stages)]
+        return fitted(self, plan, costs) or with_split(plan, balanced_on(costs))
+
+    def _costs(self, place: str) -> list[float]:
+        """Seconds of each layer's forward and backward on a device; GPUs without a number count as the first one."""
+        facts, place = self.known(), "cuda:0" if place == "cuda" else place
+        if place not in self.costs:
+            there = (facts.forward, facts.backward)
+            if place != "cpu":
+                self.tell(f"measuring the layers on {place}", -1)
+                there = self.pool("solo").ask({"do": "costs", "device": place})[0]
+            self.costs[place] = [f + b for f, b in zip(*there, strict=True)]
+        return self.costs[place]
+
+    def known_on(self, plan: Plan) -> Facts:
+        """The task's facts with the seconds that layers take where this plan computes them all."""
+        facts, places = self.known(), set(plan.devices())
+        if not plan.on_gpu() or len(places) > 1:
+            return facts
+        try:
+            return replace(facts, forward=tuple(self._costs(places.pop())), backward=(0.0,) * len(facts.layers))
+        except ParaxisError:  # such as no room for the layers on their own
+            return facts
+
+    def gpus(self) -> int:
+        """GPUs of this host that the framework can use."""
+        return int(self.pool("solo").facts["gpus"]["count"])
+
+    def _check_devices(self, plan: Plan) -> None:
+        """On this host; ranks that were started for us, on whatever hosts, look for themselves."""
+        if plan.on_gpu() and not self.joined:
+            check_devices(plan, Gpus(**self.pool("solo").facts["gpus"]))
 
     def program(self, plan: Plan) -> Program:
         """The checked program of a plan for this task; raises PlanError for one that the task cannot meet."""
@@ -139,6 +175,7 @@ class Session:
                 f"sync={plan.sync}: batches() does not tell how long an epoch is; use "
                 f"{plan.sync.replace('@epoch', '@H')} with H steps"
             )
+        self._check_devices(plan)
         program = lower(plan, facts.layout, facts.steps_per_epoch or 1)
         check(program)
         check_fits(self, plan, self.memory(plan))
@@ -148,7 +185,7 @@ class Session:
         """What the rank that needs most holds; None where facts have no sizes. Raises PlanError as `program` does."""
         if plan not in self.memories:
             found = self.memory_of_ranks(plan)
-            self.memories[plan] = max(found, key=lambda m: m.total) if found else None
+            self.memories[plan] = greatest(found, plan) if found else None
         return self.memories[plan]
 
     def memory_of_ranks(self, plan: Plan) -> list[Memory]:
@@ -157,6 +194,8 @@ class Session:
         check_divides(plan, facts.batch, self.spec.bn_group, facts.least)
         if plan.engine == "native":
             return [Memory(**own) for own in self.pool("solo").ask({"do": "reserved", "plan": plan.text()})[0]]
+        if plan.precision in MIXED:  # what autocast keeps is not known
+            return []
         program, sizes = lower(alike, facts.layout, facts.steps_per_epoch or 1), self._sizes(plan.tp, plan.sequence)
         return memory(program, alike, sizes, facts.batch) if sizes else []
 
@@ -171,7 +210,8 @@ class Session:
         """Set a plan up on all its ranks under a key."""
         cpus = pinning(plan.processes, plan.threads, self.quiet) if plan.comm != "openmp" else []
         request = {"do": "setup", "key": key, "plan": plan.text(), "dtype": dtype, "cpus": cpus, "fault": fault}
-        answers = self.home(plan).ask(request, range(plan.processes))
+        with advised(self, key, plan):
+            answers = self.home(plan).ask(request | {"limit": self.limit}, range(plan.processes))
         seen = {a["batch"] for a in answers} | ({self.known().first_batch} if dtype == "float32" else set()) - {0}
         if len(seen) > 1 and plan.engine != "plain":
             raise TaskError(
@@ -182,10 +222,14 @@ class Session:
 
     def ask(self, key: str, plan: Plan, request: dict[str, Any]) -> list[Any]:
         """Ask all processes of a plan that has been set up."""
-        return self.home(plan).ask(request | {"key": key}, range(plan.processes))
+        with advised(self, key, plan):
+            return self.home(plan).ask(request | {"key": key}, range(plan.processes))
 
-    def oracle(self, plan: Plan, steps: int, dtype: str, groups: int = 0, seed: int | None = None) -> dict[str, Any]:
-        """What a plan is proved against, made once: the serial run's losses, weights file and largest change."""
+    def oracle(
+        self, plan: Plan, steps: int, dtype: str, groups: int = 0, seed: int | None = None, parts: int = 1
+    ) -> dict[str, Any]:
+        """What a plan is proved against, made once: the losses, weights file and largest change of the serial run in
+        its precision; with `parts` its layers' sums are made in another order."""
         facts = self.known()
         turns = plan.dp if plan.sync == "hogwild" else 1
         replicas = 1 if plan.exact or turns > 1 else plan.dp
@@ -195,14 +239,20 @@ class Session:
             groups = facts.batch // replicas // self.spec.bn_group
         groups = groups or (plan.dp // replicas * plan.microbatches if facts.layout.statistics else 1)
         sync = plan.sync if replicas > 1 else "gradient"
-        key = (steps, dtype, groups, replicas, every, turns, seed, sync)
+        key = (steps, dtype, groups, replicas, every, turns, seed, sync, plan.precision, parts)
         if key not in self.oracles:
             path = str(self.folder / f"oracle-{'-'.join(map(str, key))}.safetensors")
             words = {"steps": steps, "dtype": dtype, "groups": groups, "replicas": replicas, "every": every}
-            words |= {"turns": turns, "seed": seed, "sync": sync}
+            words |= {"turns": turns, "seed": seed, "sync": sync, "parts": parts, "precision": plan.precision}
+            words["plan"] = Plan(precision=plan.precision, device=self.device(plan)).text()
             answer = self.pool("solo").ask({"do": "oracle", "file": path} | words)[0]
             self.oracles[key] = answer | {"file": path}
         return self.oracles[key]
+
+    def device(self, plan: Plan) -> str:
+        """Where the serial run of a plan's precision is made: on a GPU, if the plan has one; of fp32 on the CPU."""
+        own = (device for device in plan.devices() if device != "cpu" and plan.precision != "fp32")
+        return next(own, "cpu")
 
     def _own(self) -> list[Pool]:
         """Joined ranks outlive a session: another may follow, and whoever joined them has still to say how it ended."""
@@ -320,4 +370,5 @@ def _every(plan: Plan, steps_per_epoch: int | None) -> int:
 
 def failure(error: ParaxisError) -> tuple[Status, str]:
     """(status, reason) of a plan that ended in an error."""
-    return ("refused" if error.exit_code == 2 else "failed"), str(error).splitlines()[0]
+    refused = error.exit_code == 2 and not isinstance(error, OutOfMemory)
+    return ("refused" if refused else "failed"), str(error).splitlines()[0]

@@ -9,8 +9,9 @@ from typing import Any
 from safetensors.numpy import load_file, save_file
 
 from paraxis.errors import PlanError, TaskError
-from paraxis.fitting import record
+from paraxis.fitting import advised, record
 from paraxis.plan.plan import Plan
+from paraxis.plan.precision import SCALED
 from paraxis.proof import mean_losses, remarks
 from paraxis.run.joined import JoinedPool
 from paraxis.run.shards import together
@@ -87,11 +88,22 @@ def train_task(
         epochs, losses = _epochs(session, plan, total, length.target, out, each_epoch)
         weights = _save(session, plan, out)
         test = evaluate(session, plan, "test") if facts.has_test else None
-        notes = [*facts.notes, *remarks(session, KEY, plan)]
+        notes = [*facts.notes, *remarks(session, KEY, plan), *_told(session, plan, total)]
     seconds = time.monotonic() - begun
     document = {"plan": plan.text(), "label": plan.label(), "epochs": epochs, "losses": losses, "seconds": seconds}
     document["computed_memory"] = memory.model_dump() if memory else None
     return document | {"test": test, "weights": str(weights), "notes": notes}
+
+
+def _told(session: Session, plan: Plan, total: int) -> list[str]:
+    """What there is to say of how a plan has computed."""
+    notes = []
+    if plan.precision == SCALED and (skipped := max(session.ask(KEY, plan, {"do": "skipped"}))):
+        notes.append(f"{skipped} of {total} steps were skipped, whose gradients overflowed in {plan.precision}")
+    if plan.compile:
+        seconds = max(own or 0.0 for own in session.ask(KEY, plan, {"do": "compiling"}))
+        notes.append(f"compiling took {seconds:.1f} s of it")
+    return notes
 
 
 def _epochs(
@@ -135,7 +147,8 @@ def train_steps(session: Session, plan: Plan, count: int, done: int, total: int,
         session.tell("training", (done + count - message["left"]) / total)
 
     request = {"do": "train", "key": key, "steps": count}
-    answers = pool.ask(request, range(plan.processes), news=news)
+    with advised(session, key, plan):
+        answers = pool.ask(request, range(plan.processes), news=news)
     return mean_losses([a["losses"] for a in answers])
 
 

@@ -62,15 +62,17 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """A recorder of tapes; `played` counts what they have done."""
+    """A recorder of tapes; `played` counts what they have done. It `sees` in the last pass why nothing is recorded."""
 
-    def __init__(self) -> None:
+    def __init__(self, sees: str = "") -> None:
         self.warmed = self.recorded = self.played = 0
+        self.sees = sees
 
-    def warm(self, run: Callable[[], None]) -> None:
+    def warm(self, run: Callable[[], None], last: bool = False) -> str:
         """Run it as it is."""
         self.warmed += 1
         run()
+        return self.sees if last else ""
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """A tape of it."""

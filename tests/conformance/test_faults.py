@@ -18,7 +18,7 @@ MUTABLE = [
     parse("dp=2,microbatches=2,sync=compressed"),
     parse("dp=4,sync=diloco@3:bf16:fragments=2"),
     parse("dp=2,sync=diloco@4:overlap=2"),
-    *map(parse, ("recompute=all", "pp=2,microbatches=4,recompute=all")),
+    *map(parse, ("recompute=all", "pp=2,microbatches=4,recompute=all", "pp=2,schedule=zb-h1,microbatches=4")),
 ]
 
 

@@ -25,7 +25,9 @@ from paraxis.task.task import Task, make_task
 
 WITHIN = 0.01  # a part of common weights is rounded down
 THREADS = ("serial", "dp=4", "dp=2,microbatches=2", "dp=2,gradients=owner", "pp=2,microbatches=4", "dp=2,sync=diloco@2")
-THREADS += ("dp=2,pp=2,microbatches=2", "dp=2,sync=average@2")
+THREADS += ("dp=2,pp=2,microbatches=2", "dp=2,sync=average@2", "pp=2,schedule=zb-h2,microbatches=4")
+THREADS += ("dp=2,pp=2,schedule=interleaved,microbatches=2", "dp=2,pp=2,schedule=zb-h1,microbatches=4")
+THREADS += ("tp=2", "dp=2,tp=2", "pp=2,tp=2,microbatches=4")
 RANKS = (
     "dp=2",
     "pp=2,microbatches=4",
@@ -33,6 +35,7 @@ RANKS = (
     "dp=2,threads=2",
     "dp=2,sync=diloco@2:bf16",
 )
+RANKS += ("pp=2,schedule=zb-h1,microbatches=4", "dp=2,pp=2,schedule=interleaved,microbatches=4,threads=2")
 RANKS += ("dp=4,sync=compressed", "dp=2,pp=2,microbatches=2,threads=2,sync=diloco@2")
 WIDE: dict[str, Any] = {"data": "synthetic:100,1x3x4,80,seed=2", "batch": 64, "momentum": 0.9}
 
@@ -70,16 +73,13 @@ def ranks_of(spec: TaskSpec, plan: Plan) -> list[Rank]:
 
 def on_the_way(rank: Rank) -> int:
     """Bytes of what has come in, is awaited, or lies packed."""
-    tensors = [t for own in rank.engine.held.values() for t in own]
+    stages = rank.engine.stages.values()
+    tensors = [t for stage in stages for own in stage.held.values() for t in own]
     for request in (r for requests in rank.context.open.values() for r in requests):
         tensors += request.letters() if isinstance(request, PackedSum) else [getattr(request, "tensor", torch.empty(0))]
-    whole = {"grads": rank.engine.flat.grads.data_ptr()}.values()
-    sizes = {t.data_ptr(): t.nbytes for t in tensors if t.data_ptr() not in whole}
-    for name in ("params", "delta"):
-        kept = rank.engine.kept.buffers if rank.engine.kept else {"params": rank.engine.flat.params}
-        if name in kept:
-            sizes.pop(kept[name].data_ptr(), None)
-    return sum(sizes.values())
+    kept = rank.engine.kept.buffers.values() if rank.engine.kept else ()
+    own = {t.data_ptr() for t in (rank.engine.flat.params, rank.engine.flat.grads, *kept)}
+    return sum({t.data_ptr(): t.nbytes for t in tensors if t.data_ptr() not in own}.values())
 
 
 def counted(spec: TaskSpec, plan: Plan) -> list[int]:

@@ -1,7 +1,7 @@
 """Random programs through checker, simulator, null and reference interpreter: none hangs, what is malformed is told.
 
-Meshes, schedules, stages of each rank, microbatches and buckets at random, and random orders that no schedule has but
-that compute nothing before its data.
+Meshes, schedules, stages of each rank, microbatches, buckets, stages of ZeRO, split layers, tied parameters and
+recomputation at random, and random orders that no schedule has but that compute nothing before its data.
 """
 
 import re
@@ -22,6 +22,7 @@ from paraxis.program.check import check
 from paraxis.program.cut import Layout
 from paraxis.program.instructions import Program
 from paraxis.program.lower import lower
+from paraxis.program.shares import Split
 from paraxis.program.simulate import simulate, uniform
 from paraxis.run import null, reference
 
@@ -47,6 +48,33 @@ def legal(draw: st.DrawFn, ranks: int, microbatches: int, stages: int) -> list[O
     return orders
 
 
+NEEDS = ("weight_in_data", "statistics", "clip")
+MORE = st.fixed_dictionaries(
+    {"bucket_bytes": st.sampled_from([0, 1, 8, 24]), "recompute": st.sampled_from(["", "", "all", "0"])}
+)
+
+
+@st.composite
+def splits(draw: st.DrawFn, layers: int) -> tuple[Split, ...]:
+    """One to three pairs that ranks share, some within a layer, some over several, some with no gradient in front."""
+    found = []
+    for number in range(draw(st.integers(1, 3))):
+        first = draw(st.integers(0, layers - 1))
+        last = draw(st.integers(first, layers - 1))
+        grads = [(first, 100 * first + 10 * number, "grad")] * draw(st.booleans())
+        meets = (*grads, (last, 100 * last + 10 * number + 1, "act"))
+        found.append(Split("columns", 4, (f"{number}",), meets, (first, last)))
+    return tuple(found)
+
+
+@st.composite
+def tied(draw: st.DrawFn, layers: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """At most two parameters that some of the layers share."""
+    names = ["w", "u"][: draw(st.integers(0, min(2, layers - 1)))]
+    some = st.lists(st.integers(0, layers - 1), min_size=2, max_size=3, unique=True).map(sorted).map(tuple)
+    return tuple((name, draw(some)) for name in names)
+
+
 @st.composite
 def programs(draw: st.DrawFn) -> tuple[Plan, Program]:
     """A plan, and the program that it lowers to."""
@@ -54,9 +82,12 @@ def programs(draw: st.DrawFn) -> tuple[Plan, Program]:
     name = draw(st.sampled_from([*SCHEDULES, RANDOM, RANDOM]))
     v = 1 if name in ONE_STAGE or pp == 1 else draw(st.integers(STAGES.get(name, 1), 3))
     sizes = tuple(draw(st.lists(st.integers(0, 5), min_size=pp * v, max_size=pp * v + 2)))
-    words = {"bucket_bytes": draw(st.sampled_from([0, 1, 8, 24]))}
+    tp, zero = draw(st.sampled_from([1, 1, 2])), draw(st.integers(0, 3))
+    words: dict[str, Any] = {"zero": zero, "tp": tp} | ({} if tp > 1 else draw(MORE))
     plan = Plan(dp=dp, pp=pp, interleave=v, microbatches=m, schedule=name if pp > 1 else "", **words)
-    needs = dict(zip(("weight_in_data", "statistics", "clip"), draw(st.tuples(*[st.booleans()] * 3)), strict=True))
+    needs: dict[str, Any] = dict(zip(NEEDS, draw(st.tuples(*[st.booleans()] * len(NEEDS))), strict=True))
+    needs["splits"] = draw(splits(len(sizes))) if tp > 1 else ()
+    needs["tied"] = draw(tied(len(sizes)))
     orders = legal(draw, pp, m, plan.interleave) if plan.schedule == RANDOM else []
     with patch.dict(SCHEDULES, {RANDOM: lambda ranks, microbatches, rank, stages: list(orders[rank])}):
         return plan, lower(plan, Layout(sizes, **needs))
@@ -73,7 +104,7 @@ class Telling(null.NullEngine):
         return Stage(self, stage)
 
     def buffer(self, *_: object) -> Tensor:
-        return torch.zeros(1)
+        return torch.zeros(2)  # a share for each of two replicas
 
 
 @dataclass(frozen=True)
@@ -89,7 +120,7 @@ class Stage:
     def forward(self, segment: int, microbatch: int, part: int) -> None:
         self.engine.leaving[self.number, microbatch] = 1000.0 * self.number + microbatch
 
-    evaluate = forward
+    evaluate = light = forward
 
     def backward(self, segment: int, microbatch: int) -> None:
         self.engine.leaving[self.number, microbatch] = -1000.0 * self.number - microbatch

@@ -1,6 +1,8 @@
 """Recorded steps compute what the serial run computes, on a CPU, by tapes that hold to what CUDA graphs hold to."""
 
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +209,21 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_why(number: int, folder:
     assert all(recorder.played == 0 for recorder in failing)
 
 
+@pytest.mark.parametrize("text", ["serial", "pp=2,microbatches=2"])
+def test_what_is_seen_before_a_recording_prevents_it(text: str, folder: Path) -> None:
+    """In the middle of a body, whose other parts then run as they are, too."""
+    spec = spec_of(folder, "tiny", *TASKS["tiny"])
+    ranks = reference_started(spec, parse(text))
+    recorders = [TapeRecorder("a module asks for a value") for _ in ranks]
+    for rank, recorder in zip(ranks, recorders, strict=True):
+        replay(rank, recorder, WARM)
+    reference.run_steps(ranks, STEPS)
+    assert difference(spec, parse(text), outcome(ranks)) < EXACT
+    for rank, recorder in zip(ranks, recorders, strict=True):
+        assert rank.remarks == ["graphs: fell back to eager: a module asks for a value"]
+        assert recorder.recorded == recorder.played == 0
+
+
 def torch_free(remark: str) -> bool:
     """One line, that says what has happened."""
     return "\n" not in remark and remark.startswith("graphs: fell back to eager: ")
@@ -220,6 +237,20 @@ def test_a_scheduler_that_changes_more_than_the_rate_is_followed(folder: Path) -
     spec = spec_of(folder, "cycles", source, HELD | {"data": STREAM.format("6,3")})
     found, _, (recorder,) = trained(spec, "serial")
     assert found < EXACT and recorder.played == 0, "another momentum in every step: nothing comes twice"
+
+
+def test_what_is_dropped_goes_at_once(folder: Path) -> None:
+    """Resident ranks freeze what they set up: the collector never finds a circle among it."""
+    ranks, recorders = started(spec_of(folder, "cnn", *TASKS["cnn"]), "pp=2,microbatches=2")
+    reference.run_steps(ranks, STEPS)
+    engines = [weakref.ref(rank.engine) for rank in ranks]
+    gc.disable()
+    try:
+        ranks.clear()
+        recorders.clear()
+        assert [engine() for engine in engines] == [None, None]
+    finally:
+        gc.enable()
 
 
 def memory_of(tensors: list[Tensor]) -> list[int]:

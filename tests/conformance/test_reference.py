@@ -304,8 +304,8 @@ def test_the_serial_oracle_is_the_plain_loop(name: str, folder: Path) -> None:
     """Without dropout, one replica in one group is what the user has today."""
     spec = spec_of(folder, name, *TASKS[name])
     own = task(spec)
-    optimizer = own.optimizer()
-    losses = [float(serial.plain_step(own.net, own, optimizer, number)) for number in range(STEPS)]
+    plain = serial.plain(own)
+    losses = [float(serial.plain_step(plain, number)) for number in range(STEPS)]
     assert difference(spec, Plan(), Outcome(losses, [own.net.state_dict()])) < EXACT
 
 

@@ -1,6 +1,5 @@
 """What a rank on a GPU does differently, on CPU tensors: staged transfers, losses that nobody waits for."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from paraxis.comm import staged
 from paraxis.comm.local import LocalComm, Post
 from paraxis.comm.staged import StagedComm, StagedRequest, Staging
 from paraxis.engine import torch_engine
-from paraxis.engine.devices import CPU
 from paraxis.engine.torch_engine import TorchEngine
+from paraxis.plan.devices import device_of
 from paraxis.plan.plan import Plan, parse
 from paraxis.run import reference
 from paraxis.run.interpreter import Rank
@@ -34,15 +33,16 @@ PLANS = (
 )
 
 
-def late(device: torch.device, own: Any, score: Tensor) -> Any:
+def late(device: torch.device, *words: Any) -> Any:
     """A step whose losses are added up as on a GPU."""
-    return replace(STEP_ON(device, own, score), sums=torch.zeros(2, dtype=torch.float64, device=device))
+    return replace(STEP_ON(device, *words), sums=torch.zeros(2, dtype=torch.float64, device=device))
 
 
 STEP_ON = torch_engine.step_on
 
 
-def started(spec: TaskSpec, plan: Plan, staging: Callable[[], Staging], device: torch.device = CPU) -> list[Rank]:
+def started(spec: TaskSpec, plan: Plan, staging: Staging) -> list[Rank]:
+    """All ranks of a plan in this process, each on its device."""
     tasks = [task(spec) for _ in range(plan.mesh.size)]
     program = checked(plan, tasks[0].layout(), tasks[0].train.steps_per_epoch or 1)
     post, everyone = Post(), range(plan.mesh.size)
@@ -50,16 +50,16 @@ def started(spec: TaskSpec, plan: Plan, staging: Callable[[], Staging], device: 
         Rank(
             program,
             r,
-            TorchEngine(tasks[r], program, r, device),
-            StagedComm(LocalComm(post, everyone, r), staging()),
+            TorchEngine(tasks[r], program, r, torch.device(device_of(plan, r, r, 1))),
+            StagedComm(LocalComm(post, everyone, r), staging),
             blocking=False,
         )
         for r in everyone
     ]
 
 
-def trained(spec: TaskSpec, plan: Plan, staging: Staging = FORCED, device: torch.device = CPU) -> Any:
-    ranks = started(spec, plan, lambda: staging, device)
+def trained(spec: TaskSpec, plan: Plan, staging: Staging = FORCED) -> Any:
+    ranks = started(spec, plan, staging)
     reference.run_steps(ranks, STEPS)
     settle(ranks)
     found = outcome(ranks)

@@ -71,7 +71,7 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "flat": (FLAT, ROWS),
     "twice": (TWICE, ROWS),
 }
-PLANS = ("dp=2", "dp=4", "dp=2,pp=2", "dp=2,pp=3")
+PLANS = ("dp=2", "dp=4", "dp=2,pp=2", "dp=2,pp=3", "dp=2,zero=2", "dp=2,pp=2,zero=3")
 CASES = [(name, plan) for name in NETS for plan in PLANS if name != "twice" or "pp" not in plan]
 
 

@@ -1,11 +1,38 @@
-"""What all tests here share."""
+"""Tests that need a GPU, skipped and counted where there is none; they borrow what the others have."""
 
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+HERE = Path(__file__).parents[1]
+sys.path.insert(0, str(HERE / "conformance"))
+
+
+def _of_multi() -> Any:
+    spec = spec_from_file_location("desks", HERE / "multi" / "conftest.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    sys.modules["desks"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+desk = _of_multi().desk
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where recipes are written: one place, so that equal tasks are emulated once."""
+    """Where recipes are written."""
     return tmp_path_factory.mktemp("recipes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One reason for all."""
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch finds none")
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(skip)

@@ -37,3 +37,21 @@ def test_best_is_a_plan_that_fits_and_the_others_tell_their_numbers(desk: Any) -
     assert "pp=2" in best or "zero=" in best
     done = desk.run("train", WIDE, "--plan", "best", "--steps", 2, *LIMIT, "--json")
     assert done.rc == 0 and done.document["plan"] == best, done.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "plan, limit, why",
+    [
+        ("tp=2,comm=gloo", "18M", ""),
+        ("dp=2,engine=native", "18M", "needs 20 MB a rank (parameters 3.7, gradients 7.5, optimizer 7.5"),
+        ("pp=2,microbatches=4,engine=native,comm=mpi", "30M", ""),
+        ("dp=2,sync=diloco@4,comm=gloo", "40M", "needs 45 MB a rank (parameters 7.5, gradients 7.5, optimizer 30"),
+    ],
+)
+def test_every_engine_and_axis_is_computed(desk: Any, plan: str, limit: str, why: str) -> None:
+    done = desk.run("train", WIDE, "--plan", plan, "--steps", 2, "--memory-limit", limit, "--json")
+    if why:
+        done.refused(why, f"more than the limit of {limit[:-1]} MB")
+    else:
+        assert done.rc == 0 and done.document["computed_memory"]["total"] < float(limit[:-1]) * 1e6, done.err

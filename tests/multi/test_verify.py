@@ -19,6 +19,7 @@ PLAN_OF = {  # a plan that can have the fault
     "local-moments": ("resnet18", "dp=2"),
     "swapped-microbatch": ("mlp", "pp=2,microbatches=4"),
     "lost-backward": ("mlp", "pp=2,microbatches=4"),
+    "lost-weight-gradient": ("mlp", "pp=2,schedule=zb-h1,microbatches=4"),
     "summed-weights": ("mlp", "dp=2,sync=average@2"),
     "never-agreed": ("mlp", "dp=2,sync=average@2"),
     "no-outer-momentum": ("mlp", "dp=2,sync=diloco@2"),

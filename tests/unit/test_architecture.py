@@ -21,7 +21,7 @@ LAYERS = [
     {"comm"},
     {"engine", "task"},
     {"run", "measure"},
-    {"session", "fitting", "proof", "recommend", "report", "progress", "options"},
+    {"session", "fitting", "bands", "proof", "recommend", "report", "progress", "options"},
     {"rounds", "accuracy", "experiment", "study", "verification", "training", "showing", "scheduling", "doctor"},
     {"api", "cli", "__init__", "__main__"},
 ]

@@ -86,7 +86,8 @@ def made(specs: list[Any], samples: int, kind: str = "Float", bodies: Any = None
         usable_cores=1,
         seed=3,
         naive=False,
-        whole=(0, 1),
+        ends=(True, True),
+        kept=[0],
         tokens=tokens,
     )
 

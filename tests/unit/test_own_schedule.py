@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from paraxis.engine.native_task import check_native
 from paraxis.errors import PlanError
 from paraxis.plan.own import Asked, Shape, find, shape_of
 from paraxis.plan.plan import Plan, parse
@@ -125,13 +124,3 @@ def test_the_command_refuses_a_malformed_file_without_loading_a_framework(tmp_pa
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 2 and run.stdout == "False\n", run.stderr
     assert run.stderr.count("\n") == 1 and "line 2: 'Q0' is no cell" in run.stderr.replace("\n", " ")
-
-
-def test_native_ranks_refuse_what_they_have_no_instructions_for(tmp_path: Path) -> None:
-    for words in ("schedule=zb-h1", "schedule=interleaved"):
-        with pytest.raises(PlanError, match="engine=native takes layerwise, gpipe, 1f1b"):
-            parse(f"pp=2,microbatches=2,engine=native,{words}")
-    path = written(tmp_path, "own.txt", "F0 I0 W0\nF0 B0")
-    with pytest.raises(PlanError, match="its schedules have no I and W"):
-        check_native(lower(parse(f"pp=2,schedule={path},engine=native"), Layout((1, 1))))
-    check_native(lower(parse("dp=2,engine=native,gradients=owner"), Layout((1, 1))))

@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from paraxis.errors import PlanError, ProgramError
 from paraxis.plan.plan import Mesh, Plan, parse, period, with_split
 from paraxis.plan.rules import COMMS, PRECISIONS, SCHEDULES
-from paraxis.plan.schedules import STAGES, parted
+from paraxis.plan.schedules import STAGES
 from paraxis.plan.space import AVERAGE_EVERY, rungs, space
 from paraxis.program.cut import Layout, cut
 from paraxis.program.lower import lower
 
-WHOLE = [name for name in SCHEDULES if name not in STAGES and not parted(name)]  # what engine=native takes
 SYNCS = st.one_of(
     st.just("gradient"), st.just("average@epoch"), st.integers(1, 999).map(lambda steps: f"average@{steps}")
 )
@@ -27,7 +26,7 @@ def plans(draw: st.DrawFn) -> Plan:
         return Plan(engine="plain", threads=draw(st.integers(1, 64)))
     pp = draw(st.integers(1, 5))
     native = draw(st.booleans())
-    schedule = draw(st.sampled_from(["", *(WHOLE if native else SCHEDULES)]))
+    schedule = draw(st.sampled_from(["", *SCHEDULES]))
     microbatches = draw(st.integers(1, 64))
     stages = pp * (STAGES.get(schedule, 1) if pp > 1 and microbatches > 1 else 1)
     split = draw(st.just(()) | st.lists(st.integers(1, 20), min_size=stages, max_size=stages).map(tuple))
@@ -38,6 +37,8 @@ def plans(draw: st.DrawFn) -> Plan:
     comm = draw(st.sampled_from(["", *comms]))
     dp = draw(st.integers(1, 128))
     inside = not native or (dp * pp > 1 and comm not in ("", "openmp"))
+    precision = draw(st.sampled_from([p for p in PRECISIONS if "cuda" in device or p != "tf32"]))
+    graphs = draw(st.integers(0, 1)) if "cuda" in device and precision != "fp16" else 0
     return Plan(
         engine="native" if native else "torch",
         dp=dp,
@@ -50,9 +51,9 @@ def plans(draw: st.DrawFn) -> Plan:
         threads=draw(st.integers(1, 64)) if inside else 1,
         bucket_bytes=draw(st.integers(0, 1 << 30)),
         device=device,
-        precision="fp32" if native else draw(st.sampled_from(PRECISIONS)),
-        compile=0 if native else draw(st.integers(0, 1)),
-        graphs=draw(st.integers(0, 1)) if "cuda" in device else 0,
+        precision="fp32" if native else precision,
+        compile=0 if native or graphs or schedule.startswith("zb") else draw(st.integers(0, 1)),
+        graphs=graphs,
     )
 
 
@@ -175,6 +176,15 @@ def test_a_leading_zero_is_no_other_plan() -> None:
         ("tp=2,engine=native,comm=mpi", "the threads of a tp group share memory; take comm=openmp, or engine=torch"),
         ("dp=2,tp=2,engine=native,sync=average@4", "share weights that sync=average@4 lets replicas change"),
         ("dp=2,tp=2,engine=native,gradients=owner", "with tp=2 each thread of a group has its own block already"),
+        ("pp=2,tp=2,engine=native,interleave=3", "interleave=3: threads of a tp group share one stage"),
+        (
+            "pp=2,tp=2,engine=native,microbatches=4,schedule=interleaved",
+            "interleave=2: threads of a tp group share one",
+        ),
+        (
+            "pp=2,tp=2,engine=native,microbatches=4,schedule=zb-h1",
+            "zb-h1: threads of a tp group keep nothing for a late",
+        ),
         ("dp=0", "dp=0: it takes 1 or more"),
         ("threads=-1", "threads=-1: it takes 1 or more"),
         ("dp=two", "dp=two: it takes a whole number"),

@@ -16,7 +16,17 @@ from paraxis.plan.plan import parse
 torch.set_num_threads(1)
 
 
-def recordings(fails: str = "", **options: int) -> tuple[Recordings, list[dict[Any, Any]], list[str]]:
+class Recorded(Recordings):
+    """With a way to record."""
+
+    record: Callable[[dict[Any, Any]], list[Callable[[], None]]]
+
+    def next(self, samples: dict[Any, Any], granted: Any) -> Any:  # type: ignore[override]
+        """As it is asked by a body."""
+        return super().next(samples, granted, self.record)
+
+
+def recordings(fails: str = "", **options: int) -> tuple[Recorded, list[dict[Any, Any]], list[str]]:
     """With what was recorded and what was told."""
     made: list[dict[Any, Any]] = []
     told: list[str] = []
@@ -27,7 +37,9 @@ def recordings(fails: str = "", **options: int) -> tuple[Recordings, list[dict[A
             raise RuntimeError(fails)
         return [lambda: None]
 
-    return Recordings(record, told.append, **options), made, told
+    own = Recorded(told.append, **options)
+    own.record = record
+    return own, made, told
 
 
 def batch(size: int, value: float = 0.0) -> dict[Any, Any]:

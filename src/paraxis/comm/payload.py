@@ -107,7 +107,8 @@ class PackedSum:
         self.receives: dict[int, tuple[Request, Tensor]] = {}
         for peer, number in numbers.items():
             if self.pieces[number].numel():
-                room = torch.empty(packed(self.pieces[number], self.payload), dtype=torch.uint8)
+                size = packed(self.pieces[number], self.payload)
+                room = torch.empty(size, dtype=torch.uint8, device=self.own.device)
                 self.receives[peer] = self.comm.receive(room, peer, tag), room
         for peer, letter in letters.items():
             if letter.numel():
@@ -119,7 +120,7 @@ class PackedSum:
         return all(request.ready() for request, _ in self.receives.values())
 
     def _packed(self, x: Tensor) -> Tensor:
-        return CODECS[self.payload][0](x) if x.numel() else torch.empty(0, dtype=torch.uint8)
+        return CODECS[self.payload][0](x) if x.numel() else torch.empty(0, dtype=torch.uint8, device=x.device)
 
     def _unpack(self, letter: Tensor, piece: Tensor) -> None:
         if piece.numel():

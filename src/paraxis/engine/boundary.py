@@ -1,11 +1,13 @@
 """What crosses the edges of a stage, learned from one forward of the layers in front of it."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from paraxis.engine.precision import cast
 from paraxis.errors import TaskError
 from paraxis.program.instructions import Program
 from paraxis.task.batches import Nest, leaves, map_nest
@@ -42,7 +44,8 @@ def boundaries(task: Task, program: Program, stage: int) -> Edges:
         for index, layer in enumerate(task.chain[:last]):
             if index == first:
                 entry, counts = _shapes(x), dict(task.draw.calls)
-            x = task.call(layer, x)
+            (call,) = cast([partial(task.call, layer)], program.precision)
+            x = call(x)
         exit_ = _shapes(x)
         for buffer, old in zip(task.net.buffers(), saved, strict=True):
             buffer.copy_(old)

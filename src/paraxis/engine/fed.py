@@ -28,7 +28,7 @@ FedRule = Callable[[Tensor, Tensor, State, Group, Tensor, Scale], None]
 
 @dataclass
 class Fed:
-    """`there` (n,) int64 on the device gets what is written to `letter`, the host's: numbers, keys and a row, in turn.
+    """`there` (n,) int64 on the device gets what is written to `letter`, the host's: numbers, then keys.
 
     `numbers` (k,) are the first of them as float64, `words` each mask's key as two int32. `sums` (2,) get loss sum and
     weight of a step.

@@ -4,7 +4,9 @@ To launch a kernel from Python takes longer than a small network's kernel runs. 
 and numbers; `Recordings` decides when to make one, and falls back to what is recorded where one cannot be made.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,14 +17,16 @@ from paraxis.plan.plan import WARM
 from paraxis.task.batches import Nest, leaves, map_nest
 
 Action = Callable[[], None]
+Record = Callable[[dict[Any, Nest]], list[Action]]
 SHAPES = 8  # recordings of one body at most: each keeps the memory of its tensors
 
 
 class Recorder(Protocol):
     """What makes recordings."""
 
-    def warm(self, run: Action) -> None:
-        """Run it as it is, where it will be recorded."""
+    def warm(self, run: Action, last: bool = False) -> str:
+        """Run it as it is, where it will be recorded; of the last time before that, say what forbids it ("": nothing
+        that has been seen)."""
 
     def record(self, run: Action) -> Action:
         """Take down what `run` asks of the device, without doing it; the result does it. Raises what cannot be."""
@@ -35,24 +39,52 @@ class CudaRecorder:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
-    def warm(self, run: Action) -> None:
+    def warm(self, run: Action, last: bool = False) -> str:
         """On the stream of the recordings, for autograd's nodes keep to the stream that they were made on."""
         usual = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(usual)
         with torch.cuda.stream(self.stream):
-            run()
+            waited = last and waits(run)
+            if not last:
+                run()
         usual.wait_stream(self.stream)
+        return "a module, or the loss, asks the device for a value and waits for it" if waited else ""
 
     def record(self, run: Action) -> Action:
         """One graph. What autocast has kept would not be computed again, so it keeps nothing meanwhile."""
         graph, kept = torch.cuda.CUDAGraph(), torch.is_autocast_cache_enabled()
+        usual = torch.cuda.current_stream(self.stream.device)
         torch.set_autocast_cache_enabled(False)
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 run()
+        except Exception as error:
+            torch.cuda.set_stream(usual)
+            self._recover()
+            cause = error.__context__  # that a failed capture cannot be ended is told in its place
+            raise cause if isinstance(cause, Exception) else error from None
         finally:
             torch.set_autocast_cache_enabled(kept)
         return graph.replay
+
+    def _recover(self) -> None:
+        """A capture that could not be ended leaves the generator of random numbers waiting for its end."""
+        generator = torch.cuda.default_generators[self.stream.device.index]
+        with suppress(AttributeError, RuntimeError):
+            generator.graphsafe_set_state(generator.clone_state())
+
+
+def waits(run: Action) -> bool:
+    """Whether the host has to wait for the device in it, as far as PyTorch tells."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    return any("called a synchronizing CUDA operation" in str(own.message) for own in told)
 
 
 @dataclass
@@ -75,23 +107,27 @@ class Recording:
 
 @dataclass
 class Recordings:
-    """The recordings of one body, by what they take for granted; `reason` is why there will be no more.
+    """The recordings of one body, by what they take for granted; `reason` is why there will be no more, as `tell` gets.
 
-    `record(inputs)` makes one, all parts in turn, and leaves everything else as it was; `tell` gets the reason.
+    None of this holds whoever records: what is dropped must go at once, with the memory of its device.
     """
 
-    record: Callable[[dict[Any, Nest]], list[Action]]
     tell: Callable[[str], None]
     warm: int = WARM
     most: int = SHAPES
     known: dict[Hashable, Recording] = field(default_factory=dict)
     reason: str = ""
+    last: bool = False  # whether this pass is the last one before a recording
 
-    def next(self, samples: dict[Any, Nest], granted: Hashable) -> Recording | None:
-        """What to replay in the pass that begins, with its samples in place; None: run it as it is."""
+    def next(self, samples: dict[Any, Nest], granted: Hashable, record: Record) -> Recording | None:
+        """What to replay in the pass that begins, with its samples in place; None: run it as it is.
+
+        `record(inputs)` makes a recording, all parts in turn, and leaves everything else as it was.
+        """
         if self.reason:
             return None
         found = self.known.setdefault((signature(samples), granted), Recording())
+        self.last = not found.parts and found.passes == self.warm - 1
         if not found.parts and found.passes < self.warm:
             found.passes += 1
             return None
@@ -101,7 +137,7 @@ class Recordings:
                 return None
             found.inputs = {name: map_nest(nest, Tensor.clone) for name, nest in samples.items()}
             try:
-                found.parts = self.record(found.inputs)
+                found.parts = record(found.inputs)
             except Exception as error:
                 self.give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
                 return None
@@ -115,9 +151,13 @@ class Recordings:
         self.tell(f"graphs: fell back to eager: {reason}")
 
 
-def signature(samples: dict[Any, Nest]) -> str:
+def signature(nest: Nest) -> Hashable:
     """Shapes and types of all tensors, and all else by its value: what a recording takes for granted of samples."""
-    return repr(map_nest(samples, lambda t: (*t.shape, t.dtype)))
+    if isinstance(nest, Tensor):
+        return nest.shape, nest.dtype
+    if isinstance(nest, Mapping):
+        return tuple((key, signature(value)) for key, value in nest.items())
+    return tuple(map(signature, nest)) if isinstance(nest, (tuple, list)) else repr(nest)
 
 
 def stretches(free: Sequence[bool]) -> list[range]:

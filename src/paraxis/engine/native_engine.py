@@ -357,6 +357,7 @@ def check_task(task: Task) -> None:
 def stages_of(task: Task, program: Program, samples: int) -> list[list[Any]]:
     """C++ layers of every stage, for microbatches of `samples`; raises PlanError for what it cannot take."""
     check_task(task)
+    _check_copies(task, program)
     shape, found = input_shape(task), []
     numbers = {tie.parameter: number for number, tie in enumerate(program.ties)}
     ties = {key: numbers[name] for key, name in task.names.items() if name in numbers}
@@ -367,3 +368,15 @@ def stages_of(task: Task, program: Program, samples: int) -> list[list[Any]]:
         found.append(specs)
         shape = (*out, 1) if flat else out
     return found
+
+
+def _check_copies(task: Task, program: Program) -> None:
+    """Raises PlanError where two stages of one rank use a parameter, of which each would have a copy of its own."""
+    seen: dict[tuple[int, int], int] = {}  # (place, id of a parameter) -> stage
+    for stage, (first, last) in enumerate(program.stages):
+        place = stage % program.mesh.pp
+        for p in {id(p) for layer in task.chain[first:last] for p in layer.parameters()}:
+            before = seen.setdefault((place, p), stage)
+            if before != stage:
+                shared = f"stages {before} and {stage} of one rank both use {task.names.get(p, 'a parameter')}"
+                raise PlanError(f"engine=native: {shared}; take another split or interleave, or engine=torch")

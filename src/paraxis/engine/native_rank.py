@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from paraxis.engine.kept import keep
 from paraxis.engine.native_engine import extension, stages_of, tokens_of
-from paraxis.engine.native_task import Feed, check_native, feed_of, get_weights, hyper_of, put_weights
+from paraxis.engine.native_stage import NativeStage, Now
+from paraxis.engine.native_task import get_weights, hyper_of, put_weights
 from paraxis.engine.rules import Hyper
 from paraxis.errors import PlanError
 from paraxis.program.instructions import MOMENTS, Program
@@ -26,108 +26,65 @@ class NativeEngine:
     """One rank's share of the computing; `step` is the optimiser step in progress."""
 
     def __init__(self, task: Task, program: Program, rank: int, threads: int) -> None:
-        _, self.stage, _ = program.mesh.coordinates(rank)
+        own = program.stages_of(rank)
         self.task, self.hyper, self.threads = task, task.hyper(), threads
-        self.last_stage = self.stage == len(program.stages) - 1
-        self.last_segment = len(program.segments[self.stage]) - 1
-        self.slice_size = task.batch // (program.mesh.dp * program.microbatches)
+        self.last_stage = own[-1] == len(program.stages) - 1
         self.weight = task.batch / (program.mesh.dp if program.epilogue else 1)
-        self.ensemble = ensemble_of(task, program, self.stage, self.hyper, threads)
+        self.ensemble = ensemble_of(task, program, rank, self.hyper, threads)
         put_weights(self.ensemble, task, [0])
         self.flat = SimpleNamespace(params=self._view("params"), grads=self._view("grads"))
         size = self.flat.params.numel()
         self.kept = keep(program, self.flat.params, [("", 0, size)], {"": size})
         self.running, self.statistics = self._view("running"), self._view("statistics")
-        copies = [n for n, tie in program.ties_of(rank).items() if tie.stages[0] != self.stage]
+        copies = [n for n, tie in program.ties_of(rank).items() if tie.stages[0] not in own]
         self.elsewhere = [self.ensemble.tied(0, n) for n in copies]  # what another stage counts in the norm
         self.norm = torch.zeros(1, dtype=torch.float64)
         self.score = torch.zeros(3, dtype=torch.float64)
-        self.source: Source = task.train
-        self.microbatches, self.step, self.done = program.microbatches, 0, 0
+        self.now = Now(task, task.train, 0, self.score, {})
+        self.stages = {stage: NativeStage(self.now, self.ensemble, program, stage, threads) for stage in own}
+        self.microbatches, self.done = program.microbatches, 0
         self.losses: list[tuple[float, float]] = []
-        self.held: dict[tuple[bool, int], list[Tensor]] = {}  # what has come in lives until it has been used
-        self.leaving: dict[int, list[Tensor]] = {}
-        self.places: dict[int, int] = {}  # of each microbatch's first sample in the global batch
-        self._cache: dict[int, np.ndarray] = {}
-        self._feed: tuple[tuple[int, int], Feed] | None = None
 
     def _view(self, name: str) -> Tensor:
         return torch.from_numpy(self.ensemble.buffer(0, name))
 
-    def at(self, stage: int) -> "NativeEngine":
-        """What computes a stage: there is but one."""
-        return self
+    def at(self, stage: int) -> NativeStage:
+        """What computes a stage."""
+        return self.stages[stage]
 
-    # -- computing ---------------------------------------------------------------------------------------------
+    @property
+    def step(self) -> int:
+        """The optimiser step in progress."""
+        return self.now.step
 
-    def load(self, microbatch: int, part: int) -> None:
-        """Take samples of slice `part` of this step's global batch."""
-        key = id(self.source), self.step
-        if self._feed is None or self._feed[0] != key:
-            self._feed = key, feed_of(self.task, self.source, self.step, 1, self._cache)
-        feed = self._feed[1]
-        first = part * self.slice_size
-        self.ensemble.load(microbatch, feed.inputs, feed.targets, feed.index[0], feed.size, feed.scale, first)
+    @step.setter
+    def step(self, number: int) -> None:
+        self.now.step = number
 
-    def forward(self, segment: int, microbatch: int, part: int) -> None:
-        """F: keeps what its backward needs, and hands the output on, where it lies."""
-        self.places[microbatch] = part * self.slice_size
-        self.ensemble.forward(segment, microbatch, self.step, self.places[microbatch], True)
-        if segment == self.last_segment:
-            self.leaving[microbatch] = self._made(self.ensemble.output, microbatch)
+    @property
+    def source(self) -> Source:
+        """Where samples come from."""
+        return self.now.source
 
-    def evaluate(self, segment: int, microbatch: int, part: int) -> None:
-        """Forward only, without noise; the last stage adds loss, weight and hits."""
-        self.ensemble.forward(segment, microbatch, self.step, part * self.slice_size, False)
-        if segment < self.last_segment:
-            return
-        self.leaving[microbatch] = self._made(self.ensemble.output, microbatch)
-        self.held.pop((False, microbatch), None)
-        if self.last_stage:
-            self.score += torch.tensor(self.ensemble.score(False, True), dtype=torch.float64)
-
-    def backward(self, segment: int, microbatch: int) -> None:
-        """B: adds to the gradients, and hands the input's gradient on."""
-        self.ensemble.backward(segment, microbatch, self.step, self.places[microbatch])
-        if segment:
-            return
-        self.leaving[microbatch] = self._made(self.ensemble.input_gradient, microbatch)
-        self.held.pop((False, microbatch), None)
-        self.held.pop((True, microbatch), None)
-
-    def _made(self, part: Any, microbatch: int) -> list[Tensor]:
-        """One tensor a thread; C++ writes there again only a step later."""
-        return [torch.from_numpy(part(thread, microbatch)) for thread in range(self.threads)]
+    @source.setter
+    def source(self, source: Source) -> None:
+        self.now.source = source
 
     def training(self, on: bool) -> None:
         """Forget what an interrupted phase left."""
-        self.held.clear()
-        self._feed = None
-
-    # -- what crosses the stage's edges ------------------------------------------------------------------------
-
-    def incoming(self, gradient: bool) -> list[Tensor]:
-        """Empty buffers, one for each thread's samples."""
-        like = self.ensemble.output(0, 0) if gradient else self.ensemble.input_gradient(0, 0)
-        return [torch.empty(like.size, dtype=self.task.dtype) for _ in range(self.threads)]
-
-    def arrive(self, gradient: bool, microbatch: int, tensors: list[Tensor]) -> None:
-        """Take over what has been received."""
-        self.held[gradient, microbatch] = tensors
-        give = self.ensemble.give_gradient if gradient else self.ensemble.give_input
-        for thread, tensor in enumerate(tensors):
-            give(thread, microbatch, tensor.numpy())
-
-    def leave(self, microbatch: int) -> list[Tensor]:
-        """What this stage has made for a neighbour."""
-        return self.leaving.pop(microbatch)
+        self.now.fed = None
+        for stage in self.stages.values():
+            stage.clear()
 
     # -- buffers and updates -----------------------------------------------------------------------------------
 
     def buffer(self, name: str, bucket: int, stage: int = -1) -> Tensor:
-        """A declared flat buffer."""
+        """A declared flat buffer, or a stage's part of the gradients."""
         if name in MOMENTS.values():
-            return torch.from_numpy(self.ensemble.moments(0, bucket))
+            return torch.from_numpy(self.ensemble.moments(self.stages[stage].number, bucket))
+        if name == "grads" and bucket >= 0:
+            first, last = self.ensemble.part_of(self.stages[stage].number)
+            return self.flat.grads[first:last]
         if name == "tied":
             first, last = self.ensemble.tied(0, bucket)
             return self.flat.grads[first:last]
@@ -149,7 +106,7 @@ class NativeEngine:
         self.ensemble.begin()
 
     def gradient_norm(self) -> None:
-        """Square of the gradient's norm on this stage."""
+        """Square of the gradient's norm on this rank."""
         squares = self.flat.grads.double().square()
         for first, last in self.elsewhere:
             squares[first:last] = 0
@@ -174,7 +131,7 @@ class NativeEngine:
         self.done += 1
 
     def state(self) -> dict[str, Tensor]:
-        """This stage's part of the network's state_dict."""
+        """This rank's part of the network's state_dict."""
         return get_weights(self.ensemble, self.task, [0], self.done)
 
     def square_sum(self) -> float:
@@ -187,23 +144,23 @@ class NativeEngine:
         return 3 * self.flat.params.nbytes + self.threads * self.flat.grads.nbytes + kept
 
 
-def ensemble_of(task: Task, program: Program, stage: int, hyper: Hyper, threads: int, dry: bool = False) -> Any:
-    """What C++ computes of a stage, with weights of zero; `dry`: it reserves no memory, but knows how much that would
+def ensemble_of(task: Task, program: Program, rank: int, hyper: Hyper, threads: int, dry: bool = False) -> Any:
+    """What C++ computes on a rank, with weights of zero; `dry`: it reserves no memory, but knows how much that would
     be. Raises PlanError for what it cannot do."""
-    native, mesh = extension(), program.mesh
-    check_native(program)
-    if len(program.segments[stage]) > 1 and not program.synchronised():
+    native, mesh, own = extension(), program.mesh, program.stages_of(rank)
+    if any(len(program.segments[stage]) > 1 for stage in own) and not program.synchronised():
         raise PlanError("engine=native reduces all gradients at once: leave out bucket_bytes")
     samples = task.batch // (mesh.dp * program.microbatches)
     if samples % threads:
         raise PlanError(f"threads={threads} do not divide the {samples} samples of a microbatch")
     if threads > 1 and task.layout().statistics:
         raise PlanError(f"threads={threads}: a batch norm needs its samples on one thread; use dp instead")
+    specs = stages_of(task, program, samples)
     make = native.Float if task.dtype == torch.float32 else native.Double
     return make(
         dp=threads,
         pp=1,
-        stages=[stages_of(task, program, samples)[stage]],
+        stages=[specs[stage] for stage in own],
         slice=samples // threads,
         microbatches=program.microbatches,
         bodies=[],
@@ -212,7 +169,8 @@ def ensemble_of(task: Task, program: Program, stage: int, hyper: Hyper, threads:
         usable_cores=len(os.sched_getaffinity(0)),
         seed=task.spec.seed,
         naive=False,
-        whole=(stage, len(program.stages)),
+        ends=(own[0] == 0, own[-1] == len(program.stages) - 1),
+        kept=[program.halved(stage) for stage in own],
         tokens=tokens_of(task),
         dry=dry,
     )

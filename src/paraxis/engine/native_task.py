@@ -10,8 +10,6 @@ from torch import Tensor
 
 from paraxis.engine.native_engine import extension
 from paraxis.engine.rules import Hyper
-from paraxis.errors import PlanError
-from paraxis.program.instructions import Program
 from paraxis.task.batches import ArraySource, Source
 from paraxis.task.task import Task
 
@@ -27,16 +25,6 @@ class Feed:
     index: np.ndarray
     size: int  # samples that count; those of the index from there on are padding
     scale: float  # of inputs that are bytes
-
-
-def check_native(program: Program) -> None:
-    """Raises PlanError for a program whose schedule the native engine has no instructions for."""
-    if len(program.stages) > program.mesh.pp:
-        raise PlanError("engine=native has one stage on each rank: leave out interleave")
-    if any(program.parted(stage) for stage in range(len(program.stages))):
-        raise PlanError(
-            "engine=native makes both gradients in one B: its schedules have no I and W, engine=torch's may"
-        )
 
 
 def feed_of(task: Task, source: Source, step: int, steps: int, cache: dict[int, np.ndarray]) -> Feed:

@@ -87,20 +87,23 @@ class _Layer:
     dims: int  # of a batched input; 0: any
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The module's forward; its own where no I follows, or where precision is mixed."""
-        plain = not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-        if plain or (self.dims and x.ndim != self.dims):
+        """The module's forward; its own where no I follows."""
+        if not torch.is_grad_enabled() or (self.dims and x.ndim != self.dims):
             return self.own(x)
-        made: Tensor = _Parted.apply(x, self.module.weight, self.module.bias, self)
+        given: Sequence[Any] = x, self.module.weight, self.module.bias
+        if torch.is_autocast_enabled(kind := x.device.type):  # which does not look into what autograd calls
+            dtype = torch.get_autocast_dtype(kind)
+            given = tuple(t if t is None else t.to(dtype) for t in given)
+        made: Tensor = _Parted.apply(*given, self)
         return made
 
     def add(self, gradient: Tensor, x: Tensor, wanted: Sequence[bool]) -> None:
         """W: what autograd would have added to the gradients of weight and bias."""
         with torch.no_grad():
-            made = self.gradients(gradient, x, self.module.weight, wanted)
+            made = self.gradients(gradient, x, self.module.weight.to(x.dtype), wanted)
             for p, value in zip((self.module.weight, self.module.bias), made[1:], strict=True):
                 if value is not None:
-                    p.grad = value if p.grad is None else p.grad.add_(value)
+                    p.grad = value.to(p.dtype) if p.grad is None else p.grad.add_(value)
 
 
 def _linear(gradient: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
@@ -135,11 +138,13 @@ def parting_for(program: Program, stage: int, segments: Sequence[Sequence[nn.Mod
 
 
 def can_part(module: Any) -> bool:
-    """Whether it is a linear layer or a convolution that nobody watches."""
+    """Whether it is a linear layer or a convolution that nobody watches, but for what counts its draws of masks."""
     if type(module) is not nn.Linear and type(module) not in CONVOLUTIONS:
         return False
     parameters = [p for p in (module.weight, module.bias) if p is not None]
-    watched = any(getattr(module, name) for name in HOOKS) or "forward" in vars(module)
+    hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
+    watched = any(not str(getattr(hook, "__module__", "")).startswith("paraxis.") for hook in hooks)
+    watched |= "forward" in vars(module)
     watched |= any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
     return not watched and all(type(p) is nn.Parameter for p in parameters)
 

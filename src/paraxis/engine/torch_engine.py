@@ -15,6 +15,7 @@ from paraxis.engine.kept import keep
 from paraxis.engine.packed import Packed, within
 from paraxis.engine.pausing import pausing_for
 from paraxis.engine.rules import RULES, Hyper, State
+from paraxis.engine.scaling import scaling_for
 from paraxis.engine.sharding import Shards, ends, shard
 from paraxis.engine.statistics import joined
 from paraxis.engine.torch_stage import TorchStage, step_on
@@ -47,7 +48,7 @@ class TorchEngine:
         move(task, [task.chain[slice(*program.stages[stage])] for stage in own], device)
         # Gradients that ranks have of their own tokens are added up: what all of them compute alike counts in parts.
         alike = program.mesh.tp if program.sequenced() and task.shared_loss is None else 1
-        self.now = step_on(device, task, self.score, alike)
+        self.now, self.alike = step_on(device, task, self.score, alike), alike
         self.stages = {stage: TorchStage(self.now, task, program, stage, edges[stage], device) for stage in own}
         self.last_stage = own[-1] == len(program.stages) - 1
         self.segments = [segment for stage in self.stages.values() for segment in stage.segments]
@@ -81,6 +82,7 @@ class TorchEngine:
         self.rule: Callable[..., None] | None = RULES.get(self.hyper.rule)
         self._count(program, rank)
         self.norm = torch.zeros(1, dtype=torch.float64, device=device)
+        self.scaling = scaling_for(program, task.batch)
         self.running, self.collected = joined([stage.statistics for stage in self.stages.values()])
         replicas = program.mesh.dp if program.epilogue else 1  # those that agree later each train on their own batch
         self.known_weight = 0.0 if task.weight_in_data else task.batch / replicas
@@ -208,15 +210,21 @@ class TorchEngine:
     def zero(self) -> None:
         """Begin a step."""
         self.flat.grads.zero_()
+        if self.scaling:
+            self.now.unit.fill_(self.scaling.scale / self.alike)
         self.now.begin()
 
     def scale(self) -> float | Tensor:
-        """1 / the weight of the batch that the gradients sum over; on a GPU a tensor, if data alone tell it."""
+        """1 / (the weight of the batch that gradients sum over x what losses are scaled by).
+
+        On a GPU a tensor, if data alone tell the weight.
+        """
+        scaled = self.scaling.scale if self.scaling else 1.0
         if self.known_weight:
-            return 1.0 / self.known_weight
+            return 1.0 / (self.known_weight * scaled)
         if self.now.sums is None:
-            return 1.0 / max(float(self.totals[1]), 1e-30)
-        return self.totals[1].double().clamp_min(1e-30).reciprocal()
+            return 1.0 / (max(float(self.totals[1]), 1e-30) * scaled)
+        return (self.totals[1].double().clamp_min(1e-30) * scaled).reciprocal()
 
     def gradient_norm(self) -> None:
         """Square of the gradient's norm on this rank."""
@@ -235,9 +243,10 @@ class TorchEngine:
         return scale * (clip / (self.norm[0].sqrt() + 1e-6)).clamp_max(1.0)
 
     def update(self) -> None:
-        """One optimiser step on the flat buffers."""
+        """One optimiser step on the flat buffers; none if scaled gradients have overflowed, on any rank."""
         scale = self._clipped(self.scale())
-        next(iter(self.stages.values())).apart(partial(self._step, scale))
+        if self.scaling is None or self.scaling.takes(float(self.norm[0])):
+            next(iter(self.stages.values())).apart(partial(self._step, scale))
         if self.fed is None:
             self.advance(self.now.sums)
 
@@ -290,11 +299,12 @@ class TorchEngine:
     # -- in and out --------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's part of the network's state_dict; of stage 3 of ZeRO, what the body `state` has just copied."""
+        """This rank's part of the network's state_dict, in host memory; of stage 3 of ZeRO, what the body `state` has
+        just copied."""
         copies, self.copies = self.copies, {}
         for stage in self.stages.values():
             stage.statistics.restore()
-        return {name: copies.get(id(value), value).detach().clone() for name, value in self.named.items()}
+        return {name: copies.get(id(value), value).detach().to(CPU, copy=True) for name, value in self.named.items()}
 
     def square_sum(self) -> float:
         """Of the parameters; as `state`."""

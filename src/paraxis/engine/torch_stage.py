@@ -14,6 +14,7 @@ from torch import Tensor
 from paraxis.engine.boundary import Edges, leaf, slice_of
 from paraxis.engine.parted import Parting, parting_for
 from paraxis.engine.pausing import Pausing
+from paraxis.engine.precision import cast
 from paraxis.engine.statistics import StageStatistics
 from paraxis.program.instructions import Program
 from paraxis.program.meetings import reach
@@ -87,7 +88,10 @@ class TorchStage:
         cuts = program.segments[stage]
         self.segments = [task.chain[first:last] for first, last in cuts]
         self.parting: Parting | None = parting_for(program, stage, self.segments)
-        self.calls = [[task.callable(layer) for layer in segment] for segment in self.segments]
+        self.calls = [
+            cast(map(task.callable, own), program.precision, self._ends(k)) for k, own in enumerate(self.segments)
+        ]
+        self.plainly = self.calls  # uncompiled, for evaluations
         self.altered = [first in task.altering for first, _ in cuts]
         self.words = program.borders(stage)
         self.pausing: Pausing | None = None
@@ -279,7 +283,7 @@ class TorchStage:
         self.draw.at(self.now.number, part * self.slice_size, self.slice_size)
         with torch.no_grad():
             x, _ = self._opened(segments[0], self._taken(segments[0], microbatch))
-            x, segment = _through([call for k in segments for call in self.calls[k]], x, None), segments[-1]
+            x, segment = _through([call for k in segments for call in self.plainly[k]], x, None), segments[-1]
             if segment < len(self.segments) - 1:
                 self.between[segment + 1, microbatch] = x
             elif not self.last:

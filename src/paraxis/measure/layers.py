@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from paraxis.engine.devices import CPU, wait
 from paraxis.measure.facts import Facts
 from paraxis.measure.layer_work import layer_work
 from paraxis.measure.saved import measure_sizes
@@ -15,18 +16,27 @@ from paraxis.task.task import Task
 from paraxis.task.trial import apply, evaluating
 
 
-def measure_layers(task: Task, samples: int, seconds: float = 0.6) -> Facts:
-    """Time every layer's forward and backward on a slice of the first batch, repeatedly for about `seconds`."""
+def layer_seconds(
+    task: Task, samples: int, seconds: float = 0.6, device: torch.device = CPU
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Median seconds of every layer's forward and of its backward on a slice of the first batch, on the task's device.
+
+    They are timed repeatedly for about so many seconds.
+    """
     first = task.train.share(0, 0, samples)
     task.draw.at(0, 0, samples)
-    layout, names = task.layout(), [type(layer).__name__ for layer in task.chain]
     rounds: list[list[tuple[float, float]]] = []
     end = perf_counter() + seconds
     while len(rounds) < 3 or (perf_counter() < end and len(rounds) < 30):
-        rounds.append(_round(task, first))
-    kept = rounds[1:]  # the first one warms up
-    forward = tuple(median(r[k][0] for r in kept) for k in range(len(names)))
-    backward = tuple(median(r[k][1] for r in kept) for k in range(len(names)))
+        rounds.append(_round(task, first, device))
+    kept, every = rounds[1:], range(len(task.chain))  # the first one warms up
+    return tuple(median(r[k][0] for r in kept) for k in every), tuple(median(r[k][1] for r in kept) for k in every)
+
+
+def measure_layers(task: Task, samples: int, seconds: float = 0.6) -> Facts:
+    """Time every layer's forward and backward, and note what else the driver has to know."""
+    layout, names = task.layout(), [type(layer).__name__ for layer in task.chain]
+    forward, backward = layer_seconds(task, samples, seconds)
     one = task.train.share(0, 0, 1)
     task.draw.at(0, 0, 1)
     with resting(task.net):
@@ -59,16 +69,21 @@ def _titled(task: Task, name: str) -> str:
     return f"{name or 'the network'} ({type(task.net.get_submodule(name)).__name__})"
 
 
-def _round(task: Task, batch: Any) -> list[tuple[float, float]]:
+def _round(task: Task, batch: Any, device: torch.device = CPU) -> list[tuple[float, float]]:
     """(forward, backward) seconds of every layer, the loss counted to the last one."""
+
+    def now() -> float:
+        wait(device)
+        return perf_counter()
+
     x, stash, forward = task.recipe.inputs(batch), [], []
     for index, layer in enumerate(task.chain):
         x = map_nest(x, _cut)
-        start = perf_counter()
+        start = now()
         out = task.call(layer, x)
         if index == len(task.chain) - 1:
             out = task.recipe.loss(out, batch)[0]
-        forward.append(perf_counter() - start)
+        forward.append(now() - start)
         stash.append((x, out))
         x = out
     backward = []
@@ -76,10 +91,10 @@ def _round(task: Task, batch: Any) -> list[tuple[float, float]]:
     for index in reversed(range(len(stash))):
         x, out = stash[index]
         outs = [t for t in leaves(out) if t.requires_grad]
-        start = perf_counter()
+        start = now()
         if outs:
             torch.autograd.backward(outs, gradients if index < len(stash) - 1 else None)
-        backward.append(perf_counter() - start)
+        backward.append(now() - start)
         inputs = [t for t in leaves(x) if t.requires_grad]
         gradients = [t.grad if t.grad is not None else torch.zeros_like(t) for t in inputs]
     for p in task.net.parameters():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from paraxis.measure import gpus
 from paraxis.measure.records import Machine
 
 VERSIONS = ("paraxis", "numpy", "mpi4py")
@@ -63,10 +64,12 @@ def describe(mpi: str | None = None) -> Machine:
         torch=installed("torch") or "",
         mpi=mpi,
         system=f"{platform.system()} {platform.machine()}",
+        gpus=[name for name, _ in gpus.listed()],
         caches=caches(),
         frequency_hz=frequency(),
         versions={name: found for name in VERSIONS if (found := installed(name))}
-        | ({"compiler": built} if (built := compiler()) else {}),
+        | ({"compiler": built} if (built := compiler()) else {})
+        | gpus.versions(),
     )
 
 

@@ -154,7 +154,10 @@ class Result(Record):
     exposed_comm_fraction: float | None = None
     bubble_fraction: float | None = None
     bytes_communicated: int | None = None  # sent by all ranks together in one step
-    peak_memory_bytes: int | None = None  # of the rank that needs most
+    compile_seconds: float | None = None  # what its first step took more than its second, where it is compiled
+    peak_memory_bytes: int | None = None  # of the rank that needs most, in host memory
+    devices: list[str] = []  # of each rank, where one has a GPU
+    peak_device_memory_bytes: int | None = None  # of the rank that needs most of its GPU, by PyTorch's allocator
     computed_memory: MemoryRecord | None = None  # null where it could not be computed
     oversubscribed: bool = False
     bound_by: str | None = None

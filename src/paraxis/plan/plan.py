@@ -223,12 +223,14 @@ class Plan:
 
 
 def parse(text: str) -> Plan:
-    """The plan of `dp=2,pp=2,schedule=1f1b,microbatches=8` or of the alias `serial`; raises PlanError."""
+    """The plan of `dp=2,pp=2,schedule=1f1b,microbatches=8`, of `serial` or of `today,precision=bf16`; or PlanError."""
     if text.strip() == "serial":
         return Plan()
     values: dict[str, Any] = {}
     known = {f.name: f.default for f in fields(Plan)}
     for item in filter(None, (part.strip() for part in text.split(","))):
+        if item == "today":
+            item = "engine=plain"
         key, equals, value = item.partition("=")
         key = "device" if key == "devices" else key
         if not equals and key in known:

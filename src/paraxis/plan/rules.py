@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from paraxis.errors import PlanError
 from paraxis.plan.own import is_own
+from paraxis.plan.precision import check_precision
 from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES, parted
 from paraxis.sync import rule as sync_rule
 
@@ -32,6 +33,8 @@ def check(plan: "Plan") -> None:
     _check_threads(plan)
     _check_interleave(plan)
     _check_device(plan)
+    sync = sync_rule.parse(plan.sync)
+    check_precision(plan, plan.dp > 1 and sync is not None and bool(sync.rule.gradients))
     plan.recomputed()
 
 
@@ -58,6 +61,15 @@ def _check_group(plan: "Plan") -> None:
         raise PlanError(f"tp={plan.tp}: threads of a tp group share weights that sync={plan.sync} lets replicas change")
     if plan.gradients == "owner":
         raise PlanError(f"gradients=owner: with tp={plan.tp} each thread of a group has its own block already")
+    stages = max(plan.interleave, STAGES.get(plan.schedule, 1) if ordered(plan) else 1)
+    if plan.pp > 1 and stages > 1:
+        raise PlanError(
+            f"interleave={stages}: threads of a tp group share one stage; take interleave=1 or engine=torch"
+        )
+    if ordered(plan) and plan.schedule in SCHEDULES and parted(plan.schedule):
+        raise PlanError(
+            f"schedule={plan.schedule}: threads of a tp group keep nothing for a late W; take 1f1b or engine=torch"
+        )
 
 
 def _check_zero(plan: "Plan") -> None:
@@ -92,10 +104,6 @@ def _check_interleave(plan: "Plan") -> None:
     if plan.interleave > 1 and plan.microbatches > 1 and (plan.schedule or "1f1b") in ONE_STAGE:
         several = ", ".join(name for name in SCHEDULES if name not in ONE_STAGE)
         raise PlanError(f"interleave={plan.interleave}: several stages a rank take schedule={several}")
-    known = plan.schedule in SCHEDULES  # of a user's own the engine says what it has not
-    if plan.engine == "native" and ordered(plan) and known and (plan.schedule in STAGES or parted(plan.schedule)):
-        whole = ", ".join(name for name in SCHEDULES if name not in STAGES and not parted(name))
-        raise PlanError(f"schedule={plan.schedule}: engine=native takes {whole}; this one takes engine=torch")
 
 
 def _check_threads(plan: "Plan") -> None:
@@ -123,6 +131,13 @@ def _check_device(plan: "Plan") -> None:
                 raise PlanError(
                     f"{key}={getattr(plan, key)}: engine=native computes in fp32 on CPUs; take engine=torch"
                 )
+    if plan.graphs and (plan.compile or plan.precision == "fp16"):
+        key = "compile=1" if plan.compile else "precision=fp16 (whose steps are taken or skipped as they come)"
+        raise PlanError(f"graphs=1: what is recorded cannot be changed by {key}; leave one of the two out")
+    if plan.compile and plan.tp > 1:
+        raise PlanError(f"compile=1: with tp={plan.tp} ranks meet in the middle of layers; leave one of the two out")
+    if plan.compile and ordered(plan) and plan.schedule in SCHEDULES and parted(plan.schedule):
+        raise PlanError(f"compile=1: schedule={plan.schedule} parts the backward of layers; take 1f1b, or no compile")
     if plan.graphs and not plan.on_gpu():
         raise PlanError("graphs=1: CUDA graphs take device=cuda")
     if plan.graphs and plan.engine == "plain":

@@ -1,6 +1,6 @@
 """The space of plans for a number of workers, the most promising first and every rung of workers early."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -8,7 +8,7 @@ from paraxis.plan.plan import Mesh, Plan
 from paraxis.plan.schedules import SCHEDULES, STAGES, parted
 
 AVERAGE_EVERY = 8
-ELABORATE = [name for name in SCHEDULES if name in STAGES or parted(name)]  # the schedules of engine=torch alone
+ELABORATE = [name for name in SCHEDULES if name in STAGES or parted(name)]  # several stages a rank, or I and W apart
 TRANSPORTS = ("openmp", "mpi", "gloo")
 
 
@@ -58,9 +58,8 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
     processes = [comm for comm in comms if comm != "openmp"]
     for kind in _kinds(workers, layers, inexact):
         for comm in comms if "tp" not in kind else [comm for comm in comms if comm in ("openmp", *processes[:1])]:
-            if comm != "openmp" or kind.get("schedule") not in ELABORATE:
-                engine = "native" if comm == "openmp" else "torch"
-                yield Plan(**kind, comm=comm, engine=engine)  # type: ignore[arg-type]
+            engine = "native" if comm == "openmp" else "torch"
+            yield Plan(**kind, comm=comm, engine=engine)  # type: ignore[arg-type]
         if kind == {"dp": workers} and "openmp" in comms:
             yield Plan(dp=workers, comm="openmp", engine="native", gradients="owner")
     if not processes:
@@ -130,6 +129,24 @@ def _kinds(workers: int, layers: int, inexact: bool) -> Iterator[dict[str, objec
         yield {"dp": workers, "sync": "average@epoch"}
 
 
+def on_gpus(gpus: int, workers: int, layers: int, comms: tuple[str, ...]) -> list[Plan]:
+    """Plans for a host with so many GPUs: NCCL joins several, a single one is also shared, or helped by a CPU."""
+    if not gpus:
+        return []
+    found = [Plan(device="cuda")]
+    for ranks in rungs(gpus)[1:]:
+        found += [Plan(dp=ranks, device="cuda", comm="nccl"), Plan(dp=ranks, zero=1, device="cuda", comm="nccl")]
+        found.append(Plan(tp=ranks, device="cuda", comm="nccl"))
+        if ranks <= layers:
+            found.append(Plan(pp=ranks, microbatches=2 * ranks, schedule="1f1b", device="cuda", comm="nccl"))
+    process = next((comm for comm in comms if comm in ("mpi", "gloo")), "")
+    if gpus == 1 and workers > 1 and process:
+        found.append(Plan(dp=2, device="cuda", comm=process))
+        if layers > 1:
+            found.append(Plan(pp=2, microbatches=4, device="cpu+cuda:0", comm=process))
+    return found
+
+
 def _recomputed(plans: list[Plan]) -> Iterator[Plan]:
     """Of each grid of PyTorch ranks the first plan, computing forwards again."""
     firsts: dict[Mesh, Plan] = {}
@@ -138,3 +155,16 @@ def _recomputed(plans: list[Plan]) -> Iterator[Plan]:
             firsts.setdefault(plan.mesh, plan)
     for plan in firsts.values():
         yield replace(plan, recompute="all")
+
+
+def in_bf16(plans: Iterable[Plan]) -> Iterator[Plan]:
+    """Of each grid of ranks on GPUs the first plan, in bf16; on CPUs one has to ask for it.
+
+    A GPU multiplies 16-bit matrices many times as fast, a CPU without instructions for them not at all.
+    """
+    firsts: dict[Mesh, Plan] = {}
+    for plan in plans:
+        if plan.on_gpu() and plan.exact and plan.precision == "fp32":
+            firsts.setdefault(plan.mesh, plan)
+    for plan in firsts.values():
+        yield replace(plan, precision="bf16")

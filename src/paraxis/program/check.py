@@ -4,12 +4,13 @@ One abstract run of a period plus one step with synchronous sends: a send's wait
 has posted, a receive's when its sender has started, a collective's when all have joined.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 from paraxis.errors import ProgramError
-from paraxis.program.check_meetings import check_meeting, check_midway
+from paraxis.program.check_meetings import Fail, State, buckets_of, check_meeting, check_midway, check_whole, covered
+from paraxis.program.check_scaling import Verdict
 from paraxis.program.check_shards import Shards
 from paraxis.program.grid import point_at
 from paraxis.program.hang import check_hang
@@ -26,10 +27,7 @@ from paraxis.program.instructions import (
     Instruction,
     Program,
 )
-from paraxis.program.meetings import kind, reach
 from paraxis.sync.rule import updates
-
-Fail = Callable[[int, str], NoReturn]
 
 
 @dataclass(frozen=True)
@@ -40,29 +38,6 @@ class Checked:
     """
 
     peak_live: tuple[int, ...]
-
-
-@dataclass
-class _Rank:
-    """The abstract state of one rank within one step."""
-
-    place: int = 0
-    forward: set[tuple[int, int, int]] = field(default_factory=set)  # (stage, segment, microbatch)
-    backward: set[tuple[int, int, int]] = field(default_factory=set)
-    loaded: set[tuple[int, int]] = field(default_factory=set)
-    received: set[tuple[str, int, int]] = field(default_factory=set)
-    open: dict[int, Instruction] = field(default_factory=dict)
-    reduced: set[tuple[int, int]] = field(default_factory=set)  # (stage, bucket)
-    met: set[tuple[str, int, int, int]] = field(default_factory=set)  # (buffer or op, stage, border, microbatch)
-    midway: dict[int, Instruction] = field(default_factory=dict)  # of each stage, what stands still in the middle of it
-    tied: set[int] = field(default_factory=set)  # ties whose copies have been added up
-    whole: bool = False  # gradients of what every rank of tp has, over the tokens of all of them
-    parted: set[tuple[int, int, int]] = field(default_factory=set)  # I whose W is still to come
-    leaks: set[tuple[int, int, int]] = field(default_factory=set)  # forwards whose backward never comes
-    light: dict[tuple[int, int, int], int] = field(default_factory=dict)  # slices of forwards that kept nothing more
-    factors: bool = False  # of weight gradients: those of all ranks are there
-    gathered: bool = False
-    peak: int = 0
 
 
 def check(program: Program) -> Checked:
@@ -129,9 +104,9 @@ def _check_rank(
 
     `crossing`: by token, what earlier steps have begun and this one may await; it becomes what this one leaves open.
     """
-    body, shards = program.body(part), Shards(program, rank)
+    body, shards, verdict = program.body(part), Shards(program, rank), Verdict(program)
     keys = {ops: {(i.stage, i.segment, i.microbatch) for i in instructions if i.op in ops} for ops in ("F", "BI")}
-    state = _Rank(leaks=keys["F"] - keys["BI"], open=dict(crossing))
+    state = State(leaks=keys["F"] - keys["BI"], open=dict(crossing))
 
     def fail(slot: int, why: str) -> NoReturn:
         raise ProgramError(f"rank {rank}, slot {slot} of {part}: {why}\n{point_at(body, rank, slot)}")
@@ -139,9 +114,8 @@ def _check_rank(
     for slot, i in enumerate(instructions):
         _check_token(state, i, slot, fail)
         shards.see(i, slot, fail)
-        if i.op in COMPUTE and not (0 <= i.microbatch < program.microbatches and i.stage in program.stages_of(rank)):
-            own = f"{len(program.stages)} stages, of which {', '.join(map(str, program.stages_of(rank)))} here"
-            fail(slot, f"{i.label()} of stage {i.stage}: there are {program.microbatches} microbatches and {own}")
+        verdict.see(i, slot, fail)
+        _check_place(program, rank, i, slot, fail)
         if i.op in MOMENTS:
             check_midway(program, state, i, slot, fail)
         if i.op == "F" and i.rule == "again":
@@ -163,12 +137,11 @@ def _check_rank(
         elif i.buffer == "tied":
             _check_tie(program, rank, state, i, slot, fail)
         elif i.buffer == "whole":
-            _check_whole(program, rank, state, i, slot, fail)
+            check_whole(program, rank, state, i, slot, fail)
         elif i.base in COLLECTIVES or i.rule in ("step", "hogwild", "norm", *updates()):
             _check_write(program, rank, state, i, slot, fail)
         state.peak = max(state.peak, len({(f[0], f[2]) for f in (state.forward - state.backward) | state.parted}))
-    crossing.clear()
-    crossing |= {token: state.open.pop(token) for token in list(state.open) if token >= CROSSING}
+    _leave_open(state, crossing)
     if state.open:
         token, i = next(iter(state.open.items()))
         fail(len(instructions) - 1, f"{i.op} {i.label()} (token {token}) is never awaited")
@@ -179,7 +152,20 @@ def _check_rank(
     return state.peak if any(i.op in BACKWARD for i in instructions) else 1
 
 
-def _check_token(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _leave_open(state: State, crossing: dict[int, Instruction]) -> None:
+    """To the steps that follow."""
+    crossing.clear()
+    crossing |= {token: state.open.pop(token) for token in list(state.open) if token >= CROSSING}
+
+
+def _check_place(program: Program, rank: int, i: Instruction, slot: int, fail: Fail) -> None:
+    if i.op in COMPUTE and not (0 <= i.microbatch < program.microbatches and i.stage in program.stages_of(rank)):
+        own, stages = ", ".join(map(str, program.stages_of(rank))), len(program.stages)
+        known = f"there are {program.microbatches} microbatches and {stages} stages, of which {own} here"
+        fail(slot, f"{i.label()} of stage {i.stage}: {known}")
+
+
+def _check_token(state: State, i: Instruction, slot: int, fail: Fail) -> None:
     if i.starts:
         if i.token in state.open:
             fail(slot, f"token {i.token} is already open")
@@ -190,7 +176,7 @@ def _check_token(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
             fail(slot, f"{i.op} of token {i.token} has no start")
 
 
-def _check_forward(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _check_forward(program: Program, state: State, i: Instruction, slot: int, fail: Fail) -> None:
     key = (i.stage, i.segment, i.microbatch)
     if key in state.forward:
         fail(slot, f"{i.label()} runs twice")
@@ -200,12 +186,12 @@ def _check_forward(program: Program, state: _Rank, i: Instruction, slot: int, fa
         fail(slot, f"{i.label()} before its activation has arrived")
     if i.stage in (0, len(program.stages) - 1) and (i.stage, i.microbatch) not in state.loaded:
         fail(slot, f"{i.label()} before its samples are loaded")
-    state.forward |= {(i.stage, k, i.microbatch) for k in _covered(program, i)}
+    state.forward |= {(i.stage, k, i.microbatch) for k in covered(program, i)}
     if i.rule == "light":
         state.light[key] = i.slice
 
 
-def _check_again(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _check_again(state: State, i: Instruction, slot: int, fail: Fail) -> None:
     key = (i.stage, i.segment, i.microbatch)
     if key not in state.light:
         why = "that has kept everything" if key in state.forward else "before it runs for the first time"
@@ -215,10 +201,10 @@ def _check_again(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
         fail(slot, f"{i.label()} is of slice {i.slice}, but its first forward was of slice {first}")
 
 
-def _check_backward(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _check_backward(program: Program, state: State, i: Instruction, slot: int, fail: Fail) -> None:
     key = (i.stage, i.segment, i.microbatch)
     last_segment = len(program.segments[i.stage]) - 1
-    own = _covered(program, i)
+    own = covered(program, i)
     if key in state.backward:
         fail(slot, f"{i.label()} runs twice")
     if any((i.stage, k, i.microbatch) not in state.forward for k in own):
@@ -237,19 +223,14 @@ def _check_backward(program: Program, state: _Rank, i: Instruction, slot: int, f
         state.parted.add(key)
 
 
-def _check_send(program: Program, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _check_send(program: Program, state: State, i: Instruction, slot: int, fail: Fail) -> None:
     act = i.base == "SendAct"
     key = (i.stage, len(program.segments[i.stage]) - 1 if act else 0, i.microbatch)
     if key not in (state.forward if act else state.backward):
         fail(slot, f"{i.label()} before {'F' if act else 'B'}{i.microbatch} has made it")
 
 
-def _covered(program: Program, i: Instruction) -> range:
-    """The segments that a computation covers."""
-    return range(i.segment, reach(kind(i), program.borders(i.stage), i.segment) + 1)
-
-
-def _check_weight_gradient(state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _check_weight_gradient(state: State, i: Instruction, slot: int, fail: Fail) -> None:
     key = (i.stage, i.segment, i.microbatch)
     if key not in state.parted:
         fail(slot, f"{i.label()} without an I{i.microbatch} before it")
@@ -262,7 +243,7 @@ def _check_weight_gradient(state: _Rank, i: Instruction, slot: int, fail: Fail) 
         state.reduced.add((i.stage, i.segment))
 
 
-def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _check_tie(program: Program, rank: int, state: State, i: Instruction, slot: int, fail: Fail) -> None:
     """Copies are added up once and complete: after replicas have reduced them or, if that scatters, before."""
     tie = program.ties_of(rank).get(i.bucket)
     if tie is None:
@@ -272,7 +253,7 @@ def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: 
         return
     if i.bucket in state.tied:
         fail(slot, f"{i.label()} adds up {tie.parameter} twice")
-    own = [place for place in _buckets(program, rank) if place[0] in tie.stages]
+    own = [place for place in buckets_of(program, rank) if place[0] in tie.stages]
     done = sum(1 for s, k, _ in state.backward if (s, k) in own)
     if done < program.microbatches * len(own) or any(key[:2] in own for key in state.parted):
         fail(slot, f"the copies of {tie.parameter} are added up before their last backward")
@@ -285,22 +266,7 @@ def _check_tie(program: Program, rank: int, state: _Rank, i: Instruction, slot: 
         fail(slot, f"the copies of {tie.parameter} must be added up {order} the replicas' reduction")
 
 
-def _check_whole(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
-    """What ranks have computed from their tokens alone is added up once, complete, and before replicas reduce it."""
-    if i.starts:
-        done = len(state.backward) - len(state.parted)
-        if state.whole:
-            fail(slot, f"{i.label()} adds up the gradients of whole parameters twice")
-        if done < program.microbatches * len(_buckets(program, rank)):
-            fail(slot, f"{i.label()}: gradients of whole parameters are added up before their last backward")
-        if program.zero < 2 and state.reduced:
-            fail(slot, f"{i.label()}: gradients of whole parameters must be added up before the replicas' reduction")
-        if any(o.buffer == "grads" for o in state.open.values()):
-            fail(slot, f"{i.label()} does not wait for the replicas' reduction")
-    state.whole |= i.waits
-
-
-def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot: int, fail: Fail) -> None:
+def _check_write(program: Program, rank: int, state: State, i: Instruction, slot: int, fail: Fail) -> None:
     """Reductions and updates: complete gradients only, and no write between F and B of a microbatch."""
     live = state.forward - state.backward
     writes = i.rule in ("step", "hogwild", *updates()) or (i.buffer == "params" and program.zero < 3)
@@ -309,7 +275,7 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
     if writes and live:
         fail(slot, f"{i.label()} writes parameters while microbatch {min(live)[2]} is between F and B")
     if i.starts and i.buffer == "grads" and program.zero < 2:  # or else microbatch by microbatch
-        for stage, bucket in _buckets(program, rank) if i.bucket < 0 else [(i.stage, i.bucket)]:
+        for stage, bucket in buckets_of(program, rank) if i.bucket < 0 else [(i.stage, i.bucket)]:
             done = sum(1 for s, k, _ in state.backward - state.parted if (s, k) == (stage, bucket))
             if done < program.microbatches:
                 fail(slot, f"bucket {bucket} is reduced after {done} of {program.microbatches} microbatches")
@@ -337,19 +303,14 @@ def _check_write(program: Program, rank: int, state: _Rank, i: Instruction, slot
         if state.gathered:
             fail(slot, "the update comes after the weights were gathered")
         agree = program.mesh.dp > 1 and not program.epilogue  # otherwise replicas agree on weights, later
-        wanted = len(_buckets(program, rank)) if agree and program.zero < 2 else 0
+        wanted = len(buckets_of(program, rank)) if agree and program.zero < 2 else 0
         if len(state.reduced) < wanted:
             fail(slot, f"the update comes after {len(state.reduced)} of {wanted} buckets were reduced")
 
 
-def _buckets(program: Program, rank: int) -> list[tuple[int, int]]:
-    """(stage, segment) of all that lies on a rank."""
-    return [(stage, k) for stage in program.stages_of(rank) for k in range(len(program.segments[stage]))]
-
-
-def _check_complete(program: Program, state: _Rank, rank: int, fail: Fail, slot: int) -> None:
+def _check_complete(program: Program, state: State, rank: int, fail: Fail, slot: int) -> None:
     """A step of a stage computes every microbatch, forwards and backwards, and keeps nothing."""
-    wanted = {(stage, k, m) for stage, k in _buckets(program, rank) for m in range(program.microbatches)}
+    wanted = {(stage, k, m) for stage, k in buckets_of(program, rank) for m in range(program.microbatches)}
     missing = sorted(wanted - state.forward, key=lambda key: key[2])
     leaked = sorted(state.forward - state.backward, key=lambda key: key[2])
     if missing:
@@ -364,7 +325,7 @@ def _leaked(microbatch: int) -> str:
     return f"the activation of microbatch {microbatch} is never used: its backward is missing"
 
 
-def _check_shared(program: Program, state: _Rank, instructions: Sequence[Instruction], fail: Fail) -> None:
+def _check_shared(program: Program, state: State, instructions: Sequence[Instruction], fail: Fail) -> None:
     """New weights in a buffer that others read must be waited for by all, before the next step reads them."""
     if not program.common() or not any(i.rule == "step" for i in instructions):
         return

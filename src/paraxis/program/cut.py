@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations, islice, pairwise
 
 from paraxis.errors import PlanError
 from paraxis.plan.plan import Plan, usual_bucket
@@ -62,20 +63,37 @@ def ties(plan: Plan, layout: Layout, stages: Sequence[tuple[int, int]]) -> tuple
 
 
 def balanced(costs: Sequence[float], stages: int) -> tuple[int, ...]:
-    """Numbers of consecutive layers such that the costliest stage is as cheap as can be (dynamic programming)."""
-    count = len(costs)
-    total = [sum(costs[:i]) for i in range(count + 1)]
+    """Numbers of consecutive layers such that the costliest stage is as cheap as can be."""
+    return balanced_on([costs] * stages)
+
+
+def balanced_on(costs: Sequence[Sequence[float]]) -> tuple[int, ...]:
+    """The same where a layer costs `costs[stage][layer]` in each stage (dynamic programming)."""
+    stages, count = len(costs), len(costs[0])
+    totals = [[sum(own[:i]) for i in range(count + 1)] for own in costs]
     best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 0): (0.0, ())}
     for stage in range(1, stages + 1):
         for end in range(stage, count - stages + stage + 1):
             choices = (
-                (max(best[stage - 1, start][0], total[end] - total[start]), start)
+                (max(best[stage - 1, start][0], totals[stage - 1][end] - totals[stage - 1][start]), start)
                 for start in range(stage - 1, end)
                 if (stage - 1, start) in best
             )
             worst, start = min(choices)
             best[stage, end] = worst, (*best[stage - 1, start][1], end - start)
     return best[stages, count][1]
+
+
+def splits(costs: Sequence[Sequence[float]], most: int = 2000) -> list[tuple[int, ...]]:
+    """Ways of cutting, of which the costliest stage costs least first; of very many only some."""
+    stages, count = len(costs), len(costs[0])
+    totals = [[sum(own[:i]) for i in range(count + 1)] for own in costs]
+    found = []
+    for inner in islice(combinations(range(1, count), stages - 1), most):
+        ends = (0, *inner, count)
+        worst = max(totals[s][b] - totals[s][a] for s, (a, b) in enumerate(pairwise(ends)))
+        found.append((worst, tuple(b - a for a, b in pairwise(ends))))
+    return [split for _, split in sorted(found)]
 
 
 def bucketed(stage: tuple[int, int], layout: Layout, bucket_bytes: int) -> tuple[tuple[int, int], ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from paraxis.errors import PlanError
 from paraxis.plan.plan import Plan
+from paraxis.plan.schedules import SCHEDULES, parted
 from paraxis.program.instructions import GRADIENT, SHARES, Instruction, Program
 
 Rewrite = Callable[[Program, int, list[Instruction]], Iterable[Instruction]]
@@ -88,6 +89,11 @@ def _skip_backward(program: Program, rank: int, body: list[Instruction]) -> list
     """The first stage forgets the backward of its last microbatch."""
     last = program.microbatches - 1
     return [i for i in body if not (i.stage == 0 and i.op in GRADIENT and i.microbatch == last)]
+
+
+def _skip_weights(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
+    """Of microbatch 1 every stage makes the input's gradient, but not that of its weights."""
+    return [i for i in body if (i.op, i.microbatch) != ("W", 1)]
 
 
 def _after_reducing(program: Program, rank: int, body: list[Instruction]) -> list[Instruction]:
@@ -224,6 +230,10 @@ def _pipelined(p: Plan) -> bool:
     return p.pp > 1 and p.microbatches > 1
 
 
+def _halving(p: Plan) -> bool:
+    return _pipelined(p) and p.schedule in SCHEDULES and parted(p.schedule)
+
+
 def _recomputing(p: Plan) -> bool:
     return bool(p.recompute)
 
@@ -299,6 +309,12 @@ FAULTS: dict[str, Fault] = {
     "lost-backward": Fault(
         "a microbatch's backward is forgotten", _pipelined, "pp > 1 and microbatches > 1", _skip_backward
     ),
+    "lost-weight-gradient": Fault(
+        "the second half of a microbatch's backward is forgotten",
+        _halving,
+        "pp > 1, microbatches > 1 and a schedule with I and W apart, such as zb-h1",
+        _skip_weights,
+    ),
     "summed-weights": Fault(
         "weights are summed that should be averaged",
         _averaging,
@@ -330,10 +346,7 @@ FAULTS: dict[str, Fault] = {
         _on_last(_without(lambda i: i.op == "F" and i.segment == 1)),
     ),
     "impatient": Fault(
-        "threads do not wait for each other's parts of a layer",
-        _grouped,
-        "tp > 1 and engine=native",
-        _without(lambda i: i.buffer in SHARES),
+        "threads do not wait for others", _grouped, "tp > 1 and engine=native", _without(lambda i: i.buffer in SHARES)
     ),
     "dropped-output": Fault(
         "parts of outputs are not added up",

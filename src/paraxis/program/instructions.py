@@ -24,7 +24,7 @@ MEMORY = ("Reserve", "Release")  # of a bucket that is whole only while it is ne
 MOMENTS = {"F": "moments", "B": "moment_grads"}  # what replicas add up where a batch norm cuts a stage
 SHARES = ("acts", "act_grads")  # what threads of a `tp` group wait for in a forward and in a backward
 CROSSING = 1 << 16  # tokens from here on may stay open from one step of a period to a later one of the same
-HEAD = ("mesh", "microbatches", "stage", "meets", "buffer", "tie", "prologue", "period", "epilogue")  # of a program
+HEAD = ("mesh", "microbatches", "precision", "stage", "meets", "buffer", "tie", "prologue", "period", "epilogue")
 OPS = (
     *("Load", "F", "B", "I", "W", "Update"),
     *(f"{op}{end}" for op in (*SENDS, *RECEIVES, *COLLECTIVES) for end in ("Start", "Wait")),
@@ -152,6 +152,7 @@ class Program:
     `stages` are layer ranges [first, last); `segments` cut each stage in turn. `period` and `epilogue` name
     bodies with the number of times they run. Body `evaluate` is forward only. `ties` are added up before an update.
     `words`: of every stage, what is met at each border between two segments (none: nothing); see program.meetings.
+    `precision`: what segments compute in, and so what crosses the edges of stages; see plan.precision.
     """
 
     mesh: Mesh
@@ -165,6 +166,7 @@ class Program:
     epilogue: tuple[tuple[str, int], ...] = ()
     ties: tuple[Tie, ...] = ()
     words: tuple[tuple[str, ...], ...] = ()
+    precision: str = "fp32"
 
     def borders(self, stage: int) -> tuple[str, ...]:
         """What is met at each border between two segments of a stage."""
@@ -211,6 +213,17 @@ class Program:
         cells = (i for _, ranks in self.bodies for row in ranks for i in row)
         return any(i.op == "W" and i.stage == stage and i.rule != "owner" for i in cells)
 
+    def halved(self, stage: int) -> int:
+        """Most microbatches of a stage that are between their I and W at once; 0 where nothing is parted."""
+        last, most = len(self.segments[stage]) - 1, 0
+        for row in (row for _, ranks in self.bodies for row in ranks if self.parted(stage)):
+            live = 0
+            for i in (i for i in row if i.stage == stage):
+                live += i.op in BACKWARD and i.segment == last
+                most = max(most, live)
+                live -= i.op in ("B", "W") and i.segment == 0
+        return most
+
     def steps_in_period(self) -> int:
         """Optimiser steps until the program repeats."""
         return sum(times for _, times in self.period)
@@ -227,6 +240,7 @@ class Program:
     def text(self) -> str:
         """The whole program as text; `parse_program` gives the same program back."""
         lines = [f"mesh dp={self.mesh.dp} pp={self.mesh.pp} tp={self.mesh.tp}", f"microbatches {self.microbatches}"]
+        lines += [f"precision {self.precision}"] * (self.precision != "fp32")
         lines += [f"stage {a}-{b} segments {' '.join(f'{c}-{d}' for c, d in cuts)}" for (a, b), cuts in self._cuts()]
         lines += [" ".join(["meets", *words]) for words in self.words]
         lines += [f"buffer {b.name} {b.scope}" for b in self.buffers]
@@ -309,4 +323,5 @@ def _assemble(head: dict[str, list[list[str]]], bodies: dict[str, list[list[Inst
         epilogue=runs("epilogue"),
         ties=tuple(Tie(name, tuple(map(int, stages.split("+")))) for name, stages in head.get("tie", [])),
         words=tuple(map(tuple, head.get("meets", []))),
+        precision=head.get("precision", [["fp32"]])[0][0],
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from paraxis.plan.plan import Plan, period
 from paraxis.program.cut import Layout, bucketed, cut, met, synchronised, ties, words
 from paraxis.program.instructions import MOMENTS, SHARES, Buffer, Instruction, Program, Tie
-from paraxis.program.passes import evaluation, follow, pair_tokens, scoring, state, training
+from paraxis.program.passes import evaluation, follow, normed, pair_tokens, scoring, state, training
 from paraxis.program.recompute import check_recompute, sublinear
 from paraxis.program.slices import grouped, sliced
 from paraxis.program.zero import used_buckets
@@ -65,6 +65,7 @@ def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
         epilogue=(("settle", 1),) if "settle" in bodies else (),
         ties=tied,
         words=borders,
+        precision=plan.precision,
     )
 
 
@@ -89,7 +90,7 @@ def shared(plan: Plan) -> bool:
 def buffers(layout: Layout, plan: Plan, tied: Sequence[Tie] = ()) -> list[Buffer]:
     """The flat buffers that a program's instructions may mention."""
     names = ["params", "grads", "totals", "score"]
-    names += ["statistics", "running"] * layout.statistics + ["norm"] * layout.clip
+    names += ["statistics", "running"] * layout.statistics + ["norm"] * normed(plan, layout)
     names += list(MOMENTS.values()) * synchronised(plan, layout)
     names += ["tied"] * bool(tied)
     names += ["whole"] * plan.sequence

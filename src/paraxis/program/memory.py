@@ -6,7 +6,7 @@ counted are the framework itself, the samples, and what an operation needs only 
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -89,7 +89,14 @@ def memory(program: Program, plan: Plan, sizes: Sizes, batch: int) -> list[Memor
 
 def largest(program: Program, plan: Plan, sizes: Sizes, batch: int) -> Memory:
     """Of the rank that needs most."""
-    return max(memory(program, plan, sizes, batch), key=lambda m: m.total)
+    return greatest(memory(program, plan, sizes, batch), plan)
+
+
+def greatest(found: Sequence[Memory], plan: Plan) -> Memory:
+    """Of all ranks' the most; of those on GPUs if there are any, for that is where room is short."""
+    places = [plan.devices()[plan.mesh.coordinates(rank)[1]] for rank in range(len(found))] if plan.on_gpu() else []
+    counted = [own for own, place in zip(found, places, strict=False) if place != "cpu"]
+    return max(counted or found, key=lambda m: m.total)
 
 
 def _of_rank(program: Program, plan: Plan, sizes: Sizes, samples: int, rank: int) -> Memory:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from paraxis.plan.own import find, is_own
 from paraxis.plan.plan import Plan
+from paraxis.plan.precision import SCALED
 from paraxis.plan.schedules import Order
 from paraxis.program.cut import Layout
 from paraxis.program.instructions import CROSSING, GRADIENT, Instruction, Tie
@@ -223,7 +224,7 @@ def finish(plan: Plan, layout: Layout, stage: int, agree: str, tied: Body) -> Bo
     apart = plan.dp > 1 and (common or plan.zero > 0)  # of reduced gradients, each replica has its own share
     if apart and layout.weight_in_data:
         body += _both("dp", "totals", "sum")
-    if layout.clip:
+    if normed(plan, layout):
         body.append(I("Update", stage=stage, rule="norm"))
         if apart:
             body += _both("dp", "norm", "sum")
@@ -238,6 +239,11 @@ def finish(plan: Plan, layout: Layout, stage: int, agree: str, tied: Body) -> Bo
     for axis, ranks in (("dp", plan.dp), ("tp", plan.tp)):
         body += _both(axis, "params", "", "AllGather") if common and ranks > 1 else []
     return body
+
+
+def normed(plan: Plan, layout: Layout) -> bool:
+    """Whether a step has the gradient's norm made: to clip by, or to tell whether scaled gradients have overflowed."""
+    return layout.clip or plan.precision == SCALED
 
 
 def follow(steps: Iterable[Do], statistics: bool = False) -> Body:

@@ -143,6 +143,7 @@ def _costs(study: Study, r: Result) -> list[str]:
     facts = [f"{megabytes(r.peak_memory_bytes)} MB in the rank that needs most"] if r.peak_memory_bytes else []
     facts += [f"computed for training alone: {parts(r.computed_memory)}"] if r.computed_memory else []
     facts += [f"{_size(r.bytes_communicated)} sent in a step"] if r.bytes_communicated is not None else []
+    facts += [f"compiled in {r.compile_seconds:.1f} s"] if r.compile_seconds is not None else []
     facts += ["oversubscribed"] * r.oversubscribed
     lines += [", ".join(facts)] * bool(facts)
     if r.verified:

@@ -1,14 +1,18 @@
-"""The GPUs that PyTorch finds on this host, and which of them is this rank's."""
+"""Which device is this rank's, and how others reach what lies on it."""
 
+import gc
 import os
 
 import torch
 
 from paraxis.comm.base import Comm
+from paraxis.comm.gpus import found_here
+from paraxis.comm.links import links
 from paraxis.comm.staged import IN_PLACE, THROUGH_HOST, StagedComm
 from paraxis.engine.devices import CPU
-from paraxis.plan.devices import Gpus, check_devices, device_of
+from paraxis.plan.devices import check_devices, device_of
 from paraxis.plan.plan import Plan
+from paraxis.program.instructions import Program
 
 LOCAL_RANK = (
     "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -18,17 +22,6 @@ LOCAL_RANK = (
     "SLURM_LOCALID",
 )
 LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE", "LOCAL_WORLD_SIZE")
-
-
-def found_here() -> Gpus:
-    """What PyTorch can use; takes no memory of a GPU."""
-    if torch.version.cuda is None:
-        return Gpus(0, f"torch {torch.__version__} was built without CUDA")
-    if not torch.cuda.is_available():
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        seen = "no GPU, or no driver for it" if hidden is None else f"CUDA_VISIBLE_DEVICES={hidden}"
-        return Gpus(0, f"torch {torch.__version__} with CUDA {torch.version.cuda} finds none ({seen})")
-    return Gpus(torch.cuda.device_count())
 
 
 def device_for(plan: Plan, rank: int, launched: bool) -> torch.device:
@@ -55,6 +48,39 @@ def reaching(world: Comm, transport: str, device: torch.device) -> Comm:
 
         return StagedComm(world, IN_PLACE if cuda_aware() else THROUGH_HOST)
     return StagedComm(world, THROUGH_HOST)
+
+
+def open_links(world: Comm, program: Program) -> None:
+    """What NCCL needs before ranks send to each other; raises PlanError for a program whose messages need tags."""
+    if isinstance(world, StagedComm) or not hasattr(world, "open"):
+        return
+    world.open(links(program))
+
+
+def allow(device: torch.device, limit: int | None) -> int:
+    """Before a plan is set up: how many bytes its rank may take of a GPU beside those taken already (None: all), and a
+    peak that begins anew. Gives the bytes that are taken already."""
+    if device.type == "cpu":
+        return 0
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    taken = int(torch.cuda.memory_allocated(device))
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (taken + (limit or total)) / total), device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return taken
+
+
+def allocated(device: torch.device) -> int:
+    """The most bytes that tensors have had on a GPU since then; 0 on a CPU, whose memory the kernel counts."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
+
+
+def give_back(device: torch.device) -> None:
+    """What a plan that is gone has had of a GPU, so that the next one finds it."""
+    if device.type == "cuda":
+        gc.unfreeze()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _told(names: tuple[str, ...], otherwise: int) -> int:

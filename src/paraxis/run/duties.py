@@ -6,7 +6,8 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paraxis.comm.clocks import shift
-from paraxis.engine.devices import CPU, wait
+from paraxis.comm.gpus import found_here
+from paraxis.comm.local import Alone
+from paraxis.engine.compiling import compile_network, compile_segments
+from paraxis.engine.devices import CPU, move, wait
 from paraxis.engine.native_rank import NativeEngine
+from paraxis.engine.precision import products
 from paraxis.engine.torch_engine import TorchEngine
-from paraxis.errors import Diverged, RankError
+from paraxis.errors import Diverged
 from paraxis.measure.gradients import gradient_norms
-from paraxis.measure.layers import coupled, measure_layers
+from paraxis.measure.layers import coupled, layer_seconds, measure_layers
 from paraxis.measure.saved import measure_sizes
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
@@ -30,39 +35,24 @@ from paraxis.program.lower import lower
 from paraxis.run import openmp, serial
 from paraxis.run.agreement import agreed
 from paraxis.run.clock import clock_of
-from paraxis.run.devices import device_for, found_here, reaching
+from paraxis.run.compiled import FirstSteps
+from paraxis.run.devices import allocated, allow, device_for, give_back, open_links, reaching
 from paraxis.run.graphs import replay
 from paraxis.run.held import counted
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
+from paraxis.run.oracle import DTYPES, train_oracle
 from paraxis.run.reserved import native_memory
 from paraxis.run.resident import peak_bytes, reset_peak
-from paraxis.run.weights import compare, difference, untied
+from paraxis.run.running import Running, shards_of, some
+from paraxis.run.weights import compare, difference, relative, untied
 from paraxis.run.window import record_cost, traceable, window_of
 from paraxis.sync.rule import settled
 from paraxis.task.batches import digest
-from paraxis.task.shared import Shard
 from paraxis.task.spec import TaskSpec
 from paraxis.task.task import Task, keep_data, make_task
-from paraxis.task.trial import evaluating
 
 Tell = Callable[[dict[str, Any]], None]
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
-@dataclass
-class Running:
-    """A plan that has been set up on this rank."""
-
-    plan: Plan
-    cpus: list[int]
-    rank: Rank | Team | None = None  # a program's rank, all of its ranks as threads, or ...
-    plain: serial.Replica | None = None  # ... the framework's own loop
-    device: torch.device = CPU
-    done: int = 0
-    before: int = 0  # resident bytes before it was set up
-    record: float = 0.0  # nanoseconds that its interpreter adds to an instruction, once measured
-    losses: list[Tensor] = field(default_factory=list)  # of the framework's own loop
 
 
 class Duties:
@@ -144,26 +134,18 @@ class Duties:
 
         It computes one batch-norm group at a time, so the network's own batch norms do.
         """
-        self._activate(Running(Plan(), []))  # one thread, whatever plan this process has run before
-        spec = self.spec.model_copy(update={"bn_group": None, "seed": request["seed"]})
-        dtype = DTYPES[request["dtype"]]
-        copies = [serial.replica(make_task(spec, self.objects, dtype)) for _ in range(request["replicas"])]
-        before = {k: v.clone() for k, v in copies[0].task.net.state_dict().items()}
-        if request["turns"] > 1:
-            losses = serial.in_turn(copies[0], request["steps"], request["turns"])
-        else:
-            losses = serial.emulate(copies, 0, request["steps"], request["groups"], request["every"], request["sync"])
-        if request["replicas"] > 1 and not settled(request["sync"], request["steps"], request["every"]):
-            serial.average([c.task.net for c in copies])
-        after = {k: v.clone().contiguous() for k, v in copies[0].task.net.state_dict().items()}
-        changes = [float((after[k] - before[k]).abs().max()) for k in after if after[k].is_floating_point()]
-        save_file(untied(after), request["file"])
-        return {"losses": losses, "change": max(changes, default=0.0)}
+        plan = parse(request["plan"])
+        self._activate(Running(plan, []))  # one thread, whatever plan this process has run before
+        return train_oracle(self.spec, self.objects, request, device_for(plan, self.rank, self.launched))
 
     def compare_files(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """The largest relative difference of two weight files."""
         a, b = load_file(request["a"]), load_file(request["b"])
         return max(difference(a[k], b[k], request["change"]) for k in b if b[k].is_floating_point())
+
+    def bands(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[Any]:
+        """How far two weight files lie apart, tensor by tensor and as a whole, relative to how far each has moved."""
+        return list(relative(load_file(request["a"]), load_file(request["b"]), {}, request["moved"]))
 
     def prove(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Train the first steps of a plan and compare this rank's weights with those of the file."""
@@ -173,8 +155,16 @@ class Duties:
         if rank and not settled(running.plan.sync, request["steps"], rank.program.steps_in_period()):
             rank.settle()
         wanted, state = load_file(request["file"]), self._state(running)
-        worst, where = compare(state, wanted, _shards(running), request["change"])
-        return {"difference": worst, "where": where, "losses": self._losses(running), "compared": list(state)}
+        worst, where = compare(state, wanted, shards_of(running), request["change"])
+        apart = relative(state, wanted, shards_of(running), request.get("moved", {}))[0]  # in mixed precision
+        told = {"apart": apart, "losses": self._losses(running), "skipped": self.skipped(request, blob, tell)}
+        return {"difference": worst, "where": where, "compared": list(state)} | told
+
+    def skipped(self, request: dict[str, Any], blob: bytes, tell: Tell) -> int:
+        """Steps that were not taken, because scaled gradients had overflowed."""
+        running = self.plans[request["key"]]
+        keeper = running.plain or getattr(getattr(running.rank, "engine", None), "scaling", None)
+        return keeper.skipped if keeper else 0
 
     # -- running plans -----------------------------------------------------------------------------------------
 
@@ -183,14 +173,17 @@ class Duties:
         plan = parse(request["plan"])
         dtype = DTYPES[request["dtype"]]
         device = device_for(plan, self.rank, self.launched)
-        running = Running(plan, request["cpus"][self.rank] if request["cpus"] else [], device=device)
+        taken = allow(device, request.get("limit"))
+        running = Running(plan, request["cpus"][self.rank] if request["cpus"] else [], device=device, taken=taken)
         self.plans[request["key"]] = running
         self._activate(running)
         keep_data(self.spec)
         running.before = reset_peak()
         self.base = self.base or running.before
         if plan.engine == "plain":
-            running.plain = serial.replica(self._task(dtype, plain=True), device)
+            running.plain = serial.plain(self._task(dtype, plain=True), plan.precision, device)
+            if plan.compile:
+                running.plain.compiled = compile_network(running.plain.task.net)
             return {"program": None, "bytes": 0, "batch": 0}
         fault: Fault | None = FAULTS[request["fault"]] if request.get("fault") else None
         task = self._task(dtype)
@@ -201,13 +194,16 @@ class Duties:
         if plan.engine == "native" and plan.processes == 1:
             running.rank = openmp.start(task, program, plan.sync == "hogwild")
             return {"program": program.digest(), "bytes": running.rank.bytes_held(), "batch": digest(task.train)}
-        world: Any = self.world.group(range(plan.mesh.size)) if self.world else _Alone()
+        world: Any = self.world.group(range(plan.mesh.size)) if self.world else Alone()
         world = reaching(world, self.transport, device)
+        open_links(world, program)
         engine: Any
         if plan.engine == "native":
             engine = NativeEngine(task, program, self.rank, plan.threads)
         else:
             engine = TorchEngine(task, program, self.rank, device)
+            if plan.compile:
+                compile_segments(engine)
         if fault and self.rank == plan.mesh.size - 1:
             fault.spoil(engine)
         running.rank = Rank(program, self.rank, engine, world, clock=clock_of(device))
@@ -254,10 +250,27 @@ class Duties:
         """The peak of resident bytes since the plan was set up, less what plans set up before it hold."""
         return peak_bytes() - max(0, self.plans[request["key"]].before - self.base)
 
+    def device_memory(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """This rank's device, and the most bytes that its allocator has handed out since the plan was set up."""
+        running = self.plans[request["key"]]
+        return {"device": str(running.device), "bytes": allocated(running.device) - running.taken}
+
+    def costs(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[list[float]]:
+        """Seconds of each layer's forward and backward on a device."""
+        device = torch.device(request["device"])
+        self._activate(Running(Plan(), []))
+        allow(device, None)
+        task = self._task(torch.float32)
+        move(task, [task.chain], device)
+        found = layer_seconds(task, task.batch, device=device)
+        del task
+        give_back(device)
+        return [list(own) for own in found]
+
     def held(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, int]:
         """Bytes of each kind at the peak of a period, counted while it runs, and how far the process has grown."""
         running = self._ready(request["key"])
-        rank = _some(running.rank)
+        rank = some(running.rank)
         self._steps(running, 2)
         grown = peak_bytes() - running.before
         steps = rank.program.steps_in_period()
@@ -265,11 +278,13 @@ class Duties:
 
     def norm(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """Sum of squares of this rank's parameters, of which it counts what no rank before it has."""
-        return float(_some(self._ready(request["key"]).rank).square_sum())
+        return float(some(self._ready(request["key"]).rank).square_sum())
 
     def drop(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Forget a plan."""
+        device = self.plans[request["key"]].device if request["key"] in self.plans else CPU
         self.plans.pop(request["key"], None)
+        give_back(device)
         return {}
 
     def train(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
@@ -291,26 +306,14 @@ class Duties:
         """Score on held-out samples; replicas that disagree are averaged for it and go on as they were."""
         running = self._ready(request["key"])
         rank = running.rank
-        task = _some(running.plain).task if rank is None else rank.task if isinstance(rank, Team) else rank.engine.task
+        task = some(running.plain).task if rank is None else rank.task if isinstance(rank, Team) else rank.engine.task
         source: Any = task.test if request["set"] == "test" else task.validation
         if most := request.get("most"):
             source = source.thinned(most)
         if rank is None:
-            return self._evaluate_plain(task, source)
+            return serial.score(some(running.plain), source)
         with agreed(rank):
             loss, weight, hits = rank.evaluate(source)
-        return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
-
-    def _evaluate_plain(self, task: Task, source: Any) -> dict[str, Any]:
-        loss = weight = hits = 0.0
-        with evaluating(task.net):
-            for number in range(source.steps_per_epoch):
-                count = source.valid(number, 0, source.batch)
-                batch = source.share(number, 0, count)
-                output = task.net(batch[0])
-                total, own = task.recipe.loss(output, batch)
-                loss, weight = loss + float(total), weight + float(own)
-                hits += task.recipe.hits(output, batch)
         return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}
 
     def settle(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
@@ -326,7 +329,7 @@ class Duties:
         with agreed(running.rank) if running.rank is not None else nullcontext():
             state = self._state(running)
         save_file(untied({k: v.contiguous() for k, v in state.items()}), request["files"][self.rank])
-        return {"split": {name: (shard.dim, shard.blocks) for name, shard in _shards(running).items()}}
+        return {"split": {name: (shard.dim, shard.blocks) for name, shard in shards_of(running).items()}}
 
     # -- what they share ---------------------------------------------------------------------------------------
 
@@ -336,7 +339,8 @@ class Duties:
         return running
 
     def _activate(self, running: Running) -> None:
-        """The plan's threads and cores: every thread of this process moves, new ones inherit."""
+        """The plan's precision, threads and cores: every thread of this process moves, new ones inherit."""
+        products(running.plan.precision)
         threads = running.plan.threads
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
@@ -348,13 +352,24 @@ class Duties:
                 except (ProcessLookupError, PermissionError):
                     continue
 
+    def compiling(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float | None:
+        """Seconds that it took to compile a plan; None until it has made two steps."""
+        return getattr(self.plans[request["key"]].first, "compiling", None)
+
     def _steps(self, running: Running, count: int) -> None:
+        if running.plan.compile:
+            running.first = running.first or FirstSteps(running.device)
+            running.first.run(partial(self._go, running), count)
+        else:
+            self._go(running, count)
+
+    def _go(self, running: Running, count: int) -> None:
         if running.rank is not None:
             running.rank.steps(count)
             return
-        plain = _some(running.plain)
+        plain = some(running.plain)
         for _ in range(count):
-            loss = serial.plain_step(plain.task.net, plain.task, plain.optimizer, running.done)
+            loss = serial.plain_step(plain, running.done)
             if plain.scheduler is not None:
                 plain.scheduler.step()
             running.losses.append(loss)
@@ -377,24 +392,4 @@ class Duties:
     def _state(self, running: Running) -> dict[str, Tensor]:
         if running.rank is not None:
             return running.rank.state()
-        return {k: v.detach().clone() for k, v in _some(running.plain).task.net.state_dict().items()}
-
-
-def _shards(running: Running) -> dict[str, Shard]:
-    """Of which tensors this rank has but a part."""
-    return getattr(running.rank.engine, "shards", {}) if isinstance(running.rank, Rank) else {}
-
-
-class _Alone:
-    """The world of a single rank."""
-
-    rank, size = 0, 1
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""
-
-
-def _some(value: Any) -> Any:
-    if value is None:
-        raise RankError("the plan is not set up on this rank")
-    return value
+        return {k: v.detach().to(CPU, copy=True) for k, v in some(running.plain).task.net.state_dict().items()}

@@ -29,7 +29,7 @@ def obstacle(rank: Rank) -> str:
     if engine.hyper.rule not in RULES:
         kind = type(engine.hyper.optimizer).__name__
         return f"{kind} as it is set runs itself; plain SGD, Adam and AdamW have rules that can be recorded"
-    if getattr(engine, "scaling", None) is not None:
+    if engine.scaling is not None:
         return "precision=fp16 decides on the host whether gradients have overflowed; bf16 need not"
     if engine.task.keyed.unkeyed:
         return f"these modules draw random numbers that cannot be keyed: {', '.join(engine.task.keyed.unkeyed)}"
@@ -61,7 +61,7 @@ class Body:
         self.engine, self.recorder, self.fed = rank.engine, recorder, fed
         self.instructions, self.acts = rank.program.body(name)[rank.rank], rank.bodies[name]
         self.parts = stretches([_computes(i) for i in self.instructions])
-        self.recordings = Recordings(self._record, rank.remarks.append, warm)
+        self.recordings = Recordings(rank.remarks.append, warm)
         self.now: Recording | None = None  # what this pass replays
 
     def actions(self) -> list[Action]:
@@ -83,7 +83,7 @@ class Body:
                 act()
         stages = self.engine.stages
         samples = {(s, m): nest for s, stage in stages.items() for m, nest in stage.batches.items()}
-        self.now = self.recordings.next(samples, constants(self.engine))
+        self.now = self.recordings.next(samples, constants(self.engine), self._record)
         if self.now is None:
             for stage in stages.values():
                 stage.batches = {m: nest for (s, m), nest in samples.items() if s == stage.stage}
@@ -96,7 +96,10 @@ class Body:
     def _part(self, number: int) -> None:
         if self.now is None:
             compute = partial(self._compute, number)
-            compute() if self.recordings.reason else self.recorder.warm(compute)
+            if self.recordings.reason:
+                compute()
+            elif reason := self.recorder.warm(compute, self.recordings.last):
+                self.recordings.give_up(reason)
             return
         self.now.parts[number]()
         if any(self._steps(i) for i in self._own(number)):

@@ -164,7 +164,8 @@ def held(rank: Rank, peak: int) -> dict[str, int]:
 
 
 def counted(rank: Rank | Team, train: Callable[[], None]) -> dict[str, int]:
-    """Bytes of each kind while `train` runs; of the native engine what this process has reserved, all in one."""
+    """Bytes of each kind while `train` runs; of the native engine what C++ has reserved in this process and what a rule
+    keeps, all in one, without what has just come in."""
     if isinstance(rank, Rank) and not isinstance(rank.engine, NativeEngine):
         with counting(rank) as count:
             train()

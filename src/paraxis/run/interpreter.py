@@ -6,19 +6,20 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 from torch import Tensor
 
 from paraxis.comm.base import Comm, Request
+from paraxis.comm.exchange import collected_bytes
+from paraxis.comm.links import LANES, tag_in
 from paraxis.comm.payload import PackedSum
-from paraxis.program.instructions import COLLECTIVES, GATHERS, MIDWAY, SCATTERS, Instruction, Program
+from paraxis.program.instructions import COLLECTIVES, GATHERS, MIDWAY, RECEIVES, SCATTERS, SENDS, Instruction, Program
 from paraxis.run.clock import HOST, Clock
 from paraxis.sync.rule import updates
 
 Action = Callable[[], None]
-KINDS = ("SendAct", "RecvAct", "SendGrad", "RecvGrad")
-MAX_LEAVES = 64
 PARTIAL, COLLECTED = ("ReduceScatter", *SCATTERS), ("AllGather", *GATHERS)
 
 
@@ -82,22 +83,22 @@ def _update(i: Instruction, c: Context) -> Action:
 
 
 def _send(i: Instruction, c: Context) -> Action:
-    tag, stage = _tag(i, c), c.engine.at(i.stage)
+    tag, stage = tag_in(i, c.pipeline, c.microbatches), c.engine.at(i.stage)
 
     def start() -> None:
         tensors = stage.leave(i.microbatch)
-        c.open[i.token] = [c.world.send(t, i.peer, tag + n) for n, t in enumerate(tensors)]
+        c.open[i.token] = [c.world.send(t, i.peer, tag + n * LANES) for n, t in enumerate(tensors)]
         c.sent[0] += sum(t.nbytes for t in tensors)
 
     return start
 
 
 def _receive(i: Instruction, c: Context) -> Action:
-    tag, gradient, stage = _tag(i, c), i.base == "RecvGrad", c.engine.at(i.stage)
+    tag, gradient, stage = tag_in(i, c.pipeline, c.microbatches), i.base == "RecvGrad", c.engine.at(i.stage)
 
     def start() -> None:
         tensors = stage.incoming(gradient)
-        c.open[i.token] = [c.world.receive(t, i.peer, tag + n) for n, t in enumerate(tensors)]
+        c.open[i.token] = [c.world.receive(t, i.peer, tag + n * LANES) for n, t in enumerate(tensors)]
 
     return start
 
@@ -148,7 +149,7 @@ def _collect_start(i: Instruction, c: Context) -> Action:
     def start() -> None:
         tensor = _tensor(i, c)
         c.open[i.token] = [begin(tensor)]
-        c.sent[0] += _collected_bytes(i, tensor, comm.size)
+        c.sent[0] += collected_bytes(_collective(i), tensor, comm.size)
 
     return start
 
@@ -174,12 +175,12 @@ def _collect_at_once(i: Instruction, c: Context) -> Action:
         tensor = _tensor(i, c)
         collect(tensor)
         finish()
-        c.sent[0] += _collected_bytes(i, tensor, comm.size)
+        c.sent[0] += collected_bytes(_collective(i), tensor, comm.size)
 
     if i.base in MIDWAY or i.buffer == "whole":
         return meet
     tensor = _tensor(i, c)
-    count = _collected_bytes(i, tensor, comm.size)
+    count = collected_bytes(_collective(i), tensor, comm.size)
 
     def at_once() -> None:
         collect(tensor)
@@ -201,11 +202,6 @@ def _finish(i: Instruction, c: Context) -> Action:
         take()
 
     return mean
-
-
-def _collected_bytes(i: Instruction, tensor: Tensor, ranks: int) -> int:
-    """What each rank sends in a bandwidth-optimal collective: (p-1)/p of the bytes, in an all-reduce twice."""
-    return (1 if i.base in (*PARTIAL, *COLLECTED) else 2) * (ranks - 1) * tensor.nbytes // ranks
 
 
 def _gather(i: Instruction, c: Context) -> Action:
@@ -233,14 +229,10 @@ BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
     "I": _input_gradient,
     "W": _weight_gradient,
     "Update": _update,
-    "SendActStart": _send,
-    "SendGradStart": _send,
-    "SendActWait": _wait,
-    "SendGradWait": _wait,
-    "RecvActStart": _receive,
-    "RecvGradStart": _receive,
-    "RecvActWait": _received,
-    "RecvGradWait": _received,
+    **{f"{op}Start": _send for op in SENDS},
+    **{f"{op}Wait": _wait for op in SENDS},
+    **{f"{op}Start": _receive for op in RECEIVES},
+    **{f"{op}Wait": _received for op in RECEIVES},
     "AllReduceStart": _collect_start,
     "AllReduceWait": _collect_wait,
     "ReduceScatterStart": _collect_start,
@@ -252,12 +244,6 @@ BINDERS: dict[str, Callable[[Instruction, Context], Action]] = {
     **{f"{op}Start": _collect_start for op in MIDWAY},
     **{f"{op}Wait": _wait for op in MIDWAY},
 }
-
-
-def _tag(i: Instruction, c: Context) -> int:
-    """A message is named by (which of the borders between two ranks, microbatch, kind, leaf), alike on both sides."""
-    place = i.edge // c.pipeline * c.microbatches + i.microbatch
-    return (2 * place + i.base.endswith("Grad")) * MAX_LEAVES
 
 
 class Rank:
@@ -316,8 +302,7 @@ class Rank:
         self.stamps = []
         now, names, rows = self.clock.read, [], []
         for _ in range(steps):
-            self.advance()
-            name = self.program.step_body(self.done)
+            name = self.next_body()
             stamps = [now()]
             read = stamps.append
             for action in self.bodies[name]:
@@ -341,22 +326,20 @@ class Rank:
         """`count` optimiser steps."""
         self.begin()
         for _ in range(count):
-            self.advance()
-            self.run(self.program.step_body(self.done))
+            self.run(self.next_body())
             self.done += 1
         self.rest()
 
-    def advance(self) -> None:
-        """Let what earlier steps have begun go on: some libraries only move data while they are called."""
-        for requests in self.context.open.values():
-            for request in requests:
-                request.ready()
+    def next_body(self) -> str:
+        """Of the next step. What earlier ones have begun goes on: some libraries only move data while called."""
+        for request in chain.from_iterable(self.context.open.values()):
+            request.ready()
+        return self.program.step_body(self.done)
 
     def rest(self) -> None:
         """Between calls nothing is under way, for its memory may be given back; a later Wait finds it done."""
-        for requests in self.context.open.values():
-            for request in requests:
-                request.wait()
+        for request in chain.from_iterable(self.context.open.values()):
+            request.wait()
 
     def sent_in_a_step(self) -> float:
         """Bytes that this rank sends in a step, averaged over the whole period, however much of it has been run.

@@ -167,7 +167,7 @@ def _perform(duties: Any, request: dict[str, Any], news: Callable[[dict[str, Any
         return {}
     words = {key: value for key, value in request.items() if key != "ranks"}
     answer, _ = perform(duties, words, b"", news or (lambda _: None))
-    if "error" in answer and not answer["error"]["ours"]:
+    if "error" in answer and (not answer["error"]["ours"] or answer["error"]["type"] == "OutOfMemory"):
         # In one piece, and a moment before the abort: a launcher drops, or mixes with its own words, what comes later.
         sys.stderr.write(f"paraxis: rank {duties.rank}: {answer['error']['text']}\n")
         sys.stderr.flush()

@@ -123,9 +123,10 @@ class Pool:
         texts = {f["text"] for f in failures.values()}
         first = min(failures, key=lambda r: (not failures[r]["ours"], failures[r]["step"] or 1 << 62, r))
         if len(failures) == asked and len(texts) == 1 and failures[first]["ours"]:
-            kind = getattr(errors, failures[first]["type"], ParaxisError)
-            raise kind(failures[first]["text"])
+            raise _again(failures[first])
         self.kill()
+        if failures[first]["type"] == "OutOfMemory":
+            raise _again(failures[first])
         raise RankError(f"rank {first} of {self.size} over {self.transport} failed: {failures[first]['text']}")
 
     def _fail(self, rank: int) -> None:
@@ -272,7 +273,7 @@ class Starting:
                 if hello.get("token") != self.token:
                     line.close()
                 elif "error" in hello:
-                    raise RankError(f"a rank over {self.transport} could not start: {hello['error']['text']}")
+                    _cannot_start(self.transport, hello["error"])
                 else:
                     lines[hello["rank"]] = line, hello["pid"]
         except BaseException:
@@ -299,6 +300,22 @@ class Starting:
             raise RankError(f"ranks over {self.transport} {why}: {text or 'they printed nothing'}")
 
 
+def _again(failure: dict[str, Any]) -> ParaxisError:
+    """The error that a rank has told of."""
+    kind = getattr(errors, failure["type"], ParaxisError)
+    error: ParaxisError = kind(failure["text"])
+    if isinstance(error, errors.OutOfMemory):
+        error.bytes = failure.get("bytes")
+    return error
+
+
+def _cannot_start(transport: str, error: dict[str, Any]) -> None:
+    """Raises what a rank has said instead of its name: our own words as they are."""
+    if error["ours"]:
+        raise _again(error)
+    raise RankError(f"a rank over {transport} could not start: {error['text']}")
+
+
 def _commands(transport: str, size: int) -> tuple[list[str], list[str]]:
     """(how Python is started, the words behind the worker's own)."""
     if transport == "mpi":
@@ -311,7 +328,7 @@ def _commands(transport: str, size: int) -> tuple[list[str], list[str]]:
 
 def _environment(transport: str, oversubscribed: bool) -> dict[str, str]:
     env = {"PYTHONUNBUFFERED": "1"}
-    if transport == "gloo":
+    if transport in ("gloo", "nccl"):
         env["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     if transport == "mpi" and os.geteuid() == 0:
         env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paraxis.engine.native_engine import extension, stages_of, tokens_of
-from paraxis.engine.native_task import check_native, feed_of, get_weights, hyper_of, put_weights
+from paraxis.engine.native_task import feed_of, get_weights, hyper_of, put_weights
 from paraxis.engine.rules import Hyper
 from paraxis.errors import PlanError, ProgramError
 from paraxis.measure.machine import usable_cores
@@ -143,13 +143,14 @@ def ensemble_of(task: Task, program: Program, hyper: Hyper, hogwild: bool, dry: 
         plain = hyper.rule == "sgd" and not (hyper.groups[0]["momentum"] or hyper.groups[0]["weight_decay"])
         if not plain or task.spec.clip:
             raise PlanError("sync=hogwild is plain SGD: give --momentum 0, no decay and no clipping")
-    check_native(program)
     if task.altering:
         raise PlanError(
             "engine=native: a layer works in place and alters its neighbour's output; make it inplace=False"
         )
     if any(len(cuts) > 1 for cuts in program.segments) and not (program.synchronised() or mesh.tp > 1):
         raise PlanError("engine=native reduces all gradients at once: leave out bucket_bytes")
+    if mesh.tp > 1 and any(program.halved(stage) for stage in range(len(program.stages))):
+        raise PlanError(f"tp={mesh.tp}: threads of a tp group keep nothing for a late W; take B or engine=torch")
     every = [i for _, ranks in program.bodies for rank in ranks for i in rank]
     unknown = {i.rule for i in every} - set(native.RULES) | {i.buffer for i in every} - set(native.BUFFERS)
     if unknown:
@@ -170,7 +171,8 @@ def ensemble_of(task: Task, program: Program, hyper: Hyper, hogwild: bool, dry: 
         usable_cores=usable_cores(),
         seed=task.spec.seed,
         naive=False,
-        whole=(0, mesh.pp),
+        ends=(True, True),
+        kept=[program.halved(stage) for stage in range(len(program.stages))],
         tokens=tokens_of(task),
         dry=dry,
         tp=mesh.tp,
@@ -183,7 +185,8 @@ def ensemble_of(task: Task, program: Program, hyper: Hyper, hogwild: bool, dry: 
 
 def _words(i: Instruction) -> tuple[Any, ...]:
     axis = i.axis.partition(":")[0]  # which places of a pipeline C++ knows from the tie
-    return i.op, i.microbatch, i.slice, i.peer, axis, i.buffer, i.rule, i.reduction == "mean", i.segment, i.bucket
+    words = i.op, i.microbatch, i.slice, i.peer, axis, i.buffer, i.rule
+    return *words, i.reduction == "mean", i.segment, i.bucket, i.stage
 
 
 @lru_cache(maxsize=1)
@@ -198,7 +201,7 @@ def record_cost(count: int = 256, passes: int = 200) -> float:
     spec.kind, spec.name, spec.x, spec.y = "affine", "one", 0, 1
     spec.in_ = spec.out = native.Shape(1, 1, 1)
     spec.kernel_h = spec.kernel_w = 1
-    nothing = ("SendActWait", -1, -1, -1, "", "", "", False, -1, -1)
+    nothing = ("SendActWait", -1, -1, -1, "", "", "", False, -1, -1, -1)
     ensemble = native.Float(
         dp=1,
         pp=1,
@@ -211,7 +214,8 @@ def record_cost(count: int = 256, passes: int = 200) -> float:
         usable_cores=usable_cores(),
         seed=0,
         naive=False,
-        whole=(0, 1),
+        ends=(True, True),
+        kept=[0],
     )
     samples = np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
     warm = native.RING

@@ -19,44 +19,48 @@ def native_memory(task: Task, program: Program, plan: Plan) -> list[Memory]:
     """
     hyper = task.hyper()
     if plan.processes > 1:
-        stages = [_of_process(task, program, plan, stage) for stage in range(len(program.stages))]
-        return [stages[program.mesh.coordinates(rank)[1]] for rank in range(program.mesh.size)]
+        places = [_of_process(task, program, plan, place) for place in range(program.mesh.pp)]
+        return [places[program.mesh.coordinates(rank)[1]] for rank in range(program.mesh.size)]
     ensemble = openmp.ensemble_of(task, program, hyper, plan.sync == "hogwild", dry=True)
-    owners = program.mesh.dp if program.common() else 1
+    owners = program.mesh.dp * program.mesh.tp if program.common() else 1
     found = []
     for rank in range(program.mesh.size):
-        weights, gradients, state, activations, _, _ = ensemble.reserved(rank)
+        weights, gradients, state, activations = ensemble.reserved(rank)
         found.append(Memory(weights // owners, gradients, state // owners, activations, 0))
     return found
 
 
-def _of_process(task: Task, program: Program, plan: Plan, stage: int) -> Memory:
+def _of_process(task: Task, program: Program, plan: Plan, place: int) -> Memory:
     """Of a rank that is a process, whose own threads have its weights in common."""
-    ensemble = native_rank.ensemble_of(task, program, stage, task.hyper(), plan.threads, dry=True)
+    first = program.mesh.rank(0, place)
+    ensemble = native_rank.ensemble_of(task, program, first, task.hyper(), plan.threads, dry=True)
     rows = [ensemble.reserved(thread) for thread in range(plan.threads)]
-    weights, _, state, _, _, _ = rows[0]
-    entering, leaving = (sum(row[n] for row in rows) for n in (4, 5))
-    body = [i for name, _ in program.period for i in program.body(name)[program.mesh.rank(0, stage)]]
+    weights, _, state, _ = rows[0]
+    edges = {}
+    for number, stage in enumerate(program.stages_of(first)):
+        pairs = [ensemble.edges(number, thread) for thread in range(plan.threads)]
+        edges[stage] = {"RecvAct": sum(a for a, _ in pairs), "RecvGrad": sum(b for _, b in pairs)}
+    body = [i for name, _ in program.period for i in program.body(name)[first]]
     agrees = agreeing(program, {"": state // (2 * FLOAT)}, [""])  # the state has two numbers for each parameter
     return Memory(
         parameters=weights,
         gradients=sum(row[1] for row in rows),
         optimizer=state + agrees.kept,
         activations=sum(row[3] for row in rows),
-        communication=_on_the_way(body, entering, leaving, agrees),
+        communication=_on_the_way(body, edges, agrees),
     )
 
 
-def _on_the_way(body: Sequence[Instruction], entering: int, leaving: int, agrees: Agreeing) -> int:
-    """The most that has come in and has not been used up by its backward, and letters of packed sums."""
+def _on_the_way(body: Sequence[Instruction], edges: dict[int, dict[str, int]], agrees: Agreeing) -> int:
+    """The most that has come in and has not been used up by its B or W, and letters of packed sums."""
     here: dict[object, int] = {}
     most = 0
     for i in body:
         if i.op in ("RecvActStart", "RecvGradStart"):
-            here[i.base, i.microbatch] = entering if i.base == "RecvAct" else leaving
-        elif i.op == "B" and not i.segment:
-            here.pop(("RecvAct", i.microbatch), None)
-            here.pop(("RecvGrad", i.microbatch), None)
+            here[i.base, i.stage, i.microbatch] = edges[i.stage][i.base]
+        elif i.op in ("B", "W") and not i.segment:
+            here.pop(("RecvAct", i.stage, i.microbatch), None)
+            here.pop(("RecvGrad", i.stage, i.microbatch), None)
         elif i.payload and i.starts:
             here[i.token] = agrees.packed(i)
         elif i.payload and i.waits:

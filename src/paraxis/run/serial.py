@@ -5,33 +5,49 @@ inexact plans it emulates their algorithm with copies of the network trained one
 says it in plain code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paraxis.engine.devices import CPU, move
+from paraxis.run import mixed
 from paraxis.sync.rule import parse
 from paraxis.task.batches import cut
 from paraxis.task.task import Task
-from paraxis.task.trial import apply, running
+from paraxis.task.trial import apply, evaluating, running
 
 
 @dataclass
 class Replica:
-    """One copy of the network with its optimiser."""
+    """One copy of the network with its optimiser; `parts`: in how many its layers' sums are made (see run.mixed)."""
 
     task: Task
     optimizer: torch.optim.Optimizer
     scheduler: object
+    precision: str
+    scaler: torch.amp.GradScaler
+    parts: int = 1
+    compiled: Callable[..., Any] | None = None  # computes what the task's network does
+    skipped: int = 0  # steps whose scaled gradients have overflowed
 
 
-def replica(task: Task, device: torch.device = CPU) -> Replica:
+def replica(task: Task, precision: str = "fp32", parts: int = 1, device: torch.device = CPU) -> Replica:
     """A copy ready to train, on a device."""
     move(task, [[task.net]], device)
     optimizer = task.optimizer()
-    return Replica(task, optimizer, task.scheduler(optimizer))
+    scaler = mixed.scaler(task.net, precision, task.batch)
+    return Replica(task, optimizer, task.scheduler(optimizer), precision, scaler, parts)
+
+
+def plain(task: Task, precision: str = "fp32", device: torch.device = CPU) -> Replica:
+    """What the user has now, ready to train."""
+    made = replica(task, precision, 1, device)
+    made.scaler = mixed.scaler(task.net, precision, 1)  # of mean losses
+    return made
 
 
 def step(r: Replica, number: int, first: int, count: int, groups: int) -> tuple[float, float]:
@@ -55,8 +71,9 @@ def gradients(r: Replica, number: int, first: int, count: int, groups: int) -> t
             buffer.copy_(old)
         part = cut(batch, count, group * size, size)
         task.draw.at(number, first + group * size, size)
-        loss, own = task.recipe.loss(task.whole(task.recipe.inputs(part)), part)
-        loss.backward()
+        run = partial(task.whole, task.recipe.inputs(part))
+        loss, own = task.recipe.loss(mixed.compute(task.net, run, r.precision, r.parts), part)
+        r.scaler.scale(loss).backward()
         total, weight = total + float(loss.detach()), weight + float(own)
         for buffer, collected in zip(stats, after, strict=True):
             collected += buffer
@@ -68,14 +85,23 @@ def gradients(r: Replica, number: int, first: int, count: int, groups: int) -> t
 def descend(r: Replica, weight: float) -> None:
     """The rest of a step: gradients become those of the mean, and the optimiser follows them."""
     task = r.task
+    r.scaler.unscale_(r.optimizer)
     for p in task.net.parameters():
         if p.grad is not None:
             p.grad /= weight
     if task.spec.clip is not None:
         nn.utils.clip_grad_norm_(task.net.parameters(), task.spec.clip)
-    r.optimizer.step()
+    _take(r)
     if r.scheduler is not None:
         r.scheduler.step()  # type: ignore[attr-defined]
+
+
+def _take(r: Replica) -> None:
+    """The optimiser's step, unless scaled gradients have overflowed."""
+    before = r.scaler.get_scale()
+    r.scaler.step(r.optimizer)
+    r.scaler.update()
+    r.skipped += r.scaler.get_scale() < before
 
 
 @torch.no_grad()
@@ -136,14 +162,29 @@ def _average(replicas: Sequence[Sequence[Tensor]]) -> None:
                 tensor.detach().copy_(mean)
 
 
-def plain_step(net: nn.Module, task: Task, optimizer: torch.optim.Optimizer, number: int) -> Tensor:
+def plain_step(r: Replica, number: int) -> Tensor:
     """What the user has now: a plain training step on the whole batch, with the framework's own dropout."""
+    task = r.task
     batch = task.train.share(number, 0, task.batch)
-    optimizer.zero_grad()
-    loss, weight = task.recipe.loss(apply(net, task.recipe.inputs(batch)), batch)
-    mean = loss / weight
-    mean.backward()
+    r.optimizer.zero_grad()
+    run = partial(apply, r.compiled or task.net, task.recipe.inputs(batch))
+    loss, weight = task.recipe.loss(mixed.compute(task.net, run, r.precision), batch)
+    r.scaler.scale(loss / weight).backward()
     if task.spec.clip is not None:
-        nn.utils.clip_grad_norm_(net.parameters(), task.spec.clip)
-    optimizer.step()
-    return mean.detach()
+        r.scaler.unscale_(r.optimizer)
+        nn.utils.clip_grad_norm_(task.net.parameters(), task.spec.clip)
+    _take(r)
+    return (loss / weight).detach()
+
+
+def score(r: Replica, source: Any) -> dict[str, Any]:
+    """Loss, weight and hits of all of a source's samples, and how many these are."""
+    task, loss, weight, hits = r.task, 0.0, 0.0, 0.0
+    with evaluating(task.net):
+        for number in range(source.steps_per_epoch):
+            batch = source.share(number, 0, source.valid(number, 0, source.batch))
+            output = mixed.compute(task.net, partial(task.net, batch[0]), r.precision)
+            total, own = task.recipe.loss(output, batch)
+            loss, weight = loss + float(total), weight + float(own)
+            hits += task.recipe.hits(output, batch)
+    return {"loss": loss, "weight": weight, "hits": hits, "samples": source.size}

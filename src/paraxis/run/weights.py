@@ -7,6 +7,8 @@ from torch import Tensor
 
 from paraxis.task.shared import Shard
 
+FEW = 50  # of so many elements, one may go either way where its gradient is nearly zero
+
 
 def compare(
     state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], shards: Mapping[str, Shard], change: float
@@ -32,3 +34,26 @@ def difference(a: Tensor, b: Tensor, change: float) -> float:
 def untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """safetensors wants every tensor to have memory of its own."""
     return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def rms(x: Tensor) -> float:
+    """Root of the mean square."""
+    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
+
+
+def relative(
+    state: dict[str, Tensor], wanted: dict[str, Tensor], shards: dict[str, Shard], moved: dict[str, float]
+) -> tuple[dict[str, float], float]:
+    """(of every tensor, of all together) how far they lie apart, relative to how far they have `moved` (both rms).
+
+    Of each tensor the elements that lie furthest apart, one in FEW, are left out.
+    """
+    apart, squares, total = {}, 0.0, 0.0
+    for name in (name for name in wanted if name in state and name in moved):
+        whole, shard = wanted[name], shards.get(name)
+        far = (state[name] - (shard.of(whole) if shard else whole)).double().abs().flatten()
+        near = far.sort().values[: far.numel() - -(-far.numel() // FEW)] if far.numel() > 1 else far
+        distance = rms(near) if bool(far.isfinite().all()) else math.inf
+        apart[name] = distance / moved[name] if moved[name] else math.inf if distance else 0.0
+        squares, total = squares + far.numel() * distance**2, total + far.numel() * moved[name] ** 2
+    return apart, math.sqrt(squares / total) if total else 0.0

@@ -7,6 +7,7 @@ With a size it forks that many ranks after the framework is loaded: loading it t
 
 import os
 import queue
+import re
 import signal
 import socket
 import sys
@@ -16,11 +17,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from paraxis.errors import ParaxisError
+from paraxis.errors import OutOfMemory, ParaxisError
 from paraxis.run import wire
 
 Answer = dict[str, Any]
 HEARTBEAT = 2.0  # seconds
+NO_ROOM = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 def main(words: list[str]) -> None:
@@ -120,6 +122,8 @@ def perform(duties: Any, request: wire.Message, blob: bytes, tell: Callable[[Ans
 
 
 def _describe(error: Exception) -> Answer:
+    if type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in NO_ROOM):
+        error = _out_of_memory(error)
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
     ours = isinstance(error, ParaxisError)
@@ -129,7 +133,19 @@ def _describe(error: Exception) -> Answer:
         "type": type(error).__name__,
         "text": text if ours else f"{type(error).__name__}: {text}{where}",
         "ours": ours,
+        "bytes": getattr(error, "bytes", None),
     }
+
+
+def _out_of_memory(error: Exception) -> OutOfMemory:
+    """PyTorch's own many lines in one."""
+    text, units = str(error), {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+    wanted, capacity = re.search(r"allocate ([\d.]+ \w+)", text), re.search(r"capacity of ([\d.]+) (\w+)", text)
+    asked = f" when {wanted[1]} more were asked for" if wanted else ""
+    there = f" of {capacity[1]} {capacity[2]}" if capacity else ""
+    made = OutOfMemory(f"the GPU is out of memory{there}{asked}")
+    made.bytes = int(float(capacity[1]) * units.get(capacity[2], 1)) if capacity else None
+    return made
 
 
 if __name__ == "__main__":

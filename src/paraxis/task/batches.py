@@ -19,7 +19,7 @@ from paraxis.task.masks import splitmix64
 
 Nest = Any
 BLOCK_BYTES = 4 << 20  # of samples gathered at once
-SHARE = 0.25  # of a device's free memory, for a whole set of samples
+SHARE = 0.05  # of a GPU's memory that is left to this process, for a whole set of samples
 
 
 class Source(Protocol):
@@ -193,9 +193,16 @@ class StreamSource:
 def resident(arrays: Arrays, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """A set of samples on a device, once for all plans that a rank sets up; None if it would fill it."""
     inputs, targets = torch.from_numpy(arrays.inputs), torch.from_numpy(arrays.targets)
-    if device.type == "cuda" and inputs.nbytes + targets.nbytes > SHARE * torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and inputs.nbytes + targets.nbytes > SHARE * _room(device):
         return None
     return inputs.to(device), targets.to(device)
+
+
+def _room(device: torch.device) -> float:
+    """Bytes of a GPU that this process may still take."""
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    return min(float(free), allowed - torch.cuda.memory_allocated(device))
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from paraxis.engine.precision import wide
 from paraxis.errors import TaskError
 from paraxis.program.shares import Tokens
 
@@ -36,9 +37,9 @@ def collect(own: Tensor, index: int, parts: int, meet: Callable[[Tensor], object
 
 def reduce(part: Tensor, index: int, parts: int, meet: Callable[[Tensor], object]) -> Tensor:
     """Summands (n, parts * t, w) of each rank -> one's own tokens (n, t, w) of the sum."""
-    every = part.unflatten(1, (parts, -1)).movedim(1, 0).clone(memory_format=torch.contiguous_format)
+    every = wide(part).unflatten(1, (parts, -1)).movedim(1, 0).clone(memory_format=torch.contiguous_format)
     meet(every)
-    return every[index].clone()
+    return every[index].to(part.dtype, copy=True)
 
 
 class Gather(torch.autograd.Function):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from paraxis.engine.precision import summed, wide
 from paraxis.program.shares import Split, Tokens
 from paraxis.task.batches import Nest
 from paraxis.task.gathering import gathered, scattered
@@ -64,7 +65,7 @@ class Enter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return ctx.at.share_back(ctx.number, dy.contiguous()), None
+        return summed(partial(ctx.at.share_back, ctx.number), dy.contiguous()).to(dy.dtype), None
 
 
 class Leave(torch.autograd.Function):
@@ -72,14 +73,16 @@ class Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, bias: Tensor | None, at: Sharing) -> Tensor:
-        ctx.mark_dirty(part)
-        at.share(part)
-        return part if bias is None else part.add_(bias)
+        total = summed(at.share, part)
+        if total is part:
+            ctx.mark_dirty(part)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return (total if bias is None else total.add_(bias)).to(part.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        return dy, dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
+        return dy, dy.flatten(0, -2).sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[1] else None, None
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -202,7 +205,7 @@ def _scores(layer: Any, index: int, classes: int, x: Tensor) -> Tensor:
     own = F.linear(x, layer.weight, layer.bias)
     if layer.meeting is None or layer.meeting.kind != "E":
         return own
-    every = own.new_zeros(*own.shape[:-1], classes)
+    every = wide(own).new_zeros(*own.shape[:-1], classes)
     every.narrow(-1, index * own.shape[-1], own.shape[-1]).copy_(own)
     made: Tensor = layer.meeting.share(every)
     return made
