@@ -141,8 +141,9 @@ template <class T>
 std::unique_ptr<Ensemble<T>> make(int dp, int pp, const std::vector<std::vector<Spec>>& specs, int slice,
                                   int microbatches, const std::vector<std::pair<std::string, nb::list>>& bodies,
                                   Hyper hyper, bool shared, int usable_cores, uint64_t seed, bool naively,
-                                  std::pair<bool, bool> ends, const std::vector<int>& kept, int tokens, bool dry) {
-    const Grid grid{dp, pp};
+                                  std::pair<bool, bool> ends, const std::vector<int>& kept, int tokens, bool dry, int tp) {
+    const Grid grid{dp, pp, tp};
+    if (specs.size() % size_t(pp)) throw nb::value_error("there must be stages for every rank");
     const Kernels<T>* kernels;
     if constexpr (std::is_same_v<T, float>)
         kernels = naively ? &naive() : &fastest();
@@ -153,7 +154,10 @@ std::unique_ptr<Ensemble<T>> make(int dp, int pp, const std::vector<std::vector<
         for (size_t n = grid.pp_of(rank); n < specs.size(); n += pp) {
             // `ends`: whether samples come into the first stage here, and the last one ends in the loss.
             const bool head = ends.first && n == 0, tail = ends.second && n + 1 == specs.size();
-            stages.push_back(std::make_unique<Stage<T>>(specs[n], slice, microbatches, head, tail, *kernels, seed, tokens, dry));
+            const size_t thread = grid.tp_of(rank), each = specs.size() / pp;
+            const Stage<T>* first = thread ? stages[stages.size() - thread * each].get() : nullptr;
+            stages.push_back(std::make_unique<Stage<T>>(specs[n], slice, microbatches, head, tail, *kernels, seed, tokens, dry,
+                                                        first, int(thread), tp));
             // `kept`: of every stage, for how many microbatches at once an I keeps what their W needs (0: never).
             if (kept.at(n)) stages.back()->part(kept[n], pp > 1);
         }
@@ -166,7 +170,7 @@ void bind(nb::module_& m, const char* name) {
     using E = Ensemble<T>;
     nb::class_<E> c(m, name);
     c.def(nb::new_(&make<T>), "dp"_a, "pp"_a, "stages"_a, "slice"_a, "microbatches"_a, "bodies"_a, "hyper"_a, "shared"_a,
-          "usable_cores"_a, "seed"_a, "naive"_a, "ends"_a, "kept"_a, "tokens"_a = 0, "dry"_a = false);
+          "usable_cores"_a, "seed"_a, "naive"_a, "ends"_a, "kept"_a, "tokens"_a = 0, "dry"_a = false, "tp"_a = 1);
     c.def("reserved", &E::reserved, "rank"_a);
     // Bytes of what comes into a stage from another one, and of what goes out.
     c.def("edges", [](E& e, int number, int rank) {
@@ -303,6 +307,7 @@ void bind(nb::module_& m, const char* name) {
         return std::pair{stage.begins, stage.begins + stage.parameters};
     }, "stage"_a);
     c.def("segments", [](E& e, int number) { return stage_of(e, 0, number).segments(); }, "stage"_a);
+    c.def("borders", [](E& e, int rank) { return e.stage(rank).borders(); });
     // What a layer's replicas add up in the middle of a pass: the n-th such layer of a stage.
     c.def("moments", [](nb::handle self, int number, int n) {
         Stage<T>& stage = stage_of(nb::cast<E&>(self), 0, number);

@@ -48,6 +48,7 @@ class Affine final : public Layer<T> {
     explicit Affine(const Spec& s) : Layer<T>(s), entries(s.kernel_h * s.kernel_w * s.in.c) {
         panels = panels_of(s.out.c, entries);
         bias_at = elements_of(panels, entries);
+        this->sharing = Sharing::mixing;
         this->matrix = s.same < 0 ? bias_at : 0;  // owners take a matrix in common for what it is first
         this->parameters = (bias_at + (s.bias ? s.out.c : 0) + LANES - 1) / LANES * LANES;
         windows();
@@ -57,33 +58,37 @@ class Affine final : public Layer<T> {
     }
 
     void forward(const Pass<T>& p) const override {
-        for (const Panel& panel : panels)
+        const auto [first, last] = p.own(this->spec.out.c);
+        for (const Panel& panel : panels) {
+            const int from = std::max(first - panel.first, 0), to = std::min(last - panel.first, panel.outputs);
+            if (from >= to) continue;
             for (const auto& slab : slabs)
                 for (int b = 0; b < p.blocks; ++b)
-                    for (const Cell& cell : slab) add_cell(p, panel, b, cell);
+                    for (const Cell& cell : slab) add_cell(p, panel, b, cell, from, to);
+        }
+    }
+
+    void open_back(const Pass<T>& p) const override {
+        if (!this->spec.relu) return;
+        each_stretch(p, this->spec.out, [&](size_t at, ptrdiff_t n) { p.kernels->relu_back(n, p.y + at, p.dy + at, p.dy + at); });
     }
 
     void backward(const Pass<T>& p) const override {
         const Spec& s = this->spec;
-        if (s.relu) p.kernels->relu_back(ptrdiff_t(p.blocks) * s.out.size() * LANES, p.y, p.dy, p.dy);
-        if (!p.parted || !this->matrix)
-            for (const Panel& panel : panels) weight_gradient({&p, 1}, panel, 0, entries, p);
-        if (s.bias)
-            for (int b = 0; b < p.blocks; ++b)
-                p.kernels->sum_lanes(s.out.positions(), s.out.c, p.dy + size_t(b) * s.out.size() * LANES, p.add || b,
-                                     p.dw + bias_at);
-        if (p.dx)
-            for (int position = 0; position < s.in.positions(); ++position)
-                for (int c = 0; c < s.in.c; c += PANEL) input_gradient(p, position, c);
+        if (p.slices == 1) open_back(p);
+        if (!p.parted || !this->matrix) own_gradient({&p, 1}, p, p.slice, p.slices);
+        if (s.bias) bias_gradient(p);
+        if (!p.dx) return;
+        const auto [first, last] = p.own(s.in.c);
+        for (int position = 0; position < s.in.positions(); ++position)
+            for (int c = first; c < last; c += PANEL) input_gradient(p, position, c, std::min(PANEL, last - c));
     }
 
     // Rows of the panels, in tiles, as if the panels stood one above the other.
     std::pair<size_t, size_t> owned(int n, int parts) const override { return {flat(bound(n, parts)), flat(bound(n + 1, parts))}; }
 
     void own_gradient(const std::vector<Pass<T>>& all, int n) const override {
-        const int from = bound(n, int(all.size())), to = bound(n + 1, int(all.size()));
-        for (int k = from / entries; k * entries < to; ++k)
-            weight_gradient(all, panels[k], std::max(0, from - k * entries), std::min(entries, to - k * entries), all[n]);
+        own_gradient(all, all[n], n, int(all.size()));
     }
 
     size_t scratch(int blocks) const override {
@@ -155,15 +160,16 @@ class Affine final : public Layer<T> {
         }
     }
 
-    void add_cell(const Pass<T>& p, const Panel& panel, int block, const Cell& cell) const {
+    // Outputs [from, to) of a panel.
+    void add_cell(const Pass<T>& p, const Panel& panel, int block, const Cell& cell, int from, int to) const {
         const Spec& s = this->spec;
         const T* x = p.x + size_t(block) * s.in.size() * LANES;
-        T* y = p.y + ((size_t(block) * s.out.positions() + cell.position) * s.out.c + panel.first) * LANES;
+        T* y = p.y + ((size_t(block) * s.out.positions() + cell.position) * s.out.c + panel.first + from) * LANES;
         p.terms->clear();
         for (const Run& run : cell.runs)
-            p.terms->push_back({p.w + panel.at + size_t(run.entry) * panel.width, x + run.feature * LANES, run.length});
-        const T* bias = s.bias && cell.first ? p.w + bias_at + panel.first : nullptr;
-        p.kernels->rows(panel.outputs, int(p.terms->size()), p.terms->data(), 1, panel.width,
+            p.terms->push_back({p.w + panel.at + size_t(run.entry) * panel.width + from, x + run.feature * LANES, run.length});
+        const T* bias = s.bias && cell.first ? p.w + bias_at + panel.first + from : nullptr;
+        p.kernels->rows(to - from, int(p.terms->size()), p.terms->data(), 1, panel.width,
                         {bias, !cell.first, s.relu && cell.last}, y);
     }
 
@@ -212,6 +218,22 @@ class Affine final : public Layer<T> {
         if (row == int(panels.size()) * entries) return bias_at;
         const Panel& panel = panels[row / entries];
         return panel.at + size_t(row % entries) * panel.width;
+    }
+
+    // Block `n` of `parts` of the matrix's gradient, over the samples of all passes, into mine.
+    void own_gradient(std::span<const Pass<T>> all, const Pass<T>& mine, int n, int parts) const {
+        const int from = bound(n, parts), to = bound(n + 1, parts);
+        for (int k = from / entries; k * entries < to; ++k)
+            weight_gradient(all, panels[k], std::max(0, from - k * entries), std::min(entries, to - k * entries), mine);
+    }
+
+    void bias_gradient(const Pass<T>& p) const {
+        const Spec& s = this->spec;
+        const auto [first, last] = p.own(s.out.c);
+        const int stretch = p.slices == 1 ? s.out.positions() : 1;  // positions whose channels are neighbours
+        for (int place = 0; place < p.blocks * s.out.positions(); place += stretch)
+            p.kernels->sum_lanes(stretch, last - first, p.dy + (size_t(place) * s.out.c + first) * LANES, p.add || place,
+                                 p.dw + bias_at + first);
     }
 
     // Of entries [from, to), over the samples of all passes, into mine. Entries that no position meets keep the zero they
@@ -288,9 +310,8 @@ class Affine final : public Layer<T> {
     }
 
     // Of a stretch of channels of one position: slab by slab of outputs, whose weights serve all blocks.
-    void input_gradient(const Pass<T>& p, int position, int c) const {
+    void input_gradient(const Pass<T>& p, int position, int c, int rows) const {
         const Spec& s = this->spec;
-        const int rows = std::min(PANEL, s.in.c - c);
         T* dx = p.dx + (position * s.in.c + c) * LANES;
         bool add = p.dx_add;
         std::vector<Term<T>>& terms = *p.terms;

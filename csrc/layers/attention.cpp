@@ -23,6 +23,7 @@ class Attention final : public Layer<T> {
             throw std::invalid_argument(s.name + ": attention takes queries, keys and values of equal heads");
         scale = T(1 / std::sqrt(double(size)));
         this->kept = size_t(s.heads) * LANES;
+        this->sharing = Sharing::apart;
         rise = blocks_of(s.entries);
     }
 
@@ -64,8 +65,9 @@ class Attention final : public Layer<T> {
 
     template <class F>
     void each_head(const Pass<T>& p, F f) const {
+        const auto [from, to] = p.own(this->spec.heads);
         for (int first = 0; first < p.blocks; first += rise)
-            for (int head = 0; head < this->spec.heads; ++head) f(first, head);
+            for (int head = from; head < to; ++head) f(first, head);
     }
 
     // y[key][query]: of what block i has of its own, with the keys, or values, of all that it sees.

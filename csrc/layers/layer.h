@@ -40,6 +40,10 @@ struct Spec {
 
 inline int blocks_of(int lanes) { return (lanes + LANES - 1) / LANES; }
 
+inline std::pair<int, int> own_of(int count, int slice, int slices) {
+    return {int(int64_t(count) * slice / slices), int(int64_t(count) * (slice + 1) / slices)};
+}
+
 // What a layer works on. Activations are [block][feature][LANES]. Lanes are samples; in a network of tokens they are
 // consecutive tokens, a sample being some whole blocks, the last of which may be padded.
 template <class T>
@@ -69,13 +73,22 @@ struct Pass {
     std::vector<Term<T>>* terms;
     T share = 1;  // of a group among those of a microbatch
     double* moments = nullptr;  // of a layer that meets other replicas in its middle: this one's, then those of all
+    int slice = 0, slices = 1;  // which of so many threads this one is, that share all that is here but the scratch
 
+    // Of so many channels, heads or blocks, those that this thread takes care of: [first, last).
+    std::pair<int, int> own(int count) const { return own_of(count, slice, slices); }
     int rise() const { return blocks_of(tokens); }  // blocks of a sample of tokens
     int valid(int block) const {
         const int left = tokens ? tokens - block % rise() * LANES : samples - block * LANES;
         return left < LANES ? left : LANES;
     }
 };
+
+// How the threads of a group share a layer. Alike: each has its own channels of all that the layer reads and writes, so
+// that nobody waits in front of it or behind it. Mixing: each makes its own channels, of all input in a forward, of all of
+// the output's gradient in a backward. Apart: the same, but what each makes
+// are blocks or heads, which its neighbours read as channels.
+enum class Sharing { alike, mixing, apart };
 
 template <class T>
 class Layer {
@@ -87,6 +100,8 @@ class Layer {
     // Of a layer with `moments`: the halves of a forward and a backward before its replicas' moments are summed.
     virtual void measure(const Pass<T>&) const {}
     virtual void measure_back(const Pass<T>&) const {}
+    // Of a mixing layer: what its threads do with their own channels of dy before all of it is read.
+    virtual void open_back(const Pass<T>&) const {}
     // Move a tensor of the state_dict ("weight", "bias", "running_mean" ...) into or out of the flat buffers.
     virtual void pack(const std::string& part, const T* tensor, T* w, T* running) const;
     virtual void unpack(const std::string& part, const T* w, const T* running, T* tensor) const;
@@ -99,6 +114,7 @@ class Layer {
     virtual std::pair<size_t, size_t> owned(int, int) const { return {0, 0}; }
     virtual void own_gradient(const std::vector<Pass<T>>&, int) const {}
 
+    Sharing sharing = Sharing::alike;
     size_t parameters = 0, statistics = 0;  // elements of the flat buffers
     size_t matrix = 0;                      // elements whose gradient can be computed apart, by several owners
     size_t kept = 0, marks = 0;             // elements and bytes a block
@@ -110,6 +126,17 @@ class Layer {
 // One layer after its description; throws std::invalid_argument for a kind that is not known.
 template <class T>
 std::unique_ptr<Layer<T>> make_layer(const Spec& spec);
+
+// f(first element, elements) for every stretch of neighbours among this thread's channels of activations of a shape.
+template <class T, class F>
+void each_stretch(const Pass<T>& p, const Shape& shape, F f) {
+    const size_t size = size_t(shape.size()) * LANES;
+    if (p.slices == 1) return f(size_t(0), ptrdiff_t(p.blocks * size));
+    const auto [first, last] = p.own(shape.c);
+    if (first == last) return;
+    for (size_t place = 0; place < size_t(p.blocks) * shape.positions(); ++place)
+        f((place * shape.c + first) * LANES, ptrdiff_t(last - first) * LANES);
+}
 
 template <class T>
 std::unique_ptr<Layer<T>> make_affine(const Spec& spec);

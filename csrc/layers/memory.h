@@ -30,25 +30,34 @@ class Memory {
 #endif
         std::memset(static_cast<void*>(start), 0, bytes);
     }
-    Memory(Memory&& other) noexcept : start(other.start), count(other.count) { other.start = nullptr; }
+    Memory(Memory&& other) noexcept : start(other.start), count(other.count), lent(other.lent) { other.start = nullptr; }
     Memory& operator=(Memory&& other) noexcept {
         std::swap(start, other.start);
         std::swap(count, other.count);
+        std::swap(lent, other.lent);
         return *this;
     }
     ~Memory() {
+        if (lent) return;
         if (start) reserved_bytes -= bytes();
         std::free(start);
+    }
+    // The same memory under another name; it must not outlive this one.
+    Memory lend() const {
+        Memory other;
+        other.start = start, other.count = count, other.lent = true;
+        return other;
     }
 
     T* data() const { return start; }
     size_t size() const { return count; }
-    size_t bytes() const { return count * sizeof(T); }
+    size_t bytes() const { return lent ? 0 : count * sizeof(T); }
     T& operator[](size_t i) const { return start[i]; }
 
   private:
     T* start = nullptr;
     size_t count = 0;
+    bool lent = false;
 };
 
 }  // namespace paraxis

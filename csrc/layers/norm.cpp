@@ -94,33 +94,44 @@ class BatchNorm final : public Layer<T> {
         }
     }
 
+    // f(first element, positions whose channels are neighbours) until all of a block is done; of channels from `first` on.
+    template <class F>
+    void each_run(const Pass<T>& p, int block, int first, F f) const {
+        const Shape& shape = this->spec.in;
+        const int stretch = p.slices == 1 ? shape.positions() : 1;
+        for (int position = 0; position < shape.positions(); position += stretch)
+            f(((size_t(block) * shape.positions() + position) * shape.c + first) * LANES, stretch);
+    }
+
     void forward_group(const Pass<T>& p) const {
         const int c = this->spec.out.c;
+        const auto [first, last] = p.own(c);
         T *mean = p.kept, *inverse = p.kept + c;
         if (p.training) {
             settle(p, mean, inverse);
         } else {
-            for (int f = 0; f < c; ++f) {
+            for (int f = first; f < last; ++f) {
                 mean[f] = p.running[f];
                 inverse[f] = T(1 / std::sqrt(double(p.running[c + f]) + this->spec.epsilon));
             }
         }
         std::vector<T> scale(c), shift(c);
-        for (int f = 0; f < c; ++f) {
+        for (int f = first; f < last; ++f) {
             scale[f] = p.w[f] * inverse[f];
             shift[f] = p.w[c + f] - mean[f] * scale[f];
         }
-        const size_t size = size_t(this->spec.in.size()) * LANES;
         for (int b = 0; b < p.blocks; ++b)
-            p.kernels->normalise(this->spec.in.positions(), c, scale.data(), shift.data(),
-                                 p.skip ? p.skip + b * size : nullptr, this->spec.relu, p.x + b * size, p.y + b * size);
+            each_run(p, b, first, [&](size_t at, int positions) {
+                p.kernels->normalise(positions, last - first, scale.data() + first, shift.data() + first,
+                                     p.skip ? p.skip + at : nullptr, this->spec.relu, p.x + at, p.y + at);
+            });
     }
 
     void backward_group(const Pass<T>& p) const {
-        const int c = this->spec.out.c, positions = this->spec.in.positions();
-        const size_t size = size_t(this->spec.in.size()) * LANES;
+        const int c = this->spec.out.c;
+        const auto [first, last] = p.own(c);
         const T *mean = p.kept, *inverse = p.kept + c;
-        const double count = double(p.samples) * positions * this->spec.across;
+        const double count = double(p.samples) * this->spec.in.positions() * this->spec.across;
         std::vector<T> factor(c), slope(c), shift(c);
         auto derive = [&](int f, double sum, double scaled) {
             factor[f] = p.w[f] * inverse[f];
@@ -133,32 +144,37 @@ class BatchNorm final : public Layer<T> {
             rectify(p);
             sum_up_back(p, derive);
         }
-        if (p.skip && p.dskip) pass_on(p, size);
+        if (p.skip && p.dskip) pass_on(p);
         if (!p.dx) return;
         for (int b = 0; b < p.blocks; ++b) {
             T mask[LANES];
             mask_of(p, b, mask);
-            p.kernels->norm_back(positions, c, factor.data(), slope.data(), shift.data(), mask, p.x + b * size,
-                                 p.dy + b * size, p.dx + b * size, p.dx_add);
+            each_run(p, b, first, [&](size_t at, int positions) {
+                p.kernels->norm_back(positions, last - first, factor.data() + first, slope.data() + first,
+                                     shift.data() + first, mask, p.x + at, p.dy + at, p.dx + at, p.dx_add);
+            });
         }
     }
 
     void rectify(const Pass<T>& p) const {
-        const size_t size = size_t(this->spec.in.size()) * LANES;
-        if (this->spec.relu) p.kernels->relu_back(ptrdiff_t(p.blocks) * size, p.y, p.dy, p.dy);
+        if (!this->spec.relu) return;
+        each_stretch(p, this->spec.in, [&](size_t at, ptrdiff_t n) { p.kernels->relu_back(n, p.y + at, p.dy + at, p.dy + at); });
     }
 
     // f(feature, sum of dy, sum of dy times the normalised x), which are also the gradients of bias and weight.
     template <class F>
     void sum_up_back(const Pass<T>& p, F f) const {
-        const int c = this->spec.out.c, positions = this->spec.in.positions();
-        const size_t size = size_t(this->spec.in.size()) * LANES;
+        const int c = this->spec.out.c;
+        const auto [first, last] = p.own(c);
         const T *mean = p.kept, *inverse = p.kept + c;
         T *sums = p.scratch, *products = sums + c * LANES;
         std::fill_n(sums, 2 * c * LANES, T(0));
         for (int b = 0; b < p.blocks; ++b)
-            p.kernels->norm_sums(positions, c, p.x + b * size, p.dy + b * size, mean, sums, products);
-        for (int k = 0; k < c; ++k) {
+            each_run(p, b, first, [&](size_t at, int positions) {
+                p.kernels->norm_sums(positions, last - first, p.x + at, p.dy + at, mean + first, sums + first * LANES,
+                                     products + first * LANES);
+            });
+        for (int k = first; k < last; ++k) {
             const double sum = over_lanes(sums + k * LANES), product = over_lanes(products + k * LANES);
             const double scaled = product * double(inverse[k]);
             p.dw[k] = (p.add ? p.dw[k] : T(0)) + T(scaled);
@@ -195,29 +211,34 @@ class BatchNorm final : public Layer<T> {
     // f(feature, values, mean, variance) of the samples here.
     template <class F>
     void sum_up(const Pass<T>& p, F f) const {
-        const int c = this->spec.out.c, positions = this->spec.in.positions();
-        const size_t size = size_t(this->spec.in.size()) * LANES;
-        const double count = double(p.samples) * positions;
+        const int c = this->spec.out.c;
+        const auto [first, last] = p.own(c);
+        const double count = double(p.samples) * this->spec.in.positions();
         std::vector<T> pivot(c);
-        for (int k = 0; k < c; ++k) pivot[k] = p.x[k * LANES];
+        for (int k = first; k < last; ++k) pivot[k] = p.x[k * LANES];
         T *sums = p.scratch, *squares = sums + c * LANES;
         std::fill_n(sums, 2 * c * LANES, T(0));
         for (int b = 0; b < p.blocks; ++b) {
             T mask[LANES];
             mask_of(p, b, mask);
-            p.kernels->moments(positions, c, p.x + b * size, pivot.data(), mask, sums, squares);
+            each_run(p, b, first, [&](size_t at, int positions) {
+                p.kernels->moments(positions, last - first, p.x + at, pivot.data() + first, mask, sums + first * LANES,
+                                   squares + first * LANES);
+            });
         }
-        for (int k = 0; k < c; ++k) {
+        for (int k = first; k < last; ++k) {
             const double centre = over_lanes(sums + k * LANES) / count, second = over_lanes(squares + k * LANES);
             f(k, count, double(pivot[k]) + centre, std::max(0.0, second / count - centre * centre));
         }
     }
 
-    void pass_on(const Pass<T>& p, size_t size) const {
-        if (p.dskip_add)
-            p.kernels->add_into(ptrdiff_t(p.blocks) * size, p.dy, p.dskip);
-        else
-            std::copy(p.dy, p.dy + p.blocks * size, p.dskip);
+    void pass_on(const Pass<T>& p) const {
+        each_stretch(p, this->spec.in, [&](size_t at, ptrdiff_t n) {
+            if (p.dskip_add)
+                p.kernels->add_into(n, p.dy + at, p.dskip + at);
+            else
+                std::copy(p.dy + at, p.dy + at + n, p.dskip + at);
+        });
     }
 };
 
@@ -227,31 +248,36 @@ class LayerNorm final : public Layer<T> {
     explicit LayerNorm(const Spec& s) : Layer<T>(s) {
         this->parameters = (2 * s.in.size() + LANES - 1) / LANES * LANES;
         this->kept = 2 * LANES;
+        this->sharing = Sharing::apart;
     }
 
     size_t scratch(int) const override { return 2 * size_t(this->spec.in.size()) * LANES; }
 
     void forward(const Pass<T>& p) const override {
         const int n = this->spec.in.size();
-        for (int b = 0; b < p.blocks; ++b) {
+        const auto [first, last] = p.own(p.blocks);
+        for (int b = first; b < last; ++b) {
             const size_t at = size_t(b) * n * LANES;
             T* kept = p.kept + size_t(b) * this->kept;
             p.kernels->layer_norm(n, T(this->spec.epsilon), p.w, p.w + n, p.x + at, p.y + at, kept, kept + LANES);
         }
     }
 
+    // Every thread sums up all blocks, for its own features of the weights' gradient.
     void backward(const Pass<T>& p) const override {
         const int n = this->spec.in.size();
+        const auto [first, last] = p.own(p.blocks);
+        const auto [from, to] = p.own(n);
         T *sums = p.scratch, *products = sums + size_t(n) * LANES;
         std::fill_n(sums, 2 * size_t(n) * LANES, T(0));
         for (int b = 0; b < p.blocks; ++b) {
             const size_t at = size_t(b) * n * LANES;
             const T* kept = p.kept + size_t(b) * this->kept;
             p.kernels->layer_norm_back(n, p.w, p.x + at, p.dy + at, kept, kept + LANES, sums, products,
-                                       p.dx ? p.dx + at : nullptr, p.dx_add);
+                                       p.dx && first <= b && b < last ? p.dx + at : nullptr, p.dx_add);
         }
-        p.kernels->sum_lanes(1, n, products, p.add, p.dw);
-        p.kernels->sum_lanes(1, n, sums, p.add, p.dw + n);
+        p.kernels->sum_lanes(1, to - from, products + from * LANES, p.add, p.dw + from);
+        p.kernels->sum_lanes(1, to - from, sums + from * LANES, p.add, p.dw + n + from);
     }
 
     std::vector<std::pair<std::string, int64_t>> parts() const override {

@@ -24,6 +24,7 @@ void Stage<T>::join(Stage& first) {
 template <class T>
 void Stage<T>::part(int most, bool borrowed) {
     const auto reads = [](const auto& layer) { return layer->matrix && layer->spec.x == 0; };
+    if (threads > 1) throw std::invalid_argument("threads of a group have no I and W apart");
     halved = true;
     borrows = borrowed && !head && std::any_of(layers.begin(), layers.end(), reads);
     for (const auto& layer : layers)

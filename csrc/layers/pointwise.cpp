@@ -13,28 +13,33 @@ class Activation final : public Layer<T> {
     using Layer<T>::Layer;
 
     void forward(const Pass<T>& p) const override {
-        const ptrdiff_t n = elements(p);
         const auto& k = *p.kernels;
         const std::string& kind = this->spec.kind;
-        if (kind == "gelu_tanh") return k.gelu_tanh(n, p.x, p.y);
-        (kind == "relu" ? k.relu : kind == "sigmoid" ? k.sigmoid : kind == "tanh" ? k.tanh : k.gelu)(n, p.x, p.y);
+        const auto curve = kind == "relu"        ? k.relu
+                           : kind == "sigmoid"   ? k.sigmoid
+                           : kind == "tanh"      ? k.tanh
+                           : kind == "gelu_tanh" ? k.gelu_tanh
+                                                 : k.gelu;
+        each_stretch(p, this->spec.in, [&](size_t at, ptrdiff_t n) { curve(n, p.x + at, p.y + at); });
     }
 
     void backward(const Pass<T>& p) const override {
-        if (!p.dx) return;
-        const ptrdiff_t n = elements(p);
-        const auto& k = *p.kernels;
-        const std::string& kind = this->spec.kind;
-        if (kind == "sigmoid") return k.sigmoid_back(n, p.y, p.dy, p.dx, p.dx_add);
-        if (kind == "tanh") return k.tanh_back(n, p.y, p.dy, p.dx, p.dx_add);
-        if (kind == "gelu") return k.gelu_back(n, p.x, p.dy, p.dx, p.dx_add);
-        if (kind == "gelu_tanh") return k.gelu_tanh_back(n, p.x, p.dy, p.dx, p.dx_add);
-        k.relu_back(n, p.y, p.dy, p.dx_add ? p.dy : p.dx);
-        if (p.dx_add) k.add_into(n, p.dy, p.dx);
+        if (p.dx) each_stretch(p, this->spec.in, [&](size_t at, ptrdiff_t n) { back(p, at, n); });
     }
 
   private:
-    ptrdiff_t elements(const Pass<T>& p) const { return ptrdiff_t(p.blocks) * this->spec.in.size() * LANES; }
+    void back(const Pass<T>& p, size_t at, ptrdiff_t n) const {
+        const auto& k = *p.kernels;
+        const std::string& kind = this->spec.kind;
+        const T *x = p.x + at, *y = p.y + at;
+        T *dy = p.dy + at, *dx = p.dx + at;
+        if (kind == "sigmoid") return k.sigmoid_back(n, y, dy, dx, p.dx_add);
+        if (kind == "tanh") return k.tanh_back(n, y, dy, dx, p.dx_add);
+        if (kind == "gelu") return k.gelu_back(n, x, dy, dx, p.dx_add);
+        if (kind == "gelu_tanh") return k.gelu_tanh_back(n, x, dy, dx, p.dx_add);
+        k.relu_back(n, y, dy, p.dx_add ? dy : dx);
+        if (p.dx_add) k.add_into(n, dy, dx);
+    }
 };
 
 template <class T>
@@ -43,21 +48,24 @@ class Residual final : public Layer<T> {
     using Layer<T>::Layer;
 
     void forward(const Pass<T>& p) const override {
-        const ptrdiff_t n = ptrdiff_t(p.blocks) * this->spec.in.size() * LANES;
-        p.kernels->add(n, p.x, p.skip, p.y);
-        if (this->spec.relu) p.kernels->relu(n, p.y, p.y);
+        each_stretch(p, this->spec.in, [&](size_t at, ptrdiff_t n) {
+            p.kernels->add(n, p.x + at, p.skip + at, p.y + at);
+            if (this->spec.relu) p.kernels->relu(n, p.y + at, p.y + at);
+        });
     }
 
     void backward(const Pass<T>& p) const override {
-        const ptrdiff_t n = ptrdiff_t(p.blocks) * this->spec.in.size() * LANES;
-        if (this->spec.relu) p.kernels->relu_back(n, p.y, p.dy, p.dy);
-        for (auto [to, add] : {std::pair{p.dx, p.dx_add}, {p.dskip, p.dskip_add}}) {
-            if (!to) continue;
-            if (add)
-                p.kernels->add_into(n, p.dy, to);
-            else
-                std::copy(p.dy, p.dy + n, to);
-        }
+        each_stretch(p, this->spec.in, [&](size_t at, ptrdiff_t n) {
+            T* dy = p.dy + at;
+            if (this->spec.relu) p.kernels->relu_back(n, p.y + at, dy, dy);
+            for (auto [to, add] : {std::pair{p.dx, p.dx_add}, {p.dskip, p.dskip_add}}) {
+                if (!to) continue;
+                if (add)
+                    p.kernels->add_into(n, dy, to + at);
+                else
+                    std::copy(dy, dy + n, to + at);
+            }
+        });
     }
 };
 
@@ -73,7 +81,7 @@ class Dropout final : public Layer<T> {
         if (p.training)
             mask(p, p.x, p.y, false);
         else
-            std::copy(p.x, p.x + size_t(p.blocks) * this->spec.in.size() * LANES, p.y);
+            each_stretch(p, this->spec.in, [&](size_t at, ptrdiff_t n) { std::copy(p.x + at, p.x + at + n, p.y + at); });
     }
 
     void backward(const Pass<T>& p) const override {
@@ -86,19 +94,23 @@ class Dropout final : public Layer<T> {
     void mask(const Pass<T>& p, const T* x, T* y, bool add) const {
         const Masks masks(this->spec.p, p.seed, p.step, this->spec.key);
         const T scale = T(masks.scale);
-        const size_t size = size_t(this->spec.in.size()) * LANES;
+        const Shape& shape = this->spec.in;
+        const auto [first, last] = p.own(shape.c);
+        const int stretch = p.slices == 1 ? shape.size() : last - first;  // features that are neighbours
         for (int b = 0; b < p.blocks; ++b) {
             if (p.tokens) {
-                const uint32_t width = uint32_t(this->spec.in.c);
-                p.kernels->dropout_tokens(this->spec.in.c, uint32_t(b % p.rise() * LANES) * width, width,
-                                          masks.of_sample(p.first + b / p.rise()), masks.threshold, scale, x + b * size,
-                                          y + b * size, add);
+                const uint32_t width = uint32_t(shape.c), place = uint32_t(b % p.rise() * LANES) * width + uint32_t(first);
+                const size_t at = (size_t(b) * width + first) * LANES;
+                p.kernels->dropout_tokens(last - first, place, width, masks.of_sample(p.first + b / p.rise()),
+                                          masks.threshold, scale, x + at, y + at, add);
                 continue;
             }
             uint32_t sample[LANES];
             for (int lane = 0; lane < LANES; ++lane) sample[lane] = masks.of_sample(p.first + b * LANES + lane);
-            p.kernels->dropout(this->spec.in.size(), element.data(), sample, masks.threshold, scale, x + b * size,
-                               y + b * size, add);
+            for (int f = first; stretch && f < shape.size(); f += p.slices == 1 ? shape.size() : shape.c) {
+                const size_t at = (size_t(b) * shape.size() + f) * LANES;
+                p.kernels->dropout(stretch, element.data() + f, sample, masks.threshold, scale, x + at, y + at, add);
+            }
         }
     }
 };

@@ -22,6 +22,11 @@ std::vector<std::vector<int>> windows_of(const Spec& s) {
 }
 
 template <class T>
+void clear(const Pass<T>& p, const Shape& shape) {
+    each_stretch(p, shape, [&](size_t at, ptrdiff_t n) { std::fill_n(p.dx + at, n, T(0)); });
+}
+
+template <class T>
 class MaxPool final : public Layer<T> {
   public:
     explicit MaxPool(const Spec& s) : Layer<T>(s), windows(windows_of(s)) {
@@ -34,15 +39,16 @@ class MaxPool final : public Layer<T> {
     void forward(const Pass<T>& p) const override {
         const Spec& s = this->spec;
         const int line = s.out.c * LANES;
+        const auto [first, last] = p.own(s.out.c);
         std::vector<const T*> from;
         for (int b = 0; b < p.blocks; ++b) {
-            const T* x = p.x + size_t(b) * s.in.size() * LANES;
-            T* y = p.y + size_t(b) * s.out.size() * LANES;
-            uint8_t* winner = p.marks + size_t(b) * this->marks;
+            const T* x = p.x + (size_t(b) * s.in.size() + first) * LANES;
+            T* y = p.y + (size_t(b) * s.out.size() + first) * LANES;
+            uint8_t* winner = p.marks + size_t(b) * this->marks + first * LANES;
             for (const auto& window : windows) {
                 from.clear();
                 for (int position : window) from.push_back(x + position * line);
-                p.kernels->window_max(s.out.c, int(from.size()), from.data(), s.relu, y, winner);
+                p.kernels->window_max(last - first, int(from.size()), from.data(), s.relu, y, winner);
                 y += line, winner += line;
             }
         }
@@ -51,16 +57,17 @@ class MaxPool final : public Layer<T> {
     void backward(const Pass<T>& p) const override {
         const Spec& s = this->spec;
         const size_t line = size_t(s.out.c) * LANES;
+        const auto [first, last] = p.own(s.out.c);
         if (!p.dx) return;
+        if (!p.dx_add && !tiled) clear(p, s.in);
         std::vector<T*> to;
         for (int b = 0; b < p.blocks; ++b) {
-            T* dx = p.dx + size_t(b) * s.in.size() * LANES;
-            if (!p.dx_add && !tiled) std::fill(dx, dx + size_t(s.in.size()) * LANES, T(0));
+            T* dx = p.dx + (size_t(b) * s.in.size() + first) * LANES;
             for (size_t o = 0; o < windows.size(); ++o) {
-                const size_t at = (size_t(b) * windows.size() + o) * line;
+                const size_t at = (size_t(b) * windows.size() + o) * line + first * LANES;
                 to.clear();
                 for (int position : windows[o]) to.push_back(dx + position * line);
-                p.kernels->window_max_back(s.out.c, int(to.size()), p.marks + at, p.y + at, s.relu, p.dy + at, to.data(),
+                p.kernels->window_max_back(last - first, int(to.size()), p.marks + at, p.y + at, s.relu, p.dy + at, to.data(),
                                            p.dx_add || !tiled);
             }
         }
@@ -78,23 +85,30 @@ class AveragePool final : public Layer<T> {
 
     void forward(const Pass<T>& p) const override {
         each(p, p.y, [&](const T* x, T* y, size_t line, const std::vector<int>& window, T share) {
-            std::fill(y, y + line, T(0));
-            for (int position : window) p.kernels->fused_add(line, share, x + position * line, y);
+            const auto [from, n] = stretch(p);
+            std::fill_n(y + from, n, T(0));
+            for (int position : window) p.kernels->fused_add(n, share, x + position * line + from, y + from);
         });
     }
 
     void backward(const Pass<T>& p) const override {
-        const Spec& s = this->spec;
         if (!p.dx) return;
-        if (!p.dx_add) std::fill(p.dx, p.dx + size_t(p.blocks) * s.in.size() * LANES, T(0));
+        if (!p.dx_add) clear(p, this->spec.in);
         each(p, p.dy, [&](const T* x, T* dy, size_t line, const std::vector<int>& window, T share) {
-            T* dx = p.dx + (x - p.x);
-            for (int position : window) p.kernels->fused_add(line, share, dy, dx + position * line);
+            const auto [from, n] = stretch(p);
+            T* dx = p.dx + (x - p.x) + from;
+            for (int position : window) p.kernels->fused_add(n, share, dy + from, dx + position * line);
         });
     }
 
   private:
     std::vector<std::vector<int>> windows;
+
+    // Of a position, where the channels of this thread begin, and their elements.
+    std::pair<size_t, ptrdiff_t> stretch(const Pass<T>& p) const {
+        const auto [first, last] = p.own(this->spec.out.c);
+        return {size_t(first) * LANES, ptrdiff_t(last - first) * LANES};
+    }
 
     template <class F>
     void each(const Pass<T>& p, T* out, F f) const {

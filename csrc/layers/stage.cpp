@@ -7,10 +7,9 @@ namespace paraxis {
 
 template <class T>
 Stage<T>::Stage(const std::vector<Spec>& specs, int slice, int microbatches, bool head, bool tail,
-                const Kernels<T>& kernels, uint64_t seed, int tokens, bool dry)
-    : slice(slice), microbatches(microbatches), tokens(tokens), head(head), tail(tail), dry(dry), kernels(kernels),
-      seed(seed),
-      blocks(tokens ? slice * blocks_of(tokens) : blocks_of(slice)) {
+                const Kernels<T>& kernels, uint64_t seed, int tokens, bool dry, const Stage* first, int thread, int threads)
+    : slice(slice), microbatches(microbatches), tokens(tokens), thread(thread), threads(threads), head(head), tail(tail),
+      dry(dry), kernels(kernels), seed(seed), blocks(tokens ? slice * blocks_of(tokens) : blocks_of(slice)) {
     if (specs.empty() || slice < 1 || microbatches < 1) throw std::invalid_argument("a stage needs layers and samples");
     elements.push_back(size_t(blocks) * specs[0].in.size() * LANES);
     size_t most = 0;
@@ -22,30 +21,75 @@ Stage<T>::Stage(const std::vector<Spec>& specs, int slice, int microbatches, boo
         most = std::max(most, layers.back()->scratch(blocks));
         if (layers.back()->moments) {
             if (microbatches > 1) throw std::invalid_argument(spec.name + ": replicas meet in one microbatch a step");
+            if (threads > 1) throw std::invalid_argument(spec.name + ": replicas of several threads cannot meet in it");
             meeting.push_back(layers.size() - 1);
+            cuts.push_back({layers.size() - 1, true, true});
             moments.emplace_back(layers.back()->moments);
         }
         elements.push_back(size_t(blocks) * spec.out.size() * LANES);
     }
     if (tail && specs.back().out.positions() != 1) throw std::invalid_argument("the last layer must give one row a sample");
-    gradients = Memory<T>(parameters, dry);
-    collected = Memory<T>(statistics, dry);
+    gradients = first ? first->gradients.lend() : Memory<T>(parameters, dry);
+    collected = first ? first->collected.lend() : Memory<T>(statistics, dry);
     scratch = Memory<T>(most, dry);
-    for (int m = 0; m < microbatches; ++m) {
-        Slot& slot = slots.emplace_back();
-        for (size_t id = 0; id < elements.size(); ++id) slot.acts.emplace_back(id || head ? elements[id] : 0, dry);
-        for (const auto& layer : layers) {
-            slot.kept.emplace_back(blocks * layer->kept, dry);
-            slot.marks.emplace_back(blocks * layer->marks, dry);
-        }
-        slot.entering = Memory<T>(head ? 0 : elements[0], dry);
-        slot.given = slot.acts[0].data();
-        slot.targets.resize(size_t(blocks) * LANES);
-        slot.valid = slice;
-    }
+    for (int m = 0; m < microbatches; ++m) house(first ? &first->slots[m] : nullptr);
+    share();
     plan_gradients();
     shelved.assign(elements.size(), false);
-    house_gradients(false);
+    house_gradients(false, first);
+}
+
+// Room for one more microbatch, or what another thread of the group has.
+template <class T>
+void Stage<T>::house(const Slot* theirs) {
+    Slot& slot = slots.emplace_back();
+    for (size_t id = 0; id < elements.size(); ++id)
+        slot.acts.push_back(theirs ? theirs->acts[id].lend() : Memory<T>(id || head ? elements[id] : 0, dry));
+    for (size_t n = 0; n < layers.size(); ++n) {
+        slot.kept.push_back(theirs ? theirs->kept[n].lend() : Memory<T>(blocks * layers[n]->kept, dry));
+        slot.marks.push_back(theirs ? theirs->marks[n].lend() : Memory<uint8_t>(blocks * layers[n]->marks, dry));
+    }
+    slot.entering = theirs ? theirs->entering.lend() : Memory<T>(head ? 0 : elements[0], dry);
+    slot.given = slot.acts[0].data();
+    slot.targets.resize(size_t(blocks) * LANES);
+    slot.valid = slice;
+}
+
+// Where the threads of a group wait for each other. A layer that reads other threads' channels waits in a forward until
+// all are written, the one behind it in a backward until all of its gradient is; one whose threads make other parts than
+// channels has both neighbours wait. What comes in and what goes out belongs to nobody in particular.
+template <class T>
+void Stage<T>::share() {
+    if (threads == 1) return;
+    cuts.push_back({0, true, true});
+    for (size_t n = 1; n < layers.size(); ++n) {
+        const Sharing before = layers[n - 1]->sharing, behind = layers[n]->sharing;
+        const bool forward = behind != Sharing::alike || before == Sharing::apart;
+        const bool backward = before != Sharing::alike || behind == Sharing::apart;
+        if (forward || backward) cuts.push_back({n, forward, backward});
+    }
+    cuts.push_back({layers.size(), true, true});
+}
+
+template <class T>
+std::vector<std::string> Stage<T>::borders() const {
+    std::vector<std::string> words;
+    for (const Cut& cut : cuts)
+        words.push_back(threads == 1 ? "norm" : !cut.backward ? "acts" : !cut.forward ? "act_grads" : "shared");
+    return words;
+}
+
+// The last segment that a forward or a backward covers which begins with this one.
+template <class T>
+int Stage<T>::reach(int segment, bool forward) const {
+    while (segment + 1 < segments() && !stops(segment, forward)) ++segment;
+    return segment;
+}
+
+// Whether the threads of a group wait in a backward between this layer and the next one.
+template <class T>
+bool Stage<T>::open(size_t layer) const {
+    return std::any_of(cuts.begin(), cuts.end(), [&](const Cut& cut) { return cut.layer == layer + 1 && cut.backward; });
 }
 
 template <class T>
@@ -136,9 +180,9 @@ void Stage<T>::plan_gradients() {
 }
 
 template <class T>
-void Stage<T>::house_gradients(bool apart) {
+void Stage<T>::house_gradients(bool apart, const Stage* theirs) {
     std::vector<size_t> sizes;
-    std::vector<int> empty;
+    std::vector<int> empty, used;  // rooms: free, and free once no thread of the group can still be reading there
     rooms.assign(elements.size(), -1);
     const auto house = [&](int id) {
         if (id <= 0 || id + 1 == int(elements.size()) || rooms[id] >= 0) return;
@@ -161,14 +205,15 @@ void Stage<T>::house_gradients(bool apart) {
     };
     for (size_t n = layers.size(); n-- > 0;) {
         const Spec& spec = layers[n]->spec;
+        if (threads == 1 || open(n)) empty.insert(empty.end(), used.begin(), used.end()), used.clear();
         if (rooms[spec.y] < 0 && spec.y + 1 < int(elements.size()))
             throw std::invalid_argument(spec.name + ": nobody reads what it makes");
         house(spec.x);
         house(spec.skip);
-        if (!apart && rooms[spec.y] >= 0 && !shelved[spec.y]) empty.push_back(rooms[spec.y]);
+        if (!apart && rooms[spec.y] >= 0 && !shelved[spec.y]) used.push_back(rooms[spec.y]);
     }
     grads.clear();
-    for (size_t size : sizes) grads.emplace_back(size, dry);
+    for (size_t n = 0; n < sizes.size(); ++n) grads.push_back(theirs ? theirs->grads[n].lend() : Memory<T>(sizes[n], dry));
 }
 
 template <class T>
@@ -195,7 +240,8 @@ Pass<T> Stage<T>::pass(size_t n, int m, uint64_t step, int64_t first, bool train
         .dskip = spec.skip > 0 || (spec.skip == 0 && !head) ? grad(m, spec.skip) : nullptr,
         .dx_add = dx_add[n], .dskip_add = dskip_add[n], .kept = slot.kept[n].data(), .marks = slot.marks[n].data(),
         .scratch = scratch.data(), .terms = &terms, .share = 1,
-        .moments = place == meeting.end() ? nullptr : moments[place - meeting.begin()].data(),
+        .moments = place == meeting.end() ? nullptr : moments[place - meeting.begin()].data(), .slice = thread,
+        .slices = threads,
     };
 }
 
@@ -209,7 +255,8 @@ void Stage<T>::load(int m, const Samples& samples, int64_t step, int64_t first) 
         for (int i = 0; i < slot.valid; ++i) slot.targets[i] = samples.targets[index[i]];
     if (!head) return;
     const int features = features_in();
-    for (int b = 0; b < blocks; ++b) {
+    const auto [from, to] = own_of(blocks, thread, threads);
+    for (int b = from; b < to; ++b) {
         T* x = slot.acts[0].data() + size_t(b) * features * LANES;
         const int valid = std::clamp(slot.valid - b * LANES, 0, LANES);
         if (!valid)
@@ -226,20 +273,22 @@ template <class T>
 void Stage<T>::load_tokens(Slot& slot, const Samples& samples, const int64_t* index) {
     const int64_t* symbols = static_cast<const int64_t*>(samples.inputs);
     const int rise = blocks_of(tokens) * LANES;
+    const auto [own, others] = own_of(slice, thread, threads);
     for (int i = 0; i < slice; ++i)
         for (int t = 0; t < rise; ++t) {
             const bool real = i < slot.valid && t < tokens;
             const int64_t from = real ? index[i] * tokens + t : 0;
-            if (head) slot.acts[0][size_t(i) * rise + t] = real ? T(symbols[from]) : T(0);
+            if (head && own <= i && i < others) slot.acts[0][size_t(i) * rise + t] = real ? T(symbols[from]) : T(0);
             if (tail) slot.targets[size_t(i) * rise + t] = real ? samples.targets[from] : 0;
         }
 }
 
 template <class T>
 void Stage<T>::forward(int segment, int m, uint64_t step, int64_t first, bool training) {
-    for (size_t n = begin(segment); n < end(segment); ++n) layers[n]->forward(pass(n, m, step, first, training));
-    if (segment + 1 < segments()) {
-        if (training) layers[end(segment)]->measure(pass(end(segment), m, step, first, training));
+    const int last = reach(segment, true);
+    for (size_t n = begin(segment); n < end(last); ++n) layers[n]->forward(pass(n, m, step, first, training));
+    if (last + 1 < segments()) {
+        if (training && threads == 1) layers[end(last)]->measure(pass(end(last), m, step, first, training));
     } else if (tail) {
         lose(m, training);
     }
@@ -253,12 +302,16 @@ void Stage<T>::backward(int segment, int m, uint64_t step, int64_t first, bool p
         p.parted = parted || halved;
         return p;
     };
-    if (segment + 1 < segments()) layers[end(segment)]->backward(passed(end(segment)));
-    for (size_t n = end(segment); n-- > begin(segment) + (segment > 0);) layers[n]->backward(passed(n));
-    if (segment)
-        layers[begin(segment)]->measure_back(passed(begin(segment)));
-    else
+    const int last = reach(segment, false);
+    const size_t front = begin(segment);
+    if (threads == 1 && last + 1 < segments()) layers[end(last)]->backward(passed(end(last)));
+    for (size_t n = end(last); n-- > front + (threads == 1 && segment > 0);) layers[n]->backward(passed(n));
+    if (!segment)
         ++backwards;
+    else if (threads == 1)
+        layers[front]->measure_back(passed(front));
+    else if (front)
+        layers[front - 1]->open_back(passed(front - 1));
     if (!parted && halved)
         weigh(segment, m);
     else if (!parted && !segment)
@@ -289,15 +342,16 @@ void Stage<T>::lose(int m, bool training) {
     Score& score = training ? step_score : evaluation;
     const double share = tokens ? 1.0 / tokens : 1;  // a sample's loss is the mean over its tokens
     const int rise = tokens ? blocks_of(tokens) : 1;
+    const auto [from, to] = own_of(blocks, thread, threads);
     double loss = 0;
     int hits = 0;
-    for (int b = 0; b < blocks; ++b) {
+    for (int b = from; b < to; ++b) {
         const int left = tokens ? (b / rise < slot.valid ? tokens - b % rise * LANES : 0) : slot.valid - b * LANES;
         loss += kernels.softmax(classes, std::clamp(left, 0, LANES), slot.targets.data() + b * LANES, T(share),
                                 slot.acts.back().data() + size_t(b) * classes * LANES, &hits);
     }
     score.loss += loss * share;
-    score.weight += slot.valid;
+    if (!thread) score.weight += slot.valid;
     score.hits += hits * share;
 }
 

@@ -34,12 +34,14 @@ class Stage {
   public:
     // `slice`: samples of a microbatch; `head`: takes samples in; `tail`: ends in the loss; `tokens` of a sample, which
     // then lie along the lanes, each with a loss of its own (0: a sample is a lane). `dry`: it reserves no memory and
-    // computes nothing, but knows how much that would be. Throws std::invalid_argument.
+    // computes nothing, but knows how much that would be. `first`: of a group of `threads` threads, this one being number
+    // `thread` of them, whose activations and gradients this stage uses; it must live longer. Throws std::invalid_argument.
     Stage(const std::vector<Spec>& specs, int slice, int microbatches, bool head, bool tail, const Kernels<T>& kernels,
-          uint64_t seed, int tokens = 0, bool dry = false);
+          uint64_t seed, int tokens = 0, bool dry = false, const Stage* first = nullptr, int thread = 0, int threads = 1);
 
     void load(int microbatch, const Samples& samples, int64_t step, int64_t first);
-    // Segments end where a layer meets the other replicas: behind its measuring, before it uses the sums of all.
+    // Segments end where a layer meets the other replicas: behind its measuring, before it uses the sums of all; or where
+    // the threads of a group wait for each other (some borders stop a forward only, or a backward only).
     void forward(int segment, int microbatch, uint64_t step, int64_t first, bool training);
     // `parted`: but for the gradient of matrices, which `own` computes.
     void backward(int segment, int microbatch, uint64_t step, int64_t first, bool parted = false);
@@ -67,7 +69,9 @@ class Stage {
     int features_in() const { return layers.front()->spec.in.size(); }
     int symbols() const { return layers.front()->spec.entries; }  // that it takes in, where it is the head of tokens
     std::pair<size_t, size_t> tied(int tie) const;  // where the parameters of that number lie: begin, end
-    int segments() const { return int(meeting.size()) + 1; }
+    int segments() const { return int(cuts.size()) + 1; }
+    bool starts(bool forward, int segment) const { return !segment || stops(segment - 1, forward); }
+    std::vector<std::string> borders() const;  // between its segments, in the words of a program
     size_t activation_bytes() const;  // of all microbatches, with what the layers need while they compute
 
     struct Place {
@@ -84,7 +88,7 @@ class Stage {
     Score step_score, evaluation;
     int backwards = 0;  // of this step; the first one overwrites the gradients
     int weighed = 0;    // microbatches whose gradients are complete; the first one overwrites those of matrices
-    const int slice, microbatches, tokens;
+    const int slice, microbatches, tokens, thread, threads;
     const bool head, tail, dry;
     const Kernels<T>& kernels;
 
@@ -118,6 +122,11 @@ class Stage {
     std::vector<bool> dx_add, dskip_add;
     std::vector<bool> dw_add;       // somebody behind it, who uses the same parameters, has written their gradient
     std::vector<size_t> meeting;    // layers that meet the other replicas in their middle
+    struct Cut {
+        size_t layer;            // that comes next, or in whose middle it is
+        bool forward, backward;  // what stops there
+    };
+    std::vector<Cut> cuts;
     Memory<T> scratch;
     std::vector<Term<T>> terms;
     std::vector<Pass<T>> passes;
@@ -126,13 +135,18 @@ class Stage {
 
     void check(const Spec& spec) const;
     void settle(const Spec& spec, const Layer<T>& layer);
+    void house(const Slot* theirs);
     void plan_gradients();
     void add_shelf();
     void shelve(Slot& slot);
-    void house_gradients(bool apart);
+    void house_gradients(bool apart, const Stage* theirs = nullptr);
+    void share();
+    bool stops(int border, bool forward) const { return forward ? cuts[border].forward : cuts[border].backward; }
+    int reach(int segment, bool forward) const;
+    bool open(size_t layer) const;
     void load_tokens(Slot& slot, const Samples& samples, const int64_t* index);
-    size_t begin(int segment) const { return segment ? meeting[segment - 1] : 0; }
-    size_t end(int segment) const { return segment < int(meeting.size()) ? meeting[segment] : layers.size(); }
+    size_t begin(int segment) const { return segment ? cuts[segment - 1].layer : 0; }
+    size_t end(int segment) const { return segment < int(cuts.size()) ? cuts[segment].layer : layers.size(); }
     Pass<T> pass(size_t layer, int m, uint64_t step, int64_t first, bool training);
     T* act(int m, int id) { return id ? slots[m].acts[id].data() : slots[m].given; }
     T* grad(int m, int id);

@@ -13,29 +13,31 @@ class Embedding final : public Layer<T> {
   public:
     explicit Embedding(const Spec& s) : Layer<T>(s), panels(panels_of(s.entries, s.out.c)) {
         if (s.entries < 1 || s.in.size() != 1) throw std::invalid_argument(s.name + ": symbols come one by one");
-        elements = elements_of(panels, s.out.c);
-        this->parameters = (elements + LANES - 1) / LANES * LANES;
+        this->parameters = (elements_of(panels, s.out.c) + LANES - 1) / LANES * LANES;
     }
 
     void forward(const Pass<T>& p) const override {
         const int width = this->spec.out.c;
+        const auto [first, last] = p.own(width);
         for (int b = 0; b < p.blocks; ++b) {
             T* y = p.y + size_t(b) * width * LANES;
             each_lane(p, b, [&](int lane, size_t at, int step) {
-                for (int c = 0; c < width; ++c) y[c * LANES + lane] = p.w[at + size_t(c) * step];
+                for (int c = first; c < last; ++c) y[c * LANES + lane] = p.w[at + size_t(c) * step];
             });
             for (int lane = p.valid(b); lane < LANES; ++lane)
-                for (int c = 0; c < width; ++c) y[c * LANES + lane] = 0;
+                for (int c = first; c < last; ++c) y[c * LANES + lane] = 0;
         }
     }
 
     void backward(const Pass<T>& p) const override {
         const int width = this->spec.out.c;
-        if (!p.add) std::fill_n(p.dw, elements, T(0));
+        const auto [first, last] = p.own(width);
+        for (const Panel& panel : panels)
+            if (!p.add) std::fill(p.dw + panel.at + size_t(first) * panel.width, p.dw + panel.at + size_t(last) * panel.width, T(0));
         for (int b = 0; b < p.blocks; ++b) {
             const T* dy = p.dy + size_t(b) * width * LANES;
             each_lane(p, b, [&](int lane, size_t at, int step) {
-                for (int c = 0; c < width; ++c) p.dw[at + size_t(c) * step] += dy[c * LANES + lane];
+                for (int c = first; c < last; ++c) p.dw[at + size_t(c) * step] += dy[c * LANES + lane];
             });
         }
     }
@@ -54,7 +56,6 @@ class Embedding final : public Layer<T> {
 
   private:
     std::vector<Panel> panels;
-    size_t elements;
 
     // f(lane, start of its symbol's row, distance of the row's elements)
     template <class F>
@@ -85,21 +86,20 @@ class Position final : public Layer<T> {
     }
 
     void forward(const Pass<T>& p) const override {
-        const ptrdiff_t size = stretch(p);
-        for (int b = 0; b < p.blocks; b += p.rise()) {
-            const size_t at = size_t(b) * this->spec.out.c * LANES;
-            p.kernels->add(size, p.x + at, p.w, p.y + at);
-        }
+        each_place(p, [&](size_t at, size_t row, ptrdiff_t n) { p.kernels->add(n, p.x + at, p.w + row, p.y + at); });
     }
 
     void backward(const Pass<T>& p) const override {
-        const ptrdiff_t size = stretch(p), all = ptrdiff_t(p.blocks) * this->spec.out.c * LANES;
-        if (!p.add) std::fill_n(p.dw, this->parameters, T(0));
-        for (ptrdiff_t at = 0; at < all; at += size) p.kernels->add_into(size, p.dy + at, p.dw);
-        if (p.dx && p.dx_add)
-            p.kernels->add_into(all, p.dy, p.dx);
-        else if (p.dx)
-            std::copy(p.dy, p.dy + all, p.dx);
+        Pass<T> rows = p;
+        rows.blocks = blocks_of(this->spec.entries);
+        if (!p.add) each_stretch(rows, this->spec.out, [&](size_t at, ptrdiff_t n) { std::fill_n(p.dw + at, n, T(0)); });
+        each_place(p, [&](size_t at, size_t row, ptrdiff_t n) {
+            p.kernels->add_into(n, p.dy + at, p.dw + row);
+            if (p.dx && p.dx_add)
+                p.kernels->add_into(n, p.dy + at, p.dx + at);
+            else if (p.dx)
+                std::copy(p.dy + at, p.dy + at + n, p.dx + at);
+        });
     }
 
     std::vector<std::pair<std::string, int64_t>> parts() const override {
@@ -115,7 +115,15 @@ class Position final : public Layer<T> {
     }
 
   private:
-    ptrdiff_t stretch(const Pass<T>& p) const { return ptrdiff_t(p.rise()) * this->spec.out.c * LANES; }
+    // f(elements of activations from, of the table from, how many) for a sample, or for this thread's channels of a block.
+    template <class F>
+    void each_place(const Pass<T>& p, F f) const {
+        const int width = this->spec.out.c, step = p.slices == 1 ? p.rise() : 1;
+        const auto [first, last] = p.own(width);
+        for (int b = 0; b < p.blocks; b += step)
+            f((size_t(b) * width + first) * LANES, (size_t(b % p.rise()) * width + first) * LANES,
+              ptrdiff_t(step * (last - first)) * LANES);
+    }
 
     template <class F>
     void each_row(F f) const {

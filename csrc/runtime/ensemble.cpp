@@ -33,8 +33,8 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
         for (int number = 1; number < each; ++number) stage(rank, number).join(*stages[rank]);
     for (int rank = 0; rank < grid.size(); ++rank) {
         Stage<T>& own = *stages[rank];
-        const int first = grid.rank(0, grid.pp_of(rank));
-        if (shared && rank != first)
+        const int first = grid.rank(shared ? 0 : grid.dp_of(rank), grid.pp_of(rank));
+        if (rank != first)
             own.weights = stages[first]->weights;
         else
             own.weights = std::make_shared<Weights<T>>(own.gradients.size(), own.collected.size(), own.dry);
@@ -50,8 +50,10 @@ Ensemble<T>::Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> given, s
         outers.push_back({Memory<T>(count, dry), Memory<T>(count, dry), Memory<T>(count, dry)});
     }
     // Of a pipeline, the stage in front would overwrite what the owners behind it still read.
-    if (owners && (!shared || stages[0]->microbatches > 1 || grid.pp > 1))
+    if (owners && (!shared || stages[0]->microbatches > 1 || grid.pp > 1 || grid.tp > 1))
         throw std::invalid_argument("owners of gradients need weights in common, one microbatch and one stage");
+    if (grid.tp > 1 && (!shared || each > 1))
+        throw std::invalid_argument("threads of a group need replicas with weights in common, and one stage");
     tie();
     divide(owners);
     connect();
@@ -80,8 +82,9 @@ void Ensemble<T>::fits(const Body& body, int rank, const Instruction& i) {
         need(i.stage < each * grid.pp && i.stage % grid.pp == grid.pp_of(rank), " names a stage that lies elsewhere");
     if (computes(i.op) || meets(i)) {
         const int number = computes(i.op) ? i.segment : i.bucket;
-        const int segments = stage(rank, std::max(i.stage, 0) / grid.pp).segments();
-        need(number >= 0 && number < segments - meets(i), " has other segments than its stage");
+        const Stage<T>& own = stage(rank, std::max(i.stage, 0) / grid.pp);
+        need(number >= 0 && number < own.segments() - meets(i) && (!computes(i.op) || own.starts(i.op == Op::F, number)),
+             " has other segments than its stage");
     }
     need(i.buffer != Buffer::tied || tied(rank, i.bucket).second, " adds up what its stage has no copy of");
 }
@@ -97,13 +100,24 @@ std::pair<size_t, size_t> Ensemble<T>::tied(int rank, int tie) {
 template <class T>
 void Ensemble<T>::connect() {
     abort = std::make_unique<Abort>();
-    replicas.clear(), pipelines.clear(), knots.clear(), links.clear();
-    for (int p = 0; p < grid.pp; ++p) replicas.push_back(std::make_unique<Barrier>(grid.dp, spin, *abort));
-    for (int d = 0; d < grid.dp; ++d) pipelines.push_back(std::make_unique<Barrier>(grid.pp, spin, *abort));
-    for (const auto& places : ties)
-        for (int d = 0; d < grid.dp; ++d) knots.push_back(std::make_unique<Barrier>(int(places.size()), spin, *abort));
+    replicas.clear(), pipelines.clear(), groups.clear(), knots.clear(), links.clear();
+    const auto set_up = [&](std::vector<std::unique_ptr<Barrier>>& gates, int count, int parties) {
+        while (int(gates.size()) < count) gates.push_back(std::make_unique<Barrier>(parties, spin, *abort));
+    };
+    set_up(replicas, grid.pp * grid.tp, grid.dp);
+    set_up(pipelines, grid.dp * grid.tp, grid.pp);
+    set_up(groups, grid.pp * grid.dp, grid.tp);
+    for (const auto& places : ties) set_up(knots, int(knots.size()) + grid.dp, int(places.size()) * grid.tp);
     for (int n = 0; n < grid.size() * each; ++n)
         links.push_back(std::make_unique<Links>(stages.front()->microbatches, spin, *abort));
+}
+
+template <class T>
+typename Ensemble<T>::Row Ensemble<T>::row(int rank, Axis axis) const {
+    const int d = grid.dp_of(rank), p = grid.pp_of(rank), t = grid.tp_of(rank);
+    if (axis == Axis::dp) return {grid.dp, d, [=, this](int n) { return grid.rank(n, p, t); }, *replicas[p * grid.tp + t]};
+    if (axis == Axis::pp) return {grid.pp, p, [=, this](int n) { return grid.rank(d, n, t); }, *pipelines[d * grid.tp + t]};
+    return {grid.tp, t, [=, this](int n) { return grid.rank(d, p, n); }, *groups[p * grid.dp + d]};
 }
 
 template <class T>
@@ -145,7 +159,7 @@ Score Ensemble<T>::evaluate(int name, int times, const Samples& samples) {
         Hand hand{rank, 0, 0, 0, &samples};
         for (; hand.within < times; ++hand.within) {
             body(hand, bodies[name], nullptr);
-            pipelines[grid.dp_of(rank)]->wait(grid.pp_of(rank));  // a forward alone gives no buffer back: all are given back here
+            meet(rank, Axis::pp);  // a forward alone gives no buffer back: all are given back here
         }
     });
     Score total;
@@ -260,11 +274,18 @@ void Ensemble<T>::execute(Hand& hand, const Instruction& i) {
         case Op::SendGradStart: return link(hand, number - 1).grads.send(i.microbatch, own.input_gradient(i.microbatch));
         case Op::RecvGradWait: return own.give_gradient(i.microbatch, link(hand, number).grads.receive(i.microbatch));
         case Op::AllReduceWait: return all_reduce(hand, i);
-        // With shared weights these are barriers: gradients are summed where they lie, new weights are where they are read.
+        // In common memory these are barriers: gradients are summed where they lie, new weights, and what the threads of a
+        // group have made of an activation, are where they are read.
         case Op::ReduceScatterWait:
-        case Op::AllGatherWait: return replicas[grid.pp_of(hand.rank)]->wait(grid.dp_of(hand.rank));
+        case Op::AllGatherWait: return meet(hand.rank, i.axis);
         default: return;  // what only begins something that its wait does
     }
+}
+
+template <class T>
+void Ensemble<T>::meet(int rank, Axis axis) {
+    const Row ranks = row(rank, axis);
+    ranks.gate.wait(ranks.me);
 }
 
 template <class T>

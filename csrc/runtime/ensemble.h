@@ -15,11 +15,12 @@
 namespace paraxis {
 
 struct Grid {
-    int dp = 1, pp = 1;
-    int size() const { return dp * pp; }
-    int dp_of(int rank) const { return rank % dp; }
-    int pp_of(int rank) const { return rank / dp; }
-    int rank(int d, int p) const { return p * dp + d; }
+    int dp = 1, pp = 1, tp = 1;
+    int size() const { return dp * pp * tp; }
+    int tp_of(int rank) const { return rank % tp; }
+    int dp_of(int rank) const { return rank / tp % dp; }
+    int pp_of(int rank) const { return rank / (tp * dp); }
+    int rank(int d, int p, int t = 0) const { return (p * dp + d) * tp + t; }
 };
 
 // How parameters follow their gradients; `rate` of every step comes with a run.
@@ -69,7 +70,8 @@ template <class T>
 class Ensemble {
   public:
     // `stages`: equally many of each rank, those of a rank side by side; stage s of a replica is number s / pp on place
-    // s % pp. `shared`: replicas have one copy of the weights; otherwise each its own. Throws std::invalid_argument.
+    // s % pp. `shared`: replicas have one copy of the weights; otherwise each its own. The threads of a `tp` group have one
+    // copy of everything, and one stage. Throws std::invalid_argument.
     Ensemble(Grid grid, std::vector<std::unique_ptr<Stage<T>>> stages, std::vector<Body> bodies, Hyper hyper,
              bool shared, int usable_cores);
 
@@ -120,10 +122,11 @@ class Ensemble {
     Hyper hyper;
     int spin;
     std::unique_ptr<Abort> abort;
-    std::vector<std::unique_ptr<Barrier>> replicas, pipelines;  // of each stage; of each replica
+    // Of those who differ in one coordinate only: dp, pp, tp.
+    std::vector<std::unique_ptr<Barrier>> replicas, pipelines, groups;
     std::vector<std::vector<int>> ties;            // of what stages have copies of: these stages
-    std::vector<std::unique_ptr<Barrier>> knots;  // [tie * dp + replica]
-    std::vector<std::unique_ptr<Links>> links;    // [stage in front * dp + replica]
+    std::vector<std::unique_ptr<Barrier>> knots;  // [tie * dp + replica], of all threads of these stages
+    std::vector<std::unique_ptr<Links>> links;    // [(stage in front * dp + replica) * tp + thread]
     std::vector<double> norms;
     std::vector<std::vector<int64_t>> clocks;  // [rank * RING + step % RING]
     std::vector<Memory<T>> strips;
@@ -142,9 +145,18 @@ class Ensemble {
 
     void fits(const Body& body, int rank, const Instruction& i);
     int place(const Hand& hand, const Instruction& i) const { return i.stage < 0 ? grid.pp_of(hand.rank) : i.stage; }
-    Links& link(const Hand& hand, int edge) { return *links[edge * grid.dp + grid.dp_of(hand.rank)]; }
+    Links& link(const Hand& hand, int edge) {
+        return *links[(edge * grid.dp + grid.dp_of(hand.rank)) * grid.tp + grid.tp_of(hand.rank)];
+    }
     void complete(int rank, int number);
     void connect();
+    struct Row {  // the ranks along an axis, the place of one of them, and their barrier
+        int parts, me;
+        std::function<int(int)> member;
+        Barrier& gate;
+    };
+    Row row(int rank, Axis axis) const;
+    void meet(int rank, Axis axis);
     void start(const std::function<void(int)>& f);
     void body(Hand& hand, const Body& body, std::vector<int64_t>* stamps);
     void execute(Hand& hand, const Instruction& i);
@@ -152,7 +164,7 @@ class Ensemble {
     void all_reduce(Hand& hand, const Instruction& i);
     void sum_moments(Hand& hand, const Instruction& i);
     void sum_copies(Hand& hand, const Instruction& i);
-    void sum_into_all(Hand& hand, const std::vector<T*>& from, size_t size, int me, bool mean);
+    void sum_into_all(Hand& hand, const std::vector<T*>& from, size_t size, int me, int parts, bool mean);
     void tie();
     void update(Hand& hand, const Instruction& i);
     void descend(Hand& hand);

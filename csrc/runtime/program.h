@@ -18,14 +18,14 @@ enum class Op : int {
     ReduceScatterWait, AllGatherStart, AllGatherWait,
 };
 enum class Rule : int { none, zero, step, norm, statistics, evaluate, hogwild, owner, snapshot, delta, nesterov, outer, copy };
-enum class Buffer : int { none, params, grads, totals, score, statistics, running, norm, factors, moments, moment_grads, tied, snapshot, delta, momentum };
+enum class Buffer : int { none, params, grads, totals, score, statistics, running, norm, factors, moments, moment_grads, tied, snapshot, delta, momentum, acts, act_grads };
 enum class Axis : int { none, dp, pp, tp };
 
 inline constexpr std::array<const char*, 13> RULES = {"",        "zero",  "step",     "norm",  "statistics", "evaluate", "hogwild", "owner",
                                                       "snapshot", "delta", "nesterov", "outer", "copy"};
-inline constexpr std::array<const char*, 15> BUFFERS = {"",        "params", "grads",   "totals",  "score",        "statistics",
+inline constexpr std::array<const char*, 17> BUFFERS = {"",        "params", "grads",   "totals",  "score",        "statistics",
                                                         "running", "norm",   "factors", "moments", "moment_grads", "tied",
-                                                        "snapshot", "delta",  "momentum"};
+                                                        "snapshot", "delta",  "momentum", "acts", "act_grads"};
 inline constexpr std::array<const char*, 4> AXES = {"", "dp", "pp", "tp"};
 
 struct Instruction {

@@ -24,10 +24,7 @@ template <class T>
 void Ensemble<T>::all_reduce(Hand& hand, const Instruction& i) {
     if (meets(i)) return sum_moments(hand, i);
     if (i.buffer == Buffer::tied) return sum_copies(hand, i);
-    const bool along_dp = i.axis == Axis::dp;
-    const int parts = along_dp ? grid.dp : grid.pp, me = along_dp ? grid.dp_of(hand.rank) : grid.pp_of(hand.rank);
-    Barrier& gate = *(along_dp ? replicas[grid.pp_of(hand.rank)] : pipelines[grid.dp_of(hand.rank)]);
-    auto member = [&](int n) { return along_dp ? grid.rank(n, grid.pp_of(hand.rank)) : grid.rank(grid.dp_of(hand.rank), n); };
+    const auto [parts, me, member, gate] = row(hand.rank, i.axis);
     gate.wait(me);
     if (i.buffer == Buffer::norm) {
         double sum = 0;
@@ -37,16 +34,17 @@ void Ensemble<T>::all_reduce(Hand& hand, const Instruction& i) {
         return gate.wait(me);
     }
     if (i.buffer == Buffer::score || i.buffer == Buffer::totals) return gate.wait(me);  // summed by whoever asks
+    if (grid.tp_of(hand.rank)) return gate.wait(me);  // a group has one buffer, of which its first thread takes care
     std::vector<T*> from(parts);
     size_t size = 0;
     for (int n = 0; n < parts; ++n) from[n] = buffer(member(n), i.buffer, &size);
-    sum_into_all(hand, from, size, me, i.mean);
+    sum_into_all(hand, from, size, me, parts, i.mean);
     gate.wait(me);
 }
 
 template <class T>
-void Ensemble<T>::sum_into_all(Hand& hand, const std::vector<T*>& all, size_t size, int me, bool mean) {
-    const auto [begin, end] = part_of(size, me, int(all.size()));
+void Ensemble<T>::sum_into_all(Hand& hand, const std::vector<T*>& all, size_t size, int me, int parts, bool mean) {
+    const auto [begin, end] = part_of(size, me, parts);
     T* strip = strips[hand.rank].data();
     for (size_t at = begin; at < end; at += STRIP) {
         const size_t count = std::min(STRIP, end - at);
@@ -58,12 +56,13 @@ void Ensemble<T>::sum_into_all(Hand& hand, const std::vector<T*>& all, size_t si
     }
 }
 
-// The stages of a replica that have a copy of the same parameters add up its gradient.
+// The stages of a replica that have a copy of the same parameters add up its gradient, all of their threads a part.
 template <class T>
 void Ensemble<T>::sum_copies(Hand& hand, const Instruction& i) {
     const std::vector<int>& places = ties[i.bucket];
     const int d = grid.dp_of(hand.rank);
-    const int me = int(std::find(places.begin(), places.end(), grid.pp_of(hand.rank)) - places.begin());
+    const int place = int(std::find(places.begin(), places.end(), grid.pp_of(hand.rank)) - places.begin());
+    const int me = place * grid.tp + grid.tp_of(hand.rank);
     Barrier& gate = *knots[i.bucket * grid.dp + d];
     std::vector<T*> from;
     for (int place : places) {
@@ -72,7 +71,7 @@ void Ensemble<T>::sum_copies(Hand& hand, const Instruction& i) {
     }
     const auto [begin, end] = tied(hand.rank, i.bucket);
     gate.wait(me);
-    sum_into_all(hand, from, end - begin, me, i.mean);
+    sum_into_all(hand, from, end - begin, me, int(places.size()) * grid.tp, i.mean);
     gate.wait(me);
 }
 
@@ -104,6 +103,7 @@ void Ensemble<T>::update(Hand& hand, const Instruction& i) {
     } else if (i.rule == Rule::norm) {
         norm(hand);
     } else if (i.rule == Rule::statistics) {
+        if (grid.tp_of(hand.rank)) return;  // of a group's statistics its first thread takes care
         const bool writes = !shared || grid.dp_of(hand.rank) == 0;
         for (size_t k = 0; k < stage.collected.size(); ++k) {
             if (writes) stage.weights->running[k] = stage.collected[k] / T(stage.microbatches);
@@ -175,10 +175,11 @@ void Ensemble<T>::divide(bool owners) {
     sources.resize(grid.size());
     for (int rank = 0; rank < grid.size(); ++rank) {
         Stage<T>& stage = *stages[rank];
-        const int me = grid.dp_of(rank);
-        kin[grid.pp_of(rank)].push_back(&stage);
+        const int me = grid.dp_of(rank), thread = grid.tp_of(rank);
+        if (!thread) kin[grid.pp_of(rank)].push_back(&stage);
         if (!owners) {
-            const auto [begin, end] = shared ? part_of(stage.gradients.size(), me, grid.dp) : std::pair<size_t, size_t>{0, stage.gradients.size()};
+            const size_t count = stage.gradients.size();
+            const auto [begin, end] = shared ? part_of(count, me * grid.tp + thread, grid.dp * grid.tp) : std::pair<size_t, size_t>{0, count};
             assign(rank, begin, end, shared && grid.dp > 1);
             continue;
         }

@@ -1,7 +1,8 @@
-// The whole runtime under a sanitizer, layers and fast kernels included: ensemble [--seed-fault missing-barrier]
+// The whole runtime under a sanitizer, layers and fast kernels included: ensemble [--seed-fault missing-barrier|missing-wait]
 //
 // Two small networks, of images and of tokens, are trained alone, by two replicas with weights in common, by replicas with
-// weights of their own, by two stages or two ranks of two stages each, by both at once, and with I and W apart. All must end with the same weights up to rounding.
+// weights of their own, by two stages or two ranks of two stages each, by both at once, with I and W apart, and by groups of
+// threads that share every layer. All must end with the same weights up to rounding.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -20,7 +21,7 @@ using Weight = std::pair<std::string, std::vector<float>>;
 
 constexpr int BATCH = 40, STEPS = 3, MICROBATCHES = 4;  // slices are no multiple of LANES
 constexpr float ROUNDING = 1e-4f, APART = 1e-2f;
-bool seeded = false;
+bool seeded = false, impatient = false;  // replicas, or the threads of a group, do not wait for each other
 
 struct Plan {
     Grid grid;
@@ -42,6 +43,7 @@ struct Plan {
 struct Lister {
     const Plan& plan;
     int rank;
+    const Stage<float>& own;
     std::vector<Instruction> list = {};
 
     int stage = plan.grid.pp_of(rank);  // that is being listed
@@ -62,10 +64,25 @@ struct Lister {
         list.back().bucket = 0;
     }
 
+    // All segments with which a forward or a backward begins; between them the threads of a group wait.
+    void shared(Op op, int m, Rule rule = Rule::none) {
+        const bool forward = op == Op::F;
+        for (int n = 0, begun = 0; n < own.segments(); ++n) {
+            const int segment = forward ? n : own.segments() - 1 - n;
+            if (!own.starts(forward, segment)) continue;
+            if (begun++ && !impatient) add(Op::AllGatherWait, m, Axis::tp, forward ? Buffer::acts : Buffer::act_grads);
+            add(op, m, Axis::none, Buffer::none, rule);
+            list.back().segment = segment;
+        }
+    }
+
     void forward(int m, Rule rule) {
         if (first() || last()) add(Op::Load, m);
         if (!first()) add(Op::RecvActWait, m);
-        add(Op::F, m, Axis::none, Buffer::none, rule);
+        if (plan.grid.tp > 1)
+            shared(Op::F, m, rule);
+        else
+            add(Op::F, m, Axis::none, Buffer::none, rule);
         if (plan.meets() && first()) {
             if (rule == Rule::none) meet(Buffer::moments);
             add(Op::F, m, Axis::none, Buffer::none, rule);
@@ -77,12 +94,13 @@ struct Lister {
     void backward(int m) {
         if (!last()) add(Op::RecvGradWait, m);
         const Op op = plan.owners || plan.halved ? Op::I : Op::B;
+        if (plan.grid.tp > 1) shared(op, m);
         if (plan.meets() && first()) {
             add(op, m);
             list.back().segment = 1;
             meet(Buffer::moment_grads);
         }
-        add(op, m);
+        if (plan.grid.tp == 1) add(op, m);
         if (!first()) add(Op::SendGradStart, m);
     }
 
@@ -137,11 +155,13 @@ struct Lister {
             update(Rule::norm);
             if (plan.shared) add(Op::AllReduceWait, 0, Axis::dp, Buffer::norm);
             add(Op::AllReduceWait, 0, Axis::pp, Buffer::norm);
+            add(Op::AllReduceWait, 0, Axis::tp, Buffer::norm);
         }
         add(Op::AllReduceWait, 0, Axis::dp, Buffer::statistics, Rule::none, true);
         update(Rule::statistics);
         update(Rule::step);
         if (plan.shared) add(Op::AllGatherWait, 0, Axis::dp, Buffer::params);
+        add(Op::AllGatherWait, 0, Axis::tp, Buffer::params);
         return list;
     }
 
@@ -152,12 +172,15 @@ struct Lister {
     }
 };
 
-std::vector<Body> bodies_of(const Plan& plan) {
+using Stages = std::vector<std::unique_ptr<Stage<float>>>;
+
+std::vector<Body> bodies_of(const Plan& plan, const Stages& stages) {
     std::vector<Body> bodies{{"step", {}}, {"evaluate", {}}, {"settle", {}}};
     for (int rank = 0; rank < plan.grid.size(); ++rank) {
-        bodies[0].ranks.push_back(Lister{plan, rank}.training());
-        bodies[1].ranks.push_back(Lister{plan, rank}.evaluation());
-        Lister settle{plan, rank};
+        const Stage<float>& own = *stages[rank * plan.each];
+        bodies[0].ranks.push_back(Lister{plan, rank, own}.training());
+        bodies[1].ranks.push_back(Lister{plan, rank, own}.evaluation());
+        Lister settle{plan, rank, own};
         settle.add(Op::AllReduceWait, 0, Axis::dp, Buffer::params, Rule::none, true);
         bodies[2].ranks.push_back(settle.list);
     }
@@ -235,16 +258,19 @@ Result trained(const Plan& plan, const Data& data) {
     for (auto& specs : every)
         for (Spec& spec : specs)
             if (spec.kind == "batch_norm" && plan.whole) spec.across = plan.grid.dp;
-    std::vector<std::unique_ptr<Stage<float>>> stages;
+    Stages stages;
     for (int rank = 0; rank < plan.grid.size(); ++rank)
         for (int s = plan.grid.pp_of(rank); s < plan.stages(); s += plan.grid.pp) {
+            const int thread = plan.grid.tp_of(rank);
+            const Stage<float>* first = thread ? stages[stages.size() - thread * plan.each].get() : nullptr;
             stages.push_back(std::make_unique<Stage<float>>(every[s], slice, plan.microbatches, s == 0, s == plan.stages() - 1,
-                                                            *plan.kernels, 5, network.tokens));
+                                                            *plan.kernels, 5, network.tokens, false, first, thread, plan.grid.tp));
             if (plan.halved) stages.back()->part(plan.microbatches, true);
         }
     Hyper hyper;
     hyper.momentum = 0.9, hyper.decay = 0.01, hyper.clip = plan.clipped ? 0.5 : 0, hyper.weight = BATCH;
-    Ensemble<float> e(plan.grid, std::move(stages), bodies_of(plan), hyper, plan.shared, 2);
+    const std::vector<Body> bodies = bodies_of(plan, stages);
+    Ensemble<float> e(plan.grid, std::move(stages), bodies, hyper, plan.shared, 2);
     for (int rank = 0; rank < plan.grid.size(); ++rank)
         for (int number = 0; number < plan.each; ++number) initialise(e, rank, number);
     Result result;
@@ -296,6 +322,9 @@ void all() {
         {"four owners of gradients, statistics of all", {{4, 1}, 1, true, &fastest(), true, true}},
         {"two replicas of two stages, statistics of all", {{2, 2}, 1, true, &fastest(), false, true}},
         {"two replicas, weights of their own, statistics of all", {{2, 1}, 1, false, &fastest(), false, true}},
+        {"three threads", {{1, 1, 3}, 4, true, &fastest()}},
+        {"two groups of two threads", {{2, 1, 2}, 2, true, &fastest()}},
+        {"two stages of two threads", {{1, 2, 2}, 4, true, &fastest()}},
     };
     const Result whole = trained({{1, 1}, 1, false, &naive(), false, true}, data);
     expect(difference(whole, wanted) > 10 * ROUNDING, "statistics of the whole batch are those of slices");
@@ -320,6 +349,8 @@ void all_of_tokens() {
         {"two stages", of({1, 2}, 4, false, fastest())},
         {"two replicas of two stages, weights in common", of({2, 2}, 2, true, fastest())},
         {"two replicas of two stages, weights of their own", of({2, 2}, 1, false, fastest())},
+        {"three threads", of({1, 1, 3}, 2, true, fastest())},
+        {"two stages of two groups of two threads", of({2, 2, 2}, 1, true, fastest())},
     };
     for (const auto& [name, plan] : plans) {
         const float apart = difference(trained(plan, data), wanted);
@@ -352,9 +383,11 @@ void all_orders() {
 }  // namespace
 
 int main(int argc, char** argv) {
-    seeded = argc == 3 && !std::strcmp(argv[1], "--seed-fault") && !std::strcmp(argv[2], "missing-barrier");
-    if (argc != 1 && !seeded) {
-        std::fprintf(stderr, "usage: ensemble [--seed-fault missing-barrier]\n");
+    const bool fault = argc == 3 && !std::strcmp(argv[1], "--seed-fault");
+    seeded = fault && !std::strcmp(argv[2], "missing-barrier");
+    impatient = fault && !std::strcmp(argv[2], "missing-wait");
+    if (argc != 1 && !seeded && !impatient) {
+        std::fprintf(stderr, "usage: ensemble [--seed-fault missing-barrier|missing-wait]\n");
         return 2;
     }
     try {

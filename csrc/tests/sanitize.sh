@@ -63,6 +63,7 @@ reported thread early-reuse
 build_all ensemble-thread -O1 -fsanitize=thread
 clean ensemble-thread
 reported ensemble-thread missing-barrier
+reported ensemble-thread missing-wait
 
 build thread-portable -O1 -fsanitize=thread -DPARAXIS_PORTABLE_SLEEP
 clean thread-portable

@@ -21,6 +21,7 @@ from paraxis.program.lower import lower
 from paraxis.program.meetings import kind, reach
 from paraxis.program.shares import MEETS, Split, Tokens, chosen
 from paraxis.program.simulate import Costs, simulate, uniform
+from paraxis.program.slices import grouped
 from paraxis.program.timeline import cells
 from paraxis.progress import err
 from paraxis.session import Tell, open_session
@@ -81,13 +82,14 @@ def _textbook(plan: Plan) -> Layout:
     meets = [((k, 2 * k, "grad"), (k, 2 * k + 1, "act"))[k == 0 :] for k in range(layers)]
     splits = tuple(Split("columns", plan.tp, (str(k),), meets[k], (k, k)) for k in range(layers))
     along = tuple((k, place, MEETS[word]) for own in meets for k, place, word in own)
-    return Layout((1,) * layers, splits=splits, tokens=(Tokens((plan.tp,), plan.tp, meets=along),))
+    tokens = (Tokens((plan.tp,), plan.tp, meets=along),)
+    return Layout((1,) * layers, splits=splits, tokens=tokens, shares=("m",) * layers)
 
 
 def _shared(plan: Plan, facts: Facts) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Seconds of each layer's forward and backward on one of the ranks that share it."""
-    spans = [split.span for split in chosen(plan.tp, facts.layout.splits)] if plan.tp > 1 else []
-    parts = [plan.tp if any(a <= k <= b for a, b in spans) else 1 for k in range(len(facts.layers))]
+    spans = [split.span for split in chosen(plan.tp, facts.layout.splits)] if plan.tp > 1 and not grouped(plan) else []
+    parts = [plan.tp if grouped(plan) or any(a <= k <= b for a, b in spans) else 1 for k in range(len(facts.layers))]
     forward, backward = (
         tuple(t / n for t, n in zip(seconds, parts, strict=True)) for seconds in (facts.forward, facts.backward)
     )

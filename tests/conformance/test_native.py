@@ -99,11 +99,12 @@ PLANS = [
     native("dp=2,pp=2,microbatches=2,sync=average@4"),
     *map(native, ("dp=2,sync=diloco@2", "dp=4,pp=2,microbatches=1,sync=diloco@3", "dp=2,sync=diloco@epoch")),
     *map(native, ("dp=2,gradients=owner", "dp=4,gradients=owner")),
+    *map(native, ("tp=2", "tp=3,microbatches=2", "dp=2,tp=2", "dp=2,tp=2,microbatches=2", "pp=2,tp=2,microbatches=2")),
 ]
-FEW = [native(text) for text in ("serial", "dp=2", "dp=2,gradients=owner", "dp=2,pp=2,microbatches=2")]
+FEW = [native(text) for text in ("serial", "dp=2", "dp=2,gradients=owner", "dp=2,pp=2,microbatches=2", "dp=2,tp=2")]
 HEAVY = {
-    "cnn": ("dp=4", "dp=3,gradients=owner", "pp=2,microbatches=4"),
-    "residual": ("dp=2", "dp=2,gradients=owner", "dp=2,pp=2,microbatches=2"),
+    "cnn": ("dp=4", "dp=3,gradients=owner", "pp=2,microbatches=4", "tp=2", "dp=2,tp=3"),
+    "residual": ("dp=2", "dp=2,gradients=owner", "dp=2,pp=2,microbatches=2", "tp=2", "pp=2,tp=2,microbatches=2"),
 }
 CASES = [(name, plan) for name in NETS for plan in PLANS if name not in HEAVY]
 CASES += [(name, native(text)) for name, texts in HEAVY.items() for text in texts]
@@ -157,7 +158,7 @@ def test_training_is_worth_comparing(name: str, folder: Path) -> None:
 
 # What one can do to a program without leaving threads at a gate for ever.
 SAFE = {"all-data", "wrong-mask", "lost-update", "unzeroed", "summed-weights", "never-agreed", "local-statistics"}
-SAFE |= {"swapped-microbatch", "lost-backward", "no-outer-momentum", "no-snapshot"}
+SAFE |= {"swapped-microbatch", "lost-backward", "no-outer-momentum", "no-snapshot", "lost-slice", "impatient"}
 MUTABLE = [*FEW, *map(native, ("pp=2,microbatches=4", "dp=2,sync=average@2", "dp=2,microbatches=2"))]
 MUTABLE += [native("dp=2,sync=diloco@2")]
 MUTANTS = [(fault, plan) for fault in FAULTS for plan in MUTABLE if fault in SAFE and FAULTS[fault].needs(plan)]
@@ -257,7 +258,9 @@ def test_fast_kernels_stay_within_the_band_of_rounding(
 # -- a run in pieces, evaluation -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["serial", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@4", "dp=2,sync=diloco@2"])
+@pytest.mark.parametrize(
+    "text", ["serial", "dp=2,pp=2,microbatches=2", "dp=2,sync=average@4", "dp=2,sync=diloco@2", "tp=2"]
+)
 def test_several_calls_train_what_one_call_trains(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, plan = spec_named(folder, "norms", momentum=0.8), native(text)
     once, pieces = team_of(spec, plan), team_of(spec, plan)

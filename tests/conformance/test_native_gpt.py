@@ -17,14 +17,17 @@ PLANS = [
     *map(native, ("serial", "microbatches=2", "dp=2", "dp=4", "dp=2,microbatches=2", "dp=2,gradients=owner")),
     *map(native, ("pp=2", "pp=4,microbatches=2", "pp=3,schedule=gpipe,microbatches=4", "pp=2,split=3+1")),
     *map(native, ("dp=2,pp=2,microbatches=2", "dp=2,pp=3", "dp=2,sync=average@2", "dp=2,pp=2,sync=average@2")),
+    *map(native, ("tp=2", "tp=3", "dp=2,tp=2", "pp=2,tp=2,microbatches=2", "dp=2,pp=2,tp=2")),
 ]
-FEW = [native(plan) for plan in ("serial", "dp=2", "dp=2,gradients=owner", "pp=3,microbatches=2", "dp=2,pp=2")]
+FEW = [
+    native(plan) for plan in ("serial", "dp=2", "dp=2,gradients=owner", "pp=3,microbatches=2", "dp=2,pp=2", "dp=2,tp=2")
+]
 KINDS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "clip": {"optimizer": "sgd", "lr": 0.5, "momentum": 0.8, "clip": 0.2, "weight_decay": 0.01},
 }
 CASES = [("tiny", "adamw", plan) for plan in PLANS] + [("wide", "clip", plan) for plan in FEW]
-CASES += [("tiny", "clip", native(plan)) for plan in ("dp=4", "dp=2,pp=3", "pp=4,microbatches=2")]
+CASES += [("tiny", "clip", native(plan)) for plan in ("dp=4", "dp=2,pp=3", "pp=4,microbatches=2", "pp=2,tp=2")]
 
 
 @pytest.fixture(scope="module")

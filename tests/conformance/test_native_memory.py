@@ -27,6 +27,7 @@ WITHIN = 0.01  # a part of common weights is rounded down
 THREADS = ("serial", "dp=4", "dp=2,microbatches=2", "dp=2,gradients=owner", "pp=2,microbatches=4", "dp=2,sync=diloco@2")
 THREADS += ("dp=2,pp=2,microbatches=2", "dp=2,sync=average@2", "pp=2,schedule=zb-h2,microbatches=4")
 THREADS += ("dp=2,pp=2,schedule=interleaved,microbatches=2", "dp=2,pp=2,schedule=zb-h1,microbatches=4")
+THREADS += ("tp=2", "dp=2,tp=2", "pp=2,tp=2,microbatches=4")
 RANKS = (
     "dp=2",
     "pp=2,microbatches=4",

@@ -126,6 +126,14 @@ def test_schedules_of_a_users_own(name: str, comm: str, folder: Path) -> None:
     assert difference(spec, plan, found) < EXACT
 
 
+def test_groups_of_threads_refuse_a_users_own_late_weights(folder: Path) -> None:
+    path = folder / "late.txt"
+    path.write_text(OWN["weights last"])
+    plan = parse(f"pp=2,tp=2,schedule={path},microbatches=3,engine=native")
+    with pytest.raises(PlanError, match="threads of a tp group keep nothing for a late W; take B or engine=torch"):
+        team_of(spec_named(folder, "tiny", batch=12), plan)
+
+
 # -- what would be wrong if it were not refused ----------------------------------------------------------------
 
 SHARED = (

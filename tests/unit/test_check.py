@@ -26,6 +26,7 @@ RICH = Layout(
     parameters=(2, 0, 3, 4),
     splits=SPLITS,
     tokens=TOKENS,
+    shares=("m", "o", "m", "m"),
     weight_in_data=True,
     statistics=True,
     clip=True,
@@ -514,13 +515,14 @@ CARRIERS.append(parse("dp=2,sync=diloco@2"))
 CARRIERS += map(parse, ("dp=2,zero=1", "dp=2,zero=3,microbatches=2,bucket_bytes=8"))
 CARRIERS += map(parse, ("pp=2,microbatches=2,recompute=all", "dp=2,pp=2,zero=2,microbatches=2,schedule=zb-h1"))
 CARRIERS.append(parse("tp=2,sequence=1"))
+THREADS = parse("tp=2,engine=native")  # for what only they can have
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_every_fault_changes_the_program_or_spoils_an_engine(name: str) -> None:
     """That a spoiled engine computes something else is what tests/conformance shows."""
     fault = FAULTS[name]
-    able = [plan for plan in CARRIERS if fault.needs(plan)]
+    able = [plan for plan in CARRIERS if fault.needs(plan)] or [plan for plan in [THREADS] if fault.needs(plan)]
     assert able and fault.what
     for plan in able:
         program = lower(plan, replace(RICH, norms=(0, 1, 0, 2)) if name == "local-moments" else RICH)

@@ -198,6 +198,8 @@ def _fewer_messages(plan: Plan) -> str:
         return f"larger buckets (bucket_bytes={2 * plan.bucket_bytes})"
     if plan.bucket_bytes:
         return "one bucket (bucket_bytes=0)"
+    if plan.tp > 1 and plan.engine == "native":
+        return f"dp={plan.dp * plan.tp} in the place of tp: replicas meet twice a step, not at every layer"
     if plan.comm == "gloo":
         return "comm=mpi, whose messages start sooner"
     if plan.pp > 1 and plan.microbatches > 1:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from paraxis.errors import PlanError
 from paraxis.plan.own import is_own
 from paraxis.plan.precision import check_precision
-from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, parted
+from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES, parted
 from paraxis.sync import rule as sync_rule
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def _check_engine(plan: "Plan") -> None:
     if plan.engine == "plain" and (plan.mesh.size > 1 or plan.microbatches > 1):
         raise PlanError("engine=plain is the framework's own loop in one process; parallel plans take engine=torch")
     if plan.tp > 1 and plan.engine == "native":
-        raise PlanError(f"tp={plan.tp}: engine=native has no tensor parallelism; engine=torch has")
+        _check_group(plan)
     if plan.comm == "openmp" and plan.engine != "native":
         raise PlanError(f"comm=openmp: only engine=native has threads as ranks; engine={plan.engine} takes mpi or gloo")
     if plan.sync == "hogwild" and (plan.comm or "openmp", plan.engine, plan.pp) != ("openmp", "native", 1):
@@ -50,6 +50,26 @@ def _check_engine(plan: "Plan") -> None:
     threaded = plan.engine == "native" and (plan.comm or "openmp") == "openmp" and plan.sync == "gradient"
     if plan.gradients == "owner" and not (threaded and plan.microbatches == plan.pp == 1):
         raise PlanError("gradients=owner needs dp=N,engine=native,comm=openmp, sync=gradient, microbatches=1, pp=1")
+
+
+def _check_group(plan: "Plan") -> None:
+    if plan.comm not in ("", "openmp"):
+        raise PlanError(
+            f"tp={plan.tp},comm={plan.comm}: the threads of a tp group share memory; take comm=openmp, or engine=torch"
+        )
+    if plan.sync != "gradient" and plan.dp > 1:
+        raise PlanError(f"tp={plan.tp}: threads of a tp group share weights that sync={plan.sync} lets replicas change")
+    if plan.gradients == "owner":
+        raise PlanError(f"gradients=owner: with tp={plan.tp} each thread of a group has its own block already")
+    stages = max(plan.interleave, STAGES.get(plan.schedule, 1) if ordered(plan) else 1)
+    if plan.pp > 1 and stages > 1:
+        raise PlanError(
+            f"interleave={stages}: threads of a tp group share one stage; take interleave=1 or engine=torch"
+        )
+    if ordered(plan) and plan.schedule in SCHEDULES and parted(plan.schedule):
+        raise PlanError(
+            f"schedule={plan.schedule}: threads of a tp group keep nothing for a late W; take 1f1b or engine=torch"
+        )
 
 
 def _check_zero(plan: "Plan") -> None:

@@ -57,7 +57,7 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> I
         return
     processes = [comm for comm in comms if comm != "openmp"]
     for kind in _kinds(workers, layers, inexact):
-        for comm in comms if "tp" not in kind else processes[:1]:
+        for comm in comms if "tp" not in kind else [comm for comm in comms if comm in ("openmp", *processes[:1])]:
             engine = "native" if comm == "openmp" else "torch"
             yield Plan(**kind, comm=comm, engine=engine)  # type: ignore[arg-type]
         if kind == {"dp": workers} and "openmp" in comms:

@@ -23,6 +23,7 @@ from paraxis.program.instructions import (
     MOMENTS,
     RECEIVES,
     SENDS,
+    SHARES,
     Instruction,
     Program,
 )
@@ -131,7 +132,7 @@ def _check_rank(
             _check_send(program, state, i, slot, fail)
         elif i.waits and i.base in RECEIVES:
             state.received.add((i.base, i.stage, i.microbatch))
-        elif i.buffer in MOMENTS.values() or i.base in MIDWAY:
+        elif i.buffer in (*MOMENTS.values(), *SHARES) or i.base in MIDWAY:
             check_meeting(program, state, i, slot, fail)
         elif i.buffer == "tied":
             _check_tie(program, rank, state, i, slot, fail)
@@ -326,5 +327,8 @@ def _leaked(microbatch: int) -> str:
 
 def _check_shared(program: Program, state: State, instructions: Sequence[Instruction], fail: Fail) -> None:
     """New weights in a buffer that others read must be waited for by all, before the next step reads them."""
-    if program.common() and not state.gathered and any(i.rule == "step" for i in instructions):
+    if not program.common() or not any(i.rule == "step" for i in instructions):
+        return
+    waited = {i.axis for i in instructions if i.op == "AllGatherWait" and i.buffer == "params"}
+    if not state.gathered or any(getattr(program.mesh, axis) > 1 for axis in {"dp", "tp"} - waited):
         fail(len(instructions) - 1, "nobody waits for the other ranks' part of the shared weights")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from paraxis.program.instructions import MIDWAY, Instruction, Program
+from paraxis.program.instructions import MIDWAY, SHARES, Instruction, Program
 from paraxis.program.meetings import WORDS, awaited, begins, kind, reach
 
 Fail = Callable[[int, str], NoReturn]
@@ -13,6 +13,8 @@ SUMS = {
     "moment_grads": "the replicas' sums of batch norm {}'s gradient",
     "ReduceAct": "the summed outputs of segment {}",
     "ReduceGrad": "the summed gradients behind segment {}",
+    "acts": "the other threads' parts of what segment {} makes",
+    "act_grads": "the other threads' parts of the gradients behind segment {}",
     "GatherAct": "the other ranks' tokens behind segment {}",
     "ScatterGrad": "the summed gradients of one's own tokens behind segment {}",
     "ScatterAct": "one's own tokens of segment {}",
@@ -71,15 +73,15 @@ def check_midway(program: Program, state: State, i: Instruction, slot: int, fail
 
 def _of_microbatch(i: Instruction, met: str) -> int:
     """Batch norms over all ranks have but one."""
-    return i.microbatch if met in MIDWAY else -1
+    return i.microbatch if met in (*MIDWAY, *SHARES) else -1
 
 
 def check_meeting(program: Program, state: State, i: Instruction, slot: int, fail: Fail) -> None:
     """What ranks add up in the middle of a stage has just been made, and is used by what comes next."""
-    stage, forward = i.stage, i.buffer == "moments" or i.base.endswith("Act")
-    words, border = program.borders(stage), i.segment if i.base in MIDWAY else i.bucket
-    word = WORDS.get(i.base, "norm")
-    if not 0 <= border < len(words) or words[border] != word:
+    stage, forward = i.stage, i.buffer in ("moments", "acts") or i.base.endswith("Act")
+    words, border = program.borders(stage), i.segment if i.base in MIDWAY or i.buffer in SHARES else i.bucket
+    word = WORDS.get(i.base, i.buffer if i.buffer in SHARES else "norm")
+    if not 0 <= border < len(words) or words[border] not in (word, "shared" if i.buffer in SHARES else word):
         found = f"{sum(w == word for w in words)} batch norms" if word == "norm" else f"borders {', '.join(words)}"
         fail(slot, f"{i.label()}: stage {stage} has {found}")
     mine = {(s, k) for s, k, m in (state.forward if forward else state.backward) if m == max(i.microbatch, 0)}

@@ -32,6 +32,7 @@ class Layout:
     tokens: tuple[Tokens, ...] = ()  # ... and how the tokens between them
     modules: tuple[str, ...] = ()  # names of those that have parameters of their own
     unkeyed: tuple[str, ...] = ()
+    shares: tuple[str, ...] = ()  # of each layer, how threads share it; see program.slices
 
 
 def cut(plan: Plan, layout: Layout) -> tuple[tuple[int, int], ...]:
@@ -150,8 +151,13 @@ def met(stage: tuple[int, int], words: Sequence[Sequence[str]]) -> tuple[tuple[i
 
 def told_of(plans: Sequence[Plan], layout: Layout) -> list[str]:
     """For people: what each of these plans splits over the ranks of a `tp` group, and what it leaves whole."""
-    kinds = sorted({(plan.tp, plan.sequence) for plan in plans if plan.tp > 1})
-    return [told(tp, layout.splits, layout.modules, layout.tokens if sequence else None) for tp, sequence in kinds]
+    kinds = sorted({(p.tp, p.sequence, p.engine == "native") for p in plans if p.tp > 1})
+    return [
+        f"tp={tp} native: threads share every layer, each making its own channels of it"
+        if native
+        else told(tp, layout.splits, layout.modules, layout.tokens if sequence else None)
+        for tp, sequence, native in kinds
+    ]
 
 
 def _numbered(stage: tuple[int, int], words: Sequence[Sequence[str]]) -> list[tuple[int, Sequence[str]]]:

@@ -11,7 +11,7 @@ from typing import Any
 from paraxis.errors import PlanError
 from paraxis.plan.plan import Plan
 from paraxis.plan.schedules import SCHEDULES, parted
-from paraxis.program.instructions import GRADIENT, Instruction, Program
+from paraxis.program.instructions import GRADIENT, SHARES, Instruction, Program
 
 Rewrite = Callable[[Program, int, list[Instruction]], Iterable[Instruction]]
 
@@ -242,6 +242,10 @@ def _shared(p: Plan) -> bool:
     return p.tp > 1
 
 
+def _grouped(p: Plan) -> bool:
+    return p.tp > 1 and p.engine == "native"
+
+
 def _sequenced(p: Plan) -> bool:
     return p.sequence > 0
 
@@ -334,6 +338,15 @@ FAULTS: dict[str, Fault] = {
         lambda p: p.pp > 1,
         "pp > 1 and a network that ties weights across stages",
         _without(lambda i: i.buffer == "tied"),
+    ),
+    "lost-slice": Fault(
+        "one thread leaves its part of a layer out",
+        _grouped,
+        "tp > 1 and engine=native",
+        _on_last(_without(lambda i: i.op == "F" and i.segment == 1)),
+    ),
+    "impatient": Fault(
+        "threads do not wait for others", _grouped, "tp > 1 and engine=native", _without(lambda i: i.buffer in SHARES)
     ),
     "dropped-output": Fault(
         "parts of outputs are not added up",

@@ -22,6 +22,7 @@ MIDWAY = (*REDUCES, *GATHERS, *SCATTERS)
 COLLECTIVES = ("AllReduce", "ReduceScatter", "AllGather", *MIDWAY)
 MEMORY = ("Reserve", "Release")  # of a bucket that is whole only while it is needed (ZeRO)
 MOMENTS = {"F": "moments", "B": "moment_grads"}  # what replicas add up where a batch norm cuts a stage
+SHARES = ("acts", "act_grads")  # what threads of a `tp` group wait for in a forward and in a backward
 CROSSING = 1 << 16  # tokens from here on may stay open from one step of a period to a later one of the same
 HEAD = ("mesh", "microbatches", "precision", "stage", "meets", "buffer", "tie", "prologue", "period", "epilogue")
 OPS = (
@@ -43,9 +44,9 @@ class Instruction:
     from that, right before the backward. A `W` with rule "owner" computes the rank's own block of the weights'
     gradient, over the samples of all replicas.
     Of buffers `moments` (in a forward) and `moment_grads` (in a backward), `bucket` is the batch norm between segments
-    `bucket` and `bucket` + 1; of buffer `tied` it is the number of a tie. What is MIDWAY, such as a `ReduceAct`, stands
-    between segments `segment` and `segment` + 1. Buffer `whole` has gradients of what all ranks of a `tp` group have.
-    An F or B covers segments from `segment` on; see program.meetings.
+    `bucket` and `bucket` + 1; of buffer `tied` it is the number of a tie. What is MIDWAY, such as a `ReduceAct`, or
+    gathers `acts` or `act_grads`, stands between segments `segment` and `segment` + 1. Buffer `whole` has gradients of
+    what all ranks of a `tp` group have. An F or B covers segments from `segment` on; see program.meetings.
     What shards a bucket's memory names the `segment`, microbatch and op (as `rule`) that it is made whole for.
     """
 
@@ -110,6 +111,8 @@ class Instruction:
         mark = "<" if self.starts else ">" if self.waits else ""
         if self.base in MIDWAY:
             return f"{short[self.base]}{self.microbatch}.{self.segment}{mark}"
+        if self.buffer in SHARES:
+            return f"AG{'ag'[SHARES.index(self.buffer)]}{self.microbatch}.{self.segment}{mark}"
         if self.buffer in MOMENTS.values():
             return f"ARm{self.bucket}{mark}"
         if self.buffer == "tied":

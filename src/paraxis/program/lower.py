@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from paraxis.plan.plan import Plan, period
 from paraxis.program.cut import Layout, bucketed, cut, met, synchronised, ties, words
-from paraxis.program.instructions import MOMENTS, Buffer, Instruction, Program, Tie
+from paraxis.program.instructions import MOMENTS, SHARES, Buffer, Instruction, Program, Tie
 from paraxis.program.passes import evaluation, follow, normed, pair_tokens, scoring, state, training
 from paraxis.program.recompute import check_recompute, sublinear
+from paraxis.program.slices import grouped, sliced
 from paraxis.program.zero import used_buckets
 from paraxis.sync.rule import Do, Sync, parse
 
@@ -17,11 +18,13 @@ from paraxis.sync.rule import Do, Sync, parse
 def lower(plan: Plan, layout: Layout, steps_per_epoch: int = 1) -> Program:
     """The complete program of every rank; raises PlanError if the network cannot be cut as the plan asks."""
     stages = cut(plan, layout)
-    meets = words(plan, layout)
+    meets = () if grouped(plan) else words(plan, layout)
     check_recompute(plan, layout, bool(meets))
     segments = tuple(met(stage, meets) if meets else bucketed(stage, layout, plan.bucket_bytes) for stage in stages)
     segments = tuple(sublinear(own) if s in plan.recomputed() else own for s, own in enumerate(segments))
     borders = tuple(tuple(w for own in meets[first:last] for w in own) for first, last in stages) if meets else ()
+    if grouped(plan):
+        segments, borders = (tuple(part) for part in zip(*sliced(plan, layout, stages), strict=True))
     met_in = [[n for n in range(*stage) for _ in meets[n]] for stage in stages] if meets else []
     between = borders or tuple(("cut",) * (len(own) - 1) for own in segments)
     tied = ties(plan, layout, stages)
@@ -80,8 +83,8 @@ def agreements(sync: Sync, every: int) -> tuple[dict[str, list[Do]], list[tuple[
 
 
 def shared(plan: Plan) -> bool:
-    """Whether replicas reduce gradients into one copy of the weights that all of them see."""
-    return plan.comm == "openmp" and plan.dp > 1 and plan.sync == "gradient"
+    """Whether ranks that train the same layers have one copy of the weights that all of them see."""
+    return plan.comm == "openmp" and plan.dp * plan.tp > 1 and plan.sync == "gradient"
 
 
 def buffers(layout: Layout, plan: Plan, tied: Sequence[Tie] = ()) -> list[Buffer]:
@@ -93,8 +96,9 @@ def buffers(layout: Layout, plan: Plan, tied: Sequence[Tie] = ()) -> list[Buffer
     names += ["whole"] * plan.sequence
     names += ["factors"] * (plan.gradients == "owner")
     names += ["state"] * (plan.zero > 0)
+    names += SHARES * grouped(plan)
     sync = parse(plan.sync)
     names += sync.rule.buffers if sync else ()
     scopes = dict.fromkeys(names, "private") | dict.fromkeys(("state", "grads", "params")[: plan.zero], "sharded")
-    common = ("params", "running", "factors") if shared(plan) or plan.sync == "hogwild" else ()
+    common = ("params", "running", "factors", *SHARES) if shared(plan) or plan.sync == "hogwild" else ()
     return [Buffer(name, "shared" if name in common else scopes[name]) for name in names]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from paraxis.errors import ProgramError
-from paraxis.program.instructions import BACKWARD, MOMENTS, Instruction
+from paraxis.program.instructions import BACKWARD, MOMENTS, SHARES, Instruction
 
 STOPS = {
     "cut": "FBE",  # nothing is met: gradients of what lies behind are complete
@@ -18,7 +18,11 @@ STOPS = {
     "grad": "B",  # tp: the gradients of an input that every rank has used become one
     "gather": "FBE",  # tp: ranks that have a part of the tokens each get all of them; back, each the sum for its own
     "scatter": "FBE",  # tp: each gets its tokens of what all ranks have made a part of; back, all of the gradient
+    "acts": "FE",  # tp, threads: what each has made of the outputs in front is there for all
+    "act_grads": "B",  # tp, threads: what each has made of the gradients behind is there for all
+    "shared": "FBE",  # both
 }
+SHARED = ("acts", "act_grads", "shared")
 # tp: by its word, what stands at a border where a computation of a kind stops
 MET: dict[str, dict[str, str]] = {
     "act": {"F": "ReduceAct", "E": "ReduceAct"},
@@ -61,6 +65,8 @@ def add_meetings(body: list[Instruction], words: Sequence[Words]) -> list[Instru
 def _meeting(i: Instruction, op: str, word: str, border: int) -> list[Instruction]:
     if word == "norm" and op != "E":
         made = Instruction("AllReduce", i.stage, axis="dp", buffer=MOMENTS[op], bucket=border, reduction="sum")
+    elif word in SHARED:
+        made = Instruction("AllGather", i.stage, border, i.microbatch, axis="tp", buffer=SHARES[op == "B"])
     elif word in MET:
         made = Instruction(MET[word][op], i.stage, border, i.microbatch, axis="tp")
         made = replace(made, reduction="" if made.op.startswith("Gather") else "sum")
@@ -77,7 +83,7 @@ def awaited(i: Instruction, words: Words) -> tuple[int, str] | None:
         return None
     if words[border] == "norm":
         return None if op == "E" else (border, MOMENTS[op])
-    return border, MET[words[border]][op]
+    return border, SHARES[op == "B"] if words[border] in SHARED else MET[words[border]][op]
 
 
 def check_words(words: Words, segments: int) -> None:

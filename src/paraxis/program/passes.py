@@ -219,9 +219,9 @@ def finish(plan: Plan, layout: Layout, stage: int, agree: str, tied: Body) -> Bo
     """What stands between the reduced gradients and the next step; `tied` comes before a rank keeps to its own part."""
     body: Body = [*tied]
     common = agree in ("shared", "owner")
-    if agree == "shared":
+    if agree == "shared" and plan.dp > 1:
         body += _both("dp", "grads", "sum", "ReduceScatter")
-    apart = common or plan.zero > 0  # of reduced gradients, each replica has its own share
+    apart = plan.dp > 1 and (common or plan.zero > 0)  # of reduced gradients, each replica has its own share
     if apart and layout.weight_in_data:
         body += _both("dp", "totals", "sum")
     if normed(plan, layout):
@@ -236,8 +236,8 @@ def finish(plan: Plan, layout: Layout, stage: int, agree: str, tied: Body) -> Bo
         body += _both("dp", "statistics", "mean") if (common or agree == "gradient") and plan.dp > 1 else []
         body.append(I("Update", stage=stage, rule="statistics"))
     body.append(I("Update", stage=stage, rule="hogwild" if agree == "hogwild" else "step"))
-    if common:
-        body += _both("dp", "params", "", "AllGather")
+    for axis, ranks in (("dp", plan.dp), ("tp", plan.tp)):
+        body += _both(axis, "params", "", "AllGather") if common and ranks > 1 else []
     return body
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from paraxis.engine.native_engine import extension, stages_of, tokens_of
 from paraxis.engine.native_task import feed_of, get_weights, hyper_of, put_weights
 from paraxis.engine.rules import Hyper
-from paraxis.errors import PlanError
+from paraxis.errors import PlanError, ProgramError
 from paraxis.measure.machine import usable_cores
 from paraxis.program.instructions import Instruction, Program
 from paraxis.sync.rule import buffers as kept_by_rules
@@ -103,7 +103,10 @@ class Team:
     def bytes_held(self) -> int:
         """Bytes of weights, gradients and the optimiser's state."""
         copies = 3 + sum(b.name in kept_by_rules() for b in self.program.buffers)
-        return copies * sum(t.nbytes for t in self.buffers("params")) + sum(t.nbytes for t in self.buffers("grads"))
+        own = [
+            {t.data_ptr(): t.nbytes for t in self.buffers(name)} for name in ("params", "grads")
+        ]  # some are in common
+        return copies * sum(own[0].values()) + sum(own[1].values())
 
     def square_sum(self) -> float:
         """Sum of squares of all parameters, counted once."""
@@ -144,8 +147,10 @@ def ensemble_of(task: Task, program: Program, hyper: Hyper, hogwild: bool, dry: 
         raise PlanError(
             "engine=native: a layer works in place and alters its neighbour's output; make it inplace=False"
         )
-    if any(len(cuts) > 1 for cuts in program.segments) and not program.synchronised():
+    if any(len(cuts) > 1 for cuts in program.segments) and not (program.synchronised() or mesh.tp > 1):
         raise PlanError("engine=native reduces all gradients at once: leave out bucket_bytes")
+    if mesh.tp > 1 and any(program.halved(stage) for stage in range(len(program.stages))):
+        raise PlanError(f"tp={mesh.tp}: threads of a tp group keep nothing for a late W; take B or engine=torch")
     every = [i for _, ranks in program.bodies for rank in ranks for i in rank]
     unknown = {i.rule for i in every} - set(native.RULES) | {i.buffer for i in every} - set(native.BUFFERS)
     if unknown:
@@ -154,7 +159,7 @@ def ensemble_of(task: Task, program: Program, hyper: Hyper, hogwild: bool, dry: 
     samples = task.batch // (mesh.dp * program.microbatches)
     make = native.Float if task.dtype == torch.float32 else native.Double
     replicas = mesh.dp if program.epilogue else 1
-    return make(
+    ensemble = make(
         dp=mesh.dp,
         pp=mesh.pp,
         stages=stages_of(task, program, samples),
@@ -170,7 +175,12 @@ def ensemble_of(task: Task, program: Program, hyper: Hyper, hogwild: bool, dry: 
         kept=[program.halved(stage) for stage in range(len(program.stages))],
         tokens=tokens_of(task),
         dry=dry,
+        tp=mesh.tp,
     )
+    for rank in range(mesh.size) if mesh.tp > 1 else ():
+        if (found := tuple(ensemble.borders(rank))) != (wanted := program.borders(program.stages_of(rank)[0])):
+            raise ProgramError(f"rank {rank}: its layers have borders {found}, its program {wanted}")
+    return ensemble
 
 
 def _words(i: Instruction) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ def native_memory(task: Task, program: Program, plan: Plan) -> list[Memory]:
         places = [_of_process(task, program, plan, place) for place in range(program.mesh.pp)]
         return [places[program.mesh.coordinates(rank)[1]] for rank in range(program.mesh.size)]
     ensemble = openmp.ensemble_of(task, program, hyper, plan.sync == "hogwild", dry=True)
-    owners = program.mesh.dp if program.common() else 1
+    owners = program.mesh.dp * program.mesh.tp if program.common() else 1
     found = []
     for rank in range(program.mesh.size):
         weights, gradients, state, activations = ensemble.reserved(rank)

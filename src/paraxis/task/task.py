@@ -22,6 +22,7 @@ from paraxis.task.networks import build
 from paraxis.task.norm import GroupedNorm, group_norms, resting
 from paraxis.task.randomness import Draw, Keyed, KeyedFunctions, key_randomness
 from paraxis.task.recipe import Recipe, from_file, from_objects
+from paraxis.task.sharing import letters
 from paraxis.task.spec import DEFAULT_BATCH, TaskSpec
 from paraxis.task.tensor import found, watch
 from paraxis.task.text import in_windows_of, is_text
@@ -158,6 +159,7 @@ class Task:
             norms=tuple(map(len, self.norms)),
             unkeyed=self.keyed.unkeyed,
             splits=self.splits,
+            shares=letters(self.chain),
             tokens=self.tokens,
             modules=tuple(n for n, m in self.net.named_modules() if any(True for _ in m.parameters(recurse=False))),
         )
