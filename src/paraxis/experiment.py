@@ -17,7 +17,7 @@ from paraxis.measure.roofline import roofline
 from paraxis.measure.samples import Book
 from paraxis.measure.speed import with_speeds
 from paraxis.measure.statistics import paired
-from paraxis.plan.devices import crowded
+from paraxis.plan.devices import crowded, untried
 from paraxis.plan.plan import Plan
 from paraxis.plan.precision import told_of_precision
 from paraxis.plan.space import in_bf16, on_gpus, space
@@ -29,7 +29,9 @@ from paraxis.run.joined import JoinedPool
 from paraxis.session import Session, Tell, failure, open_session
 from paraxis.task.spec import TaskSpec
 
-UNTRIED = "plans over NCCL have never been run by the authors on more than one GPU: trust their proofs, not their names"
+UNTRIED = "plans marked untried: the authors had no two GPUs, and have never run them: trust their proofs, not their names"
+    "plans marked untried have never been run by the authors, who had no two GPUs: trust their proofs, not their names"
+)
 PROOF_STEPS = 4
 REPORTING = 6.0  # seconds of the budget kept for the statistics and the report
 PROOF_SHARE = 0.6  # of the budget left after start-up: what is not set up and proved by then is not reached
@@ -73,7 +75,7 @@ def explore_task(
         if "mpi" in session.pools:
             study.machine.mpi = session.pools["mpi"].facts["library"]
         rows = _rows(session, count, comms, missing, book)
-        study.notes += [UNTRIED] * any(row.plan.comm == "nccl" for row in rows)
+        study.notes += [UNTRIED] * any(untried(row.plan, session.gpus()) for row in rows)
         study.notes += told_of([row.plan for row in rows if row.live], facts.layout)
         today = _today(session)
         book.agrees(study.task, study.machine, [row.plan.text() for row in (today, *rows)])
@@ -139,6 +141,7 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
         row = Row(plan, plan.text(), blank(plan))
         if plan.on_gpu() and (shared := crowded(plan, gpus, plan.mesh.size)):
             row.result.label += f" ({shared[1]} ranks on {shared[0]})"
+        row.result.label += " (untried)" * untried(plan, gpus)
         try:
             if plan.comm in missing and plan.processes > 1:
                 raise MissingError(missing[plan.comm])

@@ -12,7 +12,7 @@ from paraxis.errors import MissingError, OutOfMemory, PlanError
 from paraxis.fitting import advised, fitted
 from paraxis.measure import gpus
 from paraxis.measure.machine import describe
-from paraxis.plan.devices import Gpus, check_devices, crowded, device_of
+from paraxis.plan.devices import Gpus, check_devices, crowded, device_of, untried
 from paraxis.plan.plan import Plan, parse
 from paraxis.plan.space import on_gpus
 from paraxis.program.cut import balanced, balanced_on, splits
@@ -188,11 +188,15 @@ def test_a_machine_with_gpus_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_space_has_plans_for_gpus() -> None:
     assert on_gpus(0, 8, 5, ("mpi",)) == []
     one = [plan.short() for plan in on_gpus(1, 2, 5, ("openmp", "mpi", "gloo"))]
-    assert one == ["device=cuda", "dp=2,comm=mpi,device=cuda", "pp=2,microbatches=4,comm=mpi,device=cpu+cuda:0"]
+    several = ["dp=2,comm=mpi,device=cuda", "pp=2,microbatches=4,comm=mpi,device=cpu+cuda:0"]
+    assert one == ["device=cuda", "device=cuda,graphs=1", *several]
+    assert not any(untried(parse(plan), 1) for plan in one)
     four = on_gpus(4, 8, 3, ("mpi",))
     assert {plan.comm for plan in four} == {"", "nccl"} and max(plan.mesh.size for plan in four) == 4
     for plan in four:
         check_devices(plan, Gpus(4))
+        assert untried(plan, 4) == (plan.comm == "nccl")
+    assert untried(parse("pp=2,device=cuda:0+cuda:1,comm=mpi"), 2) and not untried(parse("dp=2"), 2)
 
 
 # -- time and samples ----------------------------------------------------------------------------------------------

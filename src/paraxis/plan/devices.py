@@ -46,6 +46,12 @@ def crowded(plan: "Plan", count: int, local: int) -> tuple[str, int] | None:
     return (shared[0], ranks.count(shared[0])) if shared else None
 
 
+def untried(plan: "Plan", count: int) -> bool:
+    """Whether a plan's ranks would be on several GPUs, which the authors have never had."""
+    ranks = {device_of(plan, rank, rank, count) for rank in range(plan.mesh.size)} if count else set()
+    return len(ranks - {"cpu"}) > 1
+
+
 def device_of(plan: "Plan", rank: int, local: int, count: int) -> str:
     """ "cpu" or "cuda:N" of a rank, which is the `local`-th on its host with `count` GPUs.
 

@@ -133,9 +133,10 @@ def on_gpus(gpus: int, workers: int, layers: int, comms: tuple[str, ...]) -> lis
     """Plans for a host with so many GPUs: NCCL joins several, a single one is also shared, or helped by a CPU."""
     if not gpus:
         return []
-    found = [Plan(device="cuda")]
+    found = [Plan(device="cuda"), Plan(device="cuda", graphs=1)]
     for ranks in rungs(gpus)[1:]:
-        found += [Plan(dp=ranks, device="cuda", comm="nccl"), Plan(dp=ranks, zero=1, device="cuda", comm="nccl")]
+        found += [Plan(dp=ranks, device="cuda", comm="nccl"), Plan(dp=ranks, device="cuda", comm="nccl", graphs=1)]
+        found.append(Plan(dp=ranks, zero=1, device="cuda", comm="nccl"))
         found.append(Plan(tp=ranks, device="cuda", comm="nccl"))
         if ranks <= layers:
             found.append(Plan(pp=ranks, microbatches=2 * ranks, schedule="1f1b", device="cuda", comm="nccl"))
@@ -158,13 +159,13 @@ def _recomputed(plans: list[Plan]) -> Iterator[Plan]:
 
 
 def in_bf16(plans: Iterable[Plan]) -> Iterator[Plan]:
-    """Of each grid of ranks on GPUs the first plan, in bf16; on CPUs one has to ask for it.
+    """Of each grid of ranks on GPUs the first plan, eager and recorded, in bf16; on CPUs one has to ask for it.
 
     A GPU multiplies 16-bit matrices many times as fast, a CPU without instructions for them not at all.
     """
-    firsts: dict[Mesh, Plan] = {}
+    firsts: dict[tuple[Mesh, int], Plan] = {}
     for plan in plans:
         if plan.on_gpu() and plan.exact and plan.precision == "fp32":
-            firsts.setdefault(plan.mesh, plan)
+            firsts.setdefault((plan.mesh, plan.graphs), plan)
     for plan in firsts.values():
         yield replace(plan, precision="bf16")
