@@ -29,7 +29,9 @@ from paraxis.run.joined import JoinedPool
 from paraxis.session import Session, Tell, failure, open_session
 from paraxis.task.spec import TaskSpec
 
-UNTRIED = "plans marked untried: the authors had no two GPUs, and have never run them: trust their proofs, not their names"
+UNTRIED = (
+    "plans marked untried: the authors had no two GPUs, and have never run them: trust their proofs, not their names"
+)
 PROOF_STEPS = 4
 REPORTING = 6.0  # seconds of the budget kept for the statistics and the report
 PROOF_SHARE = 0.6  # of the budget left after start-up: what is not set up and proved by then is not reached
