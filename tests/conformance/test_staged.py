@@ -12,7 +12,7 @@ from torch import Tensor
 from paraxis.comm import staged
 from paraxis.comm.local import LocalComm, Post
 from paraxis.comm.staged import StagedComm, StagedRequest, Staging
-from paraxis.engine import torch_engine
+from paraxis.engine import torch_engine, torch_stage
 from paraxis.engine.torch_engine import TorchEngine
 from paraxis.plan.devices import device_of
 from paraxis.plan.plan import Plan, parse
@@ -135,3 +135,15 @@ def test_tensors_of_a_cpu_go_as_they_are() -> None:
     tensor = torch.ones(2)
     assert staged.THROUGH_HOST.out(tensor).data_ptr() == tensor.data_ptr()
     assert staged.THROUGH_HOST.host(tensor).data_ptr() == tensor.data_ptr()
+
+
+def test_what_leaves_a_stage_has_the_type_that_its_edge_was_tried_with(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast makes other types of some layers on a GPU than on the CPU."""
+    monkeypatch.setattr(torch_stage, "cast", lambda calls, *_: [*calls, torch.Tensor.bfloat16])
+    rank, _ = started(spec_of(folder, "tiny", *TASKS["tiny"]), parse("pp=2"), FORCED)
+    stage = rank.engine.at(0)
+    stage.load(0, 0)
+    stage.forward(0, 0, 0)
+    assert [t.dtype for t in stage.leave(0)] == [t.dtype for t in stage.incoming(True)] == [torch.float64]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from paraxis.doctor import _gpu
+from paraxis.engine import torch_engine
 from paraxis.errors import MissingError, OutOfMemory, PlanError
 from paraxis.fitting import advised, fitted
 from paraxis.measure import gpus
@@ -18,10 +19,13 @@ from paraxis.plan.space import on_gpus
 from paraxis.program.cut import balanced, balanced_on, splits
 from paraxis.run.clock import HOST, _nanoseconds, clock_of
 from paraxis.run.devices import device_for
+from paraxis.run.duties import Duties
 from paraxis.run.worker import perform
 from paraxis.session import failure
-from paraxis.task.batches import ArraySource, StreamSource
+from paraxis.task.batches import ArraySource, StreamSource, digest
 from paraxis.task.data import load
+from paraxis.task.spec import TaskSpec
+from paraxis.task.task import make_task
 
 NONE = Gpus(0, "torch 9 was built without CUDA")
 
@@ -234,3 +238,16 @@ def test_samples_on_a_device_are_the_same_samples() -> None:
     assert torch.equal(held.thinned(10).share(0, 0, 4)[1], torch.from_numpy(arrays.targets)[::4][:4].long())
     stream = StreamSource(lambda: [(torch.ones(4, 2), torch.zeros(4))], 4, 0, torch.float64).on(torch.device("cpu"))
     assert stream.share(3, 1, 2)[0].dtype == torch.float64
+
+
+def test_the_first_batch_is_told_as_the_host_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU 1/255 times a byte is not the byte over 255: ranks would seem to have read other samples."""
+    elsewhere = {"dtype": torch.float64, "_blocks": {}}
+    monkeypatch.setattr(torch_engine, "move", lambda task, *_: vars(task.train).update(elsewhere))
+    duties = Duties("solo")
+    try:
+        duties.take_task({"spec": {"network": "mlp"}}, b"", lambda _: None)
+        told = duties.setup({"key": "p", "plan": "serial", "dtype": "float32", "cpus": []}, b"", lambda _: None)
+    finally:
+        torch.set_num_threads(duties.default_threads)
+    assert told["batch"] == digest(make_task(TaskSpec(network="mlp")).train)

@@ -124,6 +124,13 @@ def test_a_computation_stands_still_until_its_sums_are_there() -> None:
     assert not threads()
 
 
+def test_its_backwards_run_in_its_own_thread_on_a_gpu_too() -> None:
+    """Else one that stands still would stop those of all other stages on its GPU."""
+    made = pausing()
+    assert torch._C._is_multithreading_enabled() and not made.run(torch._C._is_multithreading_enabled)
+    made.close()
+
+
 def test_an_error_comes_out_and_the_thread_goes_on() -> None:
     made = pausing()
 

@@ -121,6 +121,7 @@ def test_tf32_is_on_for_its_plans_alone() -> None:
         for precision, wanted in (("tf32", "tf32"), ("fp32", "ieee"), ("bf16", "ieee")):
             products(precision)
             assert torch.backends.cuda.matmul.fp32_precision == wanted  # type: ignore[union-attr]
+            assert torch.backends.cuda.matmul.allow_tf32 == (wanted == "tf32"), "what compilers look at may be asked"
             assert torch.backends.cudnn.conv.fp32_precision == wanted  # type: ignore[attr-defined]
     finally:
         products("fp32")

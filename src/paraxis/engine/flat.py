@@ -67,7 +67,6 @@ def flatten(
     like = every[0] if every else torch.zeros(0, dtype=dtype, device=device)
     size = _padded(ordered, parts, ends)
     params = torch.zeros(size, dtype=like.dtype, device=like.device)
-    grads = torch.zeros(TOTALS + size, dtype=like.dtype, device=like.device)
     bounds: list[tuple[int, int]] = []
     runs: list[tuple[int, int, int]] = []
     places: list[tuple[str, int, int]] = []
@@ -79,7 +78,6 @@ def flatten(
             last = at + p.numel()
             params[at:last].copy_(p.detach().reshape(-1))
             p.data = params[at:last].view_as(p)
-            p.grad = grads[TOTALS + at : TOTALS + last].view_as(p)
             group = group_of.get(id(p), -1)
             if runs and runs[-1][0] == group and runs[-1][2] == at:
                 runs[-1] = (group, runs[-1][1], last)
@@ -90,6 +88,9 @@ def flatten(
             at = last
         at = _padded(ordered[: number + 1], parts, ends)
         bounds.append((first, at))
+    grads = torch.zeros(TOTALS + size, dtype=like.dtype, device=like.device)  # now that what there was is gone
+    for p, first, last in members:
+        p.grad = grads[TOTALS + first : TOTALS + last].view_as(p)
     return Flat(params, grads, tuple(bounds), tuple(runs), tuple(places), tuple(members))
 
 

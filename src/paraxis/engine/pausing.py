@@ -123,14 +123,16 @@ class Pausing:
     # -- in the thread -----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while callable(compute := self._asked.get()):
-            try:
-                self.made, failure = compute(), None
-            except BaseException as error:
-                self.made, failure = None, error
-            compute = None
-            self._told.put(failure)
-            failure = None
+        # Else all backwards on a GPU share one thread of autograd, in which one that stands still stops the others.
+        with torch.autograd.set_multithreading_enabled(False):
+            while callable(compute := self._asked.get()):
+                try:
+                    self.made, failure = compute(), None
+                except BaseException as error:
+                    self.made, failure = None, error
+                compute = None
+                self._told.put(failure)
+                failure = None
 
     def met(self, sums: Tensor) -> tuple[int, Tensor]:
         """Of a batch norm in its forward: its number, and the sums of all replicas."""

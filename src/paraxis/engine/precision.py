@@ -43,9 +43,14 @@ def summed(add_up: Callable[[Tensor], Tensor], part: Tensor) -> Tensor:
 
 
 def products(precision: str) -> None:
-    """Let this process's GPUs multiply in TF32 or not; by default PyTorch lets convolutions do so, but not matrices."""
-    mode = "tf32" if precision == "tf32" else "ieee"
+    """Let this process's GPUs multiply in TF32 or not; by default PyTorch lets convolutions do so, but not matrices.
+
+    Of matrices by the older setting, which brings the newer one along: with that alone torch.compile may fail.
+    """
+    matrices, mode = ("high", "tf32") if precision == "tf32" else ("highest", "ieee")
     backends: Any = torch.backends
-    for place in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
+    if backends.cuda.matmul.fp32_precision != mode:
+        torch.set_float32_matmul_precision(matrices)
+    for place in (backends.cudnn.conv, backends.cudnn.rnn):
         if place.fp32_precision != mode:
             place.fp32_precision = mode

@@ -193,7 +193,12 @@ class TorchStage:
             loss, weight = made
             self.now.add(loss.detach(), weight)
         else:
-            self.leaving[microbatch] = [t.detach().contiguous() for t in leaves(made)]
+            self.leaving[microbatch] = self._outgoing(made)
+
+    def _outgoing(self, made: Nest) -> list[Tensor]:
+        """As the next stage expects it: autocast leaves other types on a GPU than on the CPU where edges are tried."""
+        pairs = zip(leaves(made), leaves(self.exit.nest), strict=True)
+        return [t.detach().to(there.dtype).contiguous() for t, there in pairs]
 
     def _keep(self, segment: int, microbatch: int, entering: list[Tensor], made: Any) -> None:
         """Where a backward begins and where it ends."""
@@ -287,7 +292,7 @@ class TorchStage:
             if segment < len(self.segments) - 1:
                 self.between[segment + 1, microbatch] = x
             elif not self.last:
-                self.leaving[microbatch] = [t.detach().contiguous() for t in leaves(x)]
+                self.leaving[microbatch] = self._outgoing(x)
             else:
                 valid = self.now.source.valid(self.now.number, part * self.slice_size, self.slice_size)
                 self._add_score(x, self.batches.pop(microbatch), valid)

@@ -64,8 +64,8 @@ def allow(device: torch.device, limit: int | None) -> int:
         return 0
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.empty_cache()
-    taken = int(torch.cuda.memory_allocated(device))
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (taken + (limit or total)) / total), device)
+    taken, reserved = (int(of(device)) for of in (torch.cuda.memory_allocated, torch.cuda.memory_reserved))
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (reserved + (limit or total)) / total), device)
     torch.cuda.reset_peak_memory_stats(device)
     return taken
 

@@ -187,13 +187,14 @@ class Duties:
             return {"program": None, "bytes": 0, "batch": 0}
         fault: Fault | None = FAULTS[request["fault"]] if request.get("fault") else None
         task = self._task(dtype)
+        batch = digest(task.train)  # in host memory still: a GPU divides by a number in another way
         program = lower(plan, task.layout(), task.train.steps_per_epoch or 1)
         check(program)
         if fault:
             program = fault.mutated(plan, program)
         if plan.engine == "native" and plan.processes == 1:
             running.rank = openmp.start(task, program, plan.sync == "hogwild")
-            return {"program": program.digest(), "bytes": running.rank.bytes_held(), "batch": digest(task.train)}
+            return {"program": program.digest(), "bytes": running.rank.bytes_held(), "batch": batch}
         world: Any = self.world.group(range(plan.mesh.size)) if self.world else Alone()
         world = reaching(world, self.transport, device)
         open_links(world, program)
@@ -211,7 +212,7 @@ class Duties:
             replay(running.rank)
         gc.collect()
         gc.freeze()  # what lives as long as this rank need not be looked at again in the middle of a chunk
-        return {"program": program.digest(), "bytes": engine.bytes_held(), "batch": digest(task.train)}
+        return {"program": program.digest(), "bytes": engine.bytes_held(), "batch": batch}
 
     def measure(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
         """Seconds of `steps` steps between two barriers, with the clocks of the last ones, up to `trace`."""
