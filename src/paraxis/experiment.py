@@ -29,7 +29,7 @@ from paraxis.run.joined import JoinedPool
 from paraxis.session import Session, Tell, failure, open_session
 from paraxis.task.spec import TaskSpec
 
-UNTRIED = "plans marked untried: the authors had no two GPUs, and have never run them: trust their proofs, not their names"
+UNTRIED = (
     "plans marked untried have never been run by the authors, who had no two GPUs: trust their proofs, not their names"
 )
 PROOF_STEPS = 4
