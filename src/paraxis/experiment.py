@@ -30,7 +30,7 @@ from paraxis.session import Session, Tell, failure, open_session
 from paraxis.task.spec import TaskSpec
 
 UNTRIED = (
-    "plans marked untried have never been run by the authors, who had no two GPUs: trust their proofs, not their names"
+    "plans marked untried: the authors had no two GPUs, and have never run them: trust their proofs, not their names"
 )
 PROOF_STEPS = 4
 REPORTING = 6.0  # seconds of the budget kept for the statistics and the report

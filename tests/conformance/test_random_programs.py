@@ -181,7 +181,7 @@ LOST = {
     "SendGrad": r"has no counterpart|wait for each other",
     "RecvAct": r"before its activation has arrived",
     "RecvGrad": r"before its gradient has arrived",
-    "AllReduce": r"has no counterpart|wait for each other|matched by their order|of \d+ buckets were reduced",
+    "AllReduce": r"has no counterpart|wait for each other|matched by their order|of \d+ buckets were reduced|copies of w have",
 }
 
 

@@ -94,7 +94,7 @@ def test_a_traced_step_is_timed_by_the_gpu(folder: Path) -> None:
 
 def test_the_plain_loop_runs_on_the_gpu(folder: Path) -> None:
     spec = TaskSpec(network="mlp:12-9-7-3", data="synthetic:64,1x3x4,3", batch=16, lr=0.2)
-    own = serial.replica(task(spec), device=GPU)
+    own = serial.replica(task(spec), GPU)
     losses = [float(serial.plain_step(own.task.net, own.task, own.optimizer, number)) for number in range(STEPS)]
     assert {p.device for p in own.task.net.parameters()} == {GPU}
     assert losses == pytest.approx(emulated(spec, 1, 1, 1)[0].losses, rel=EXACT)

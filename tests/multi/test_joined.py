@@ -31,6 +31,7 @@ def test_torchrun_and_training(desk: Any) -> None:
     assert (desk.folder / done.document["weights"]).is_file()
 
 
+@pytest.mark.slow
 def test_a_world_that_the_mesh_does_not_fill(desk: Any) -> None:
     done = desk.launch("mpiexec", "-n", 4, *MPIEXEC[3:], "paraxis", "verify", "mlp", "--plan", "dp=2")
     (line,) = ours(done.err)

@@ -36,6 +36,7 @@ def python(desk: Any, text: str, limit: float = 120) -> Any:
     return json.loads(done.out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_class_of_the_script_is_proved_and_trained(desk: Any) -> None:
     said = python(
         desk,

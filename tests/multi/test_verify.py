@@ -130,6 +130,7 @@ def test_batch_norm_over_groups_of_the_task(desk: Any, examples: Path) -> None:
     assert all(f["against"] == "serial run" for f in found)
 
 
+@pytest.mark.slow
 def test_batch_norm_over_all_ranks(desk: Any, examples: Path) -> None:
     proves(desk, examples / "batchnorm.py", "dp=2,comm=gloo", "--bn-group", 32, steps=3)
 
@@ -217,7 +218,7 @@ def test_a_fault_that_a_plan_cannot_have_is_refused(desk: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", [pytest.param("dp=2,comm=mpi", marks=pytest.mark.slow), "pp=2,microbatches=4,comm=gloo"]
+    "plan", [pytest.param(plan, marks=pytest.mark.slow) for plan in ("dp=2,comm=mpi", "pp=2,microbatches=4,comm=gloo")]
 )
 def test_a_transformer_with_dict_batches(desk: Any, examples: Path, plan: str) -> None:
     found = proves(desk, examples / "gpt.py", plan)
@@ -225,6 +226,7 @@ def test_a_transformer_with_dict_batches(desk: Any, examples: Path, plan: str) -
     assert found["max_relative_difference"] > 0
 
 
+@pytest.mark.slow
 def test_an_lstm_is_proved_without_its_inner_dropout_and_says_so(desk: Any, examples: Path) -> None:
     assert "lstm (LSTM)" in proves(desk, examples / "lstm.py", "dp=2,comm=gloo")["note"]
 
@@ -232,7 +234,7 @@ def test_an_lstm_is_proved_without_its_inner_dropout_and_says_so(desk: Any, exam
 @pytest.mark.parametrize(
     "plan",
     [
-        "dp=2,microbatches=2,comm=gloo",
+        pytest.param("dp=2,microbatches=2,comm=gloo", marks=pytest.mark.slow),
         pytest.param("pp=2,microbatches=4,comm=gloo", marks=pytest.mark.slow),
         pytest.param("microbatches=4", marks=pytest.mark.slow),
         pytest.param("dp=2,comm=mpi", marks=pytest.mark.slow),

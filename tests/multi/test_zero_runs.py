@@ -18,6 +18,7 @@ def optimizer(parameters):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan",
     [
