@@ -169,19 +169,20 @@ def test_a_thousand_random_programs_hang_nowhere(made: tuple[Plan, Program]) -> 
 
 
 LATE = r" before |without an I\d|is never (computed|used|made|awaited)|computes slices|of \d+ (microbatches|buckets)"
-LIVE = rf"{LATE}|writes parameters while|has no backward"
+LATE += r"|stands still in the middle of stage|must stand between segments"
+LIVE = rf"{LATE}|writes parameters while|has no backward|no gradients have been added to"
 # What may be said of a step that lacks an instruction: nothing else but this.
 LOST = {
     "Load": r"before its samples are loaded",
     "F": LATE,
     "B": LIVE,
     "I": LIVE,
-    "W": r"after \d+ of \d+ microbatches|the update comes without W\d|its W is missing",
+    "W": r"after \d+ of \d+ microbatches|the update comes without W\d|its W is missing|before their last backward|no gradients have been",
     "SendAct": r"has no counterpart|wait for each other",
     "SendGrad": r"has no counterpart|wait for each other",
     "RecvAct": r"before its activation has arrived",
     "RecvGrad": r"before its gradient has arrived",
-    "AllReduce": r"has no counterpart|wait for each other|matched by their order|of \d+ buckets were reduced|copies of w have",
+    "AllReduce": r"has no counterpart|wait for each other|matched by|of \d+ buckets were reduced|the copies of",
 }
 
 
@@ -192,7 +193,9 @@ def lacking(program: Program, draw: st.DataObject) -> tuple[str, Program]:
     known = sorted({i.base for i in row} & set(LOST))
     op = draw.draw(st.sampled_from(known))
     one = draw.draw(st.sampled_from([i for i in row if i.base == op and not i.waits]))
-    kept = tuple(i for i in row if i is not one and not (one.starts and i.waits and i.token == one.token))
+    at = row.index(one)
+    end = next((n for n, i in enumerate(row) if one.starts and n > at and i.waits and i.token == one.token), at)
+    kept = tuple(i for n, i in enumerate(row) if n not in (at, end))
     rows = tuple(kept if r == rank else other for r, other in enumerate(program.body("step")))
     return op, replace(program, bodies=tuple((n, rows if n == "step" else b) for n, b in program.bodies))
 

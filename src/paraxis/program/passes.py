@@ -5,6 +5,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import count
 
 from paraxis.plan.own import find, is_own
 from paraxis.plan.plan import Plan
@@ -287,13 +288,14 @@ def state(plan: Plan, rank: int, cuts: Cuts) -> Body:
 def pair_tokens(body: Body) -> Body:
     """Number every start, and give its wait the same number; those that cross steps have one already."""
     tokens: dict[Instruction, int] = {}
+    numbers = count()  # what is sent again, microbatch by microbatch, has another one each time
     out: Body = []
     for instruction in body:
         if instruction.token >= CROSSING:
             out.append(instruction)
         elif instruction.starts:
             key = replace(instruction, op=instruction.base + "Wait")
-            tokens[key] = len(tokens)
+            tokens[key] = next(numbers)
             out.append(replace(instruction, token=tokens[key]))
         elif instruction.waits:
             out.append(replace(instruction, token=tokens[instruction]))
