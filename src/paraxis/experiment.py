@@ -253,7 +253,8 @@ def _publish(study: Study, session: Session, today: Row, rows: list[Row], save: 
     study.today = today.result if today.times else None
     serial = [row for row in rows if row.plan.mesh.size == 1 and row.times]
     best = min([r for r in (*serial, today) if r.times], key=lambda r: median(r.times.values()), default=None)
-    ones = {(row.plan.engine, row.plan.on_gpu()): row for row in serial if row.plan.threads == 1}
+    plainest = [row for row in reversed(serial) if row.plan.threads == 1]  # on a GPU: eager, in fp32
+    ones = {(row.plan.engine, row.plan.on_gpu()): row for row in plainest}
     if best is not None:
         study.baseline = Baseline(plan=best.result.plan, step_seconds=best.sorted.record())
     for row in (today, *rows):

@@ -239,7 +239,7 @@ class Session:
             groups = facts.batch // replicas // self.spec.bn_group
         groups = groups or (plan.dp // replicas * plan.microbatches if facts.layout.statistics else 1)
         sync = plan.sync if replicas > 1 else "gradient"
-        key = (steps, dtype, groups, replicas, every, turns, seed, sync, plan.precision, parts)
+        key = (steps, dtype, groups, replicas, every, turns, seed, sync, plan.precision, self.device(plan), parts)
         if key not in self.oracles:
             path = str(self.folder / f"oracle-{'-'.join(map(str, key))}.safetensors")
             words = {"steps": steps, "dtype": dtype, "groups": groups, "replicas": replicas, "every": every}

@@ -141,6 +141,15 @@ def test_evaluations_between_replays_leave_no_trace(folder: Path) -> None:
     assert all(recorder.played for recorder in recorders)
 
 
+def test_a_body_that_comes_twice_in_a_period_is_recorded_once(folder: Path) -> None:
+    ranks, recorders = started(spec_of(folder, "tiny", *TASKS["tiny"]), "dp=2,sync=diloco@4:overlap=2")
+    names = parse_period(ranks[0])
+    assert len(set(names)) < len(names)
+    reference.run_steps(ranks, 12)
+    for rank, recorder in zip(ranks, recorders, strict=True):
+        assert rank.remarks == [] and recorder.warmed == WARM * recorder.recorded and recorder.played
+
+
 LENGTHS = (
     HEAD
     + """

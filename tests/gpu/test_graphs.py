@@ -24,6 +24,7 @@ from test_reference import (
 from test_reference import started as started_on_cpu
 
 import paraxis
+from paraxis.engine import graphs
 from paraxis.engine.fed import Fed
 from paraxis.engine.graphs import CudaRecorder, Recording
 from paraxis.engine.torch_engine import TorchEngine
@@ -164,6 +165,17 @@ def test_what_asks_for_a_value_runs_as_it_is_and_says_why(text: str, folder: Pat
     said = [remark for rank in ranks for remark in rank.remarks]
     assert len(said) == 1 and said[0].startswith("graphs: fell back to eager: ")
     assert found < EXACT
+
+
+def test_a_capture_that_fails_leaves_the_device_fit_for_the_next(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody has foreseen: the allocator and the generator of random numbers must not wait for its end."""
+    monkeypatch.setattr(graphs, "waits", lambda run: run() is not None)
+    spec = spec_of(folder, "asks", ASKS, HELD | {"data": STREAM.format("6,3"), "lr": 0.1})
+    found, (rank,), (recorder,) = trained(spec, "serial")
+    assert len(rank.remarks) == 1 and "captur" in rank.remarks[0] and not recorder.played and found < EXACT
+    torch.cuda.empty_cache()
+    found, (rank,), (recorder,) = trained(spec_of(folder, "tiny", *TASKS["tiny"]), "serial")
+    assert rank.remarks == [] and recorder.played and found < EXACT
 
 
 def test_masks_have_the_same_bits_on_a_gpu() -> None:

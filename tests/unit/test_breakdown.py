@@ -24,6 +24,8 @@ from paraxis.program.lower import lower
 from paraxis.program.simulate import Costs, simulate
 from paraxis.run import null
 from paraxis.run.interpreter import Rank
+from paraxis.run.running import Running
+from paraxis.run.window import BEHIND, timed
 
 MS = 1_000_000
 PARTS = [kind for kind in Split.model_fields if kind != "remainder"]
@@ -145,6 +147,17 @@ def test_the_null_interpreter_measures_what_an_instruction_costs(text: str) -> N
     assert ran.done == 7 and not ran.engine.calls and len(ran.clocks(3)) == 3
     for name, (row,) in ran.clocks(7):
         assert len(row) == len(program.body(name)[0]) + 1 and row == sorted(row)
+
+
+@pytest.mark.parametrize("text, traced, more", [("serial", 100, 0), ("device=cuda", BEHIND, BEHIND)])
+def test_on_a_gpu_what_is_traced_is_not_timed(text: str, traced: int, more: int) -> None:
+    """Its marks take as long as its kernels."""
+    rank: Rank = null.start(program_of("serial"), 0, counting=False)
+    seconds, seen, begun, ended = timed(Running(parse(text), [], rank), rank.steps, 100, 1024)
+    assert seen == traced == len(rank.stamps) and rank.done == 100 + more
+    assert begun <= rank.stamps[0][1][0] and rank.stamps[-1][1][-1] <= ended
+    assert (seconds == (ended - begun) / 1e9) == (not more) and seconds > 0
+    assert timed(Running(parse(text), [], rank), rank.steps, 10, 0)[1] == 0 and rank.done == 110 + more
 
 
 def test_the_chosen_rounds_have_the_median_step() -> None:

@@ -1,6 +1,9 @@
 """What a precision means in a plan, in a program and in one rank's scaling; sums in another order."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +22,8 @@ from paraxis.program.instructions import Program, parse_program
 from paraxis.program.lower import lower
 from paraxis.program.shares import Split
 from paraxis.run import mixed
+from paraxis.session import Session
+from paraxis.task.spec import TaskSpec
 
 SPLIT = Split("columns", 4, ("0", "1"), ((0, 1, "act"),), (0, 1))
 
@@ -133,3 +138,21 @@ def test_gpus_are_tried_in_bf16_and_the_row_says_so() -> None:
     assert found == [Plan(dp=2, device="cuda", precision="bf16"), Plan(device="cuda", precision="bf16")]
     assert "networks in bf16" in told_of_precision(found[0]) and not told_of_precision(plans[0])
     assert "bf16" in found[0].label()
+
+
+def test_a_serial_run_in_bf16_is_made_where_the_plan_computes(tmp_path: Path) -> None:
+    """A CPU rounds its sums in another order than a GPU: neither is held to the other's run."""
+    asked: list[str] = []
+
+    class Solo:
+        def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+            asked.append(request["plan"])
+            return [{"losses": []}]
+
+    session = Session(TaskSpec(), {}, {}, None, tmp_path, lambda *_: None)
+    session.facts = Mock(batch=16, steps_per_epoch=1, layout=Layout((4,)))
+    session.pool = lambda transport: Solo()  # type: ignore[assignment, method-assign, return-value]
+    texts = ["precision=bf16", "precision=bf16,device=cuda", "dp=2,precision=bf16,device=cuda", "device=cuda", "serial"]
+    files = [session.oracle(parse(text), 4, "float32")["file"] for text in texts]
+    assert [parse(text).device for text in asked] == ["cpu", "cuda", "cpu"], "in fp32 the CPU is as good"
+    assert len(set(files)) == 3 and files[1] == files[2] and files[3] == files[4]

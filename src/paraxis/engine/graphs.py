@@ -68,8 +68,13 @@ class CudaRecorder:
         return graph.replay
 
     def _recover(self) -> None:
-        """A capture that could not be ended leaves the generator of random numbers waiting for its end."""
-        generator = torch.cuda.default_generators[self.stream.device.index]
+        """A capture that could not be ended leaves two things waiting for its end: the allocator, which would refuse to
+        empty its cache from then on, and the generator of random numbers."""
+        index = self.stream.device.index
+        with suppress(AttributeError, RuntimeError):  # such as that nothing is waiting
+            torch._C._cuda_endAllocateToPool(index, self.pool)
+            torch._C._cuda_releasePool(index, self.pool)
+        generator = torch.cuda.default_generators[index]
         with suppress(AttributeError, RuntimeError):
             generator.graphsafe_set_state(generator.clone_state())
 

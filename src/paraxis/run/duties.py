@@ -20,7 +20,7 @@ from paraxis.comm.clocks import shift
 from paraxis.comm.gpus import found_here
 from paraxis.comm.local import Alone
 from paraxis.engine.compiling import compile_network, compile_segments
-from paraxis.engine.devices import CPU, move, wait
+from paraxis.engine.devices import CPU, move
 from paraxis.engine.native_rank import NativeEngine
 from paraxis.engine.precision import products
 from paraxis.engine.torch_engine import TorchEngine
@@ -46,7 +46,7 @@ from paraxis.run.reserved import native_memory
 from paraxis.run.resident import peak_bytes, reset_peak
 from paraxis.run.running import Running, shards_of, some
 from paraxis.run.weights import compare, difference, relative, untied
-from paraxis.run.window import record_cost, traceable, window_of
+from paraxis.run.window import record_cost, timed, window_of
 from paraxis.sync.rule import settled
 from paraxis.task.batches import digest
 from paraxis.task.spec import TaskSpec
@@ -215,27 +215,19 @@ class Duties:
         return {"program": program.digest(), "bytes": engine.bytes_held(), "batch": batch}
 
     def measure(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
-        """Seconds of `steps` steps between two barriers, with the clocks of the last ones, up to `trace`."""
+        """Seconds of `steps` steps between two barriers, with the clocks of up to `trace` (see `timed`)."""
         running = self._ready(request["key"])
         rank = running.rank
         self._steps(running, request["warm"])
-        barrier = rank.world.barrier if isinstance(rank, Rank) else lambda: None
-        traced = traceable(rank, min(request["trace"], request["steps"]))
-        wait(running.device)
-        barrier()
-        begun = time.perf_counter_ns()
-        self._steps(running, request["steps"] - traced)
-        if rank is not None and traced:
-            rank.run_traced(traced)
-        wait(running.device)
-        barrier()
-        ended = time.perf_counter_ns()
+        seconds, traced, begun, ended = timed(
+            running, partial(self._steps, running), request["steps"], request["trace"]
+        )
         if rank is not None and traced and not running.record:
             running.record = record_cost(rank)
         several = traced and running.plan.processes > 1
         apart = shift(rank.world) if several and isinstance(rank, Rank) else 0
-        seen = window_of(rank, traced, begun if traced == request["steps"] else 0, ended, running.record, apart)
-        return {"seconds": (ended - begun) / 1e9, "window": seen, "losses": self._losses(running)}
+        seen = window_of(rank, traced, begun, ended, running.record, apart)
+        return {"seconds": seconds, "window": seen, "losses": self._losses(running)}
 
     def traffic(self, request: dict[str, Any], blob: bytes, tell: Tell) -> float:
         """Bytes that this rank sends in a step."""

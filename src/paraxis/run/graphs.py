@@ -49,7 +49,7 @@ def replay(rank: Rank, recorder: Recorder | None = None, warm: int = WARM) -> No
     for stage in rank.engine.stages.values():
         stage.landing = {}
     fed = fed_for(rank.engine)
-    for name, _ in rank.program.period:
+    for name in dict(rank.program.period):  # which may name a body twice
         body = Body(rank, name, fed, recorder, warm)
         rank.bodies[name] = body.actions()
 

@@ -1,12 +1,47 @@
 """What a process tells of the steps it has timed: the clocks around its instructions, and what lay between them."""
 
+from collections.abc import Callable
+from time import perf_counter_ns
 from typing import Any
 
+from paraxis.engine.devices import wait
 from paraxis.run import null, openmp
 from paraxis.run.interpreter import Rank
 from paraxis.run.openmp import Team
+from paraxis.run.running import Running
 
 MOST = 8192  # clocks that a rank tells of, so that telling stays short
+BEHIND = 32  # steps on a GPU that are traced
+
+
+def timed(running: Running, steps: Callable[[int], None], count: int, trace: int) -> tuple[float, int, int, int]:
+    """(seconds of `count` steps between two barriers, how many steps were traced, nanoseconds before and behind those).
+
+    The last of them are traced. A mark in the stream of a GPU takes as long as a small kernel: there what is traced
+    comes behind what is timed, and is as little as will do.
+    """
+    traced = traceable(running.rank, min(trace, count))
+    if not running.plan.on_gpu():
+        begun, ended = _between_barriers(running, steps, count - traced, traced)
+        return (ended - begun) / 1e9, traced, begun if traced == count else 0, ended
+    begun, ended = _between_barriers(running, steps, count, 0)
+    traced = min(traced, BEHIND)
+    first, last = _between_barriers(running, steps, 0, traced) if traced else (0, 0)
+    return (ended - begun) / 1e9, traced, first, last
+
+
+def _between_barriers(running: Running, steps: Callable[[int], None], plain: int, traced: int) -> tuple[int, int]:
+    rank = running.rank
+    barrier = rank.world.barrier if isinstance(rank, Rank) else lambda: None
+    wait(running.device)
+    barrier()
+    begun = perf_counter_ns()
+    steps(plain)
+    if rank is not None and traced:
+        rank.run_traced(traced)
+    wait(running.device)
+    barrier()
+    return begun, perf_counter_ns()
 
 
 def traceable(rank: Rank | Team | None, steps: int) -> int:
