@@ -177,7 +177,7 @@ LOST = {
     "F": LATE,
     "B": LIVE,
     "I": LIVE,
-    "W": r"after \d+ of \d+ microbatches|the update comes without W\d|its W is missing|their last backward|no gradients have",
+    "W": r"after \d+ of \d+ microbatches|comes without W\d|its W is missing|their last backward|no gradients have",
     "SendAct": r"has no counterpart|wait for each other",
     "SendGrad": r"has no counterpart|wait for each other",
     "RecvAct": r"before its activation has arrived",
