@@ -7,8 +7,14 @@ PARAXIS = .venv/bin/paraxis
 explore: .venv/installed
 	$(PARAXIS) explore cnn $(ARGS)
 
+# What starts ranks of its own runs alone: side by side they would wait for each other's cores.
 test: .venv/installed
+ifdef ARGS
 	.venv/bin/python -m pytest $(ARGS)
+else
+	.venv/bin/python -m pytest -n 2 tests/unit tests/conformance tests/gpu
+	.venv/bin/python -m pytest tests/multi
+endif
 
 slow: .venv/installed
 	.venv/bin/python -m pytest -m slow $(ARGS)

@@ -104,7 +104,8 @@ def test_ranks_that_share_layers_hold_their_part(name: str, text: str, folder: P
 
 @pytest.mark.parametrize("name, text", AGREEING)
 def test_what_a_rule_keeps_and_packs_counts(name: str, text: str, folder: Path) -> None:
-    assert apart(named(folder, name), parse(text)) < 2 * WITHIN
+    """How much of what streams lies packed at once depends on when it is looked after: at most what is computed."""
+    assert apart(named(folder, name), parse(text)) < (8 if "overlap" in text else 2) * WITHIN
 
 
 @pytest.mark.parametrize("name, text", [("wide", "tp=2"), ("gpt", "pp=2,tp=2,microbatches=4")])
