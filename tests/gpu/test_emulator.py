@@ -38,7 +38,7 @@ def test_devices_do_not_mix(mix: Callable[[torch.Tensor, torch.Tensor], None]) -
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         mix(torch.ones(4, device=GPU), torch.ones(4))
     if torch.cuda.device_count() > 1:
-        with pytest.raises(RuntimeError, match="cuda:[01] and cuda:[01]"):
+        with pytest.raises(RuntimeError, match=r"cuda:[01] and cuda:[01]"):
             mix(torch.ones(4, device=GPU), torch.ones(4, device="cuda:1"))
 
 
@@ -115,9 +115,9 @@ def test_a_capture_cannot_wait(wait: Callable[[torch.Tensor], None]) -> None:
 
 
 def test_a_replay_finds_memory_that_is_gone() -> None:
-    x, y = torch.ones(4, device=GPU), torch.zeros(4, device=GPU)
-    graph = captured(lambda: y.add_(x))
-    del x
+    gone, y = [torch.ones(4, device=GPU)], torch.zeros(4, device=GPU)
+    graph = captured(lambda: y.add_(gone[0]))
+    gone.clear()
     with pytest.raises(RuntimeError, match="illegal memory access"):
         graph.replay()
 
