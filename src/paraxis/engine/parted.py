@@ -100,7 +100,7 @@ class Layer:
     def add(self, gradient: Tensor, x: Tensor, wanted: Sequence[bool]) -> None:
         """W: what autograd would have added to the gradients of weight and bias."""
         weight = self.module.weight
-        if weight.dtype != x.dtype or not weight.untyped_storage().nbytes():  # ZeRO 3 has let it go
+        if weight.dtype != x.dtype or not weight.untyped_storage().nbytes():  # of another type, or let go by ZeRO 3
             weight = x.new_empty(()).expand(weight.shape)  # W asks it for its shape only
         with torch.no_grad():
             made = self.gradients(gradient, x, weight, wanted)
