@@ -81,7 +81,7 @@ void work() {
 
 void wait(bool told = true) {
   TORCH_CHECK(!capturing(), "CUDA error: operation not permitted when stream is capturing");
-  if (told && tell_of_waits) TORCH_WARN("called a synchronizing CUDA operation");
+  if (told && tell_of_waits && !aside) TORCH_WARN("called a synchronizing CUDA operation");
   work();
   for (; !to_host.empty(); to_host.pop_front()) to_host.front()();
 }
