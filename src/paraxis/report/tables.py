@@ -86,7 +86,8 @@ def name(study: Study, result: Result) -> str:
     if not is_today(study, result):
         return clean(result.label or result.plan).replace("\n", " ")
     ranks = result.mesh.dp * result.mesh.pp * result.mesh.tp
-    return f"today: {count(ranks, 'process', 'processes')}, {count(result.threads, 'thread')}"
+    where = "+".join(dict.fromkeys(result.devices)) or count(result.threads, "thread")
+    return f"today: {count(ranks, 'process', 'processes')}, {where}"
 
 
 def count(number: int, word: str, plural: str | None = None) -> str:
@@ -281,7 +282,13 @@ def row(study: Study, result: Result, level: int) -> Row:
 
 def layout(study: Study, ranked: list[Result], width: int) -> tuple[Row, list[Row], int, int]:
     """(heads, rows, gap between columns, room for the plan) of the fullest form that leaves plans their room."""
-    for level, heads, gap in ((0, HEADS, 2), (1, HEADS, 2), (2, SHORT_HEADS, 2), (2, SHORT_HEADS, 1), (3, SHORT_HEADS, 1)):
+    for level, heads, gap in (
+        (0, HEADS, 2),
+        (1, HEADS, 2),
+        (2, SHORT_HEADS, 2),
+        (2, SHORT_HEADS, 1),
+        (3, SHORT_HEADS, 1),
+    ):
         rows = [row(study, result, level) for result in ranked]
         columns = list(zip(heads, *rows, strict=True))
         widths = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
