@@ -193,6 +193,12 @@ def _resize_(storage: Any, size: int) -> Any:
     return storage
 
 
+def device_count() -> int:
+    """To ask is enough for CUDA to be lost to whom is forked from here."""
+    EMULATOR.gpu_touch()
+    return visible()
+
+
 def arm(torch: Any) -> None:
     """Let torch.cuda be this."""
     global RESIZE
@@ -205,9 +211,9 @@ def arm(torch: Any) -> None:
     cuda.set_per_process_memory_fraction = set_per_process_memory_fraction
     cuda.get_per_process_memory_fraction = lambda d=None: LIMITS.get(_device(d).index, 1.0)
     cuda._lazy_init = cuda.init = cuda.empty_cache = lambda: None
-    cuda.is_available = lambda: visible() > 0
+    cuda.is_available = lambda: device_count() > 0
     cuda.is_initialized = lambda: True
-    cuda.device_count = lambda: visible()
+    cuda.device_count = device_count
     cuda.current_device = lambda: EMULATOR.gpu_current()
     cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda.graph_pool_handle = lambda: next(POOLS)

@@ -7,6 +7,7 @@
 //   device, when the device next works. A host that does not wait reads NaN.
 // - While a stream is captured, operations are taken down and not done, to wait is an error, and memory is that of a
 //   pool: what is let go of in one capture is used again in the next one, as by PyTorch's own allocator.
+// - A process that is forked from one that has asked for devices has none.
 //
 // Loaded before PyTorch, so that CUDA's entries in its registries are these.
 
@@ -164,6 +165,7 @@ void gpu_setup(int count, size_t bytes) {
   devices = count;
   for (auto& own : stats) own.limit = bytes;
 }
+void gpu_touch() { touched = true; }
 int64_t gpu_asked() { return asked; }
 int gpu_current() { return current; }
 void gpu_use(int device) { current = device; }

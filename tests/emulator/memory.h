@@ -3,6 +3,7 @@
 
 #include <c10/core/Allocator.h>
 #include <c10/util/Exception.h>
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <cstring>
@@ -23,6 +24,9 @@ Stats stats[most];
 int devices = 1;
 thread_local int current = 0;
 thread_local bool aside = false;  // this thread works beside what others capture
+
+bool touched = false, inherited = false;  // CUDA has been used in this process, or was before it was forked
+const int forks = pthread_atfork(nullptr, nullptr, [] { inherited = touched; });
 
 size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -105,6 +109,8 @@ struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t n) override {
     std::lock_guard lock(gate);
     c10::Device device(c10::DeviceType::CUDA, current);
+    touched = true;
+    TORCH_CHECK(!inherited, "Cannot re-initialize CUDA in forked subprocess");
     if (n == 0) return {nullptr, nullptr, &release, device};
     size_t bytes = up(n, grain);
     int64_t pool = pool_of_capture();

@@ -25,6 +25,16 @@ def test_the_host_cannot_touch_its_memory(touch: str) -> None:
     assert done.returncode == -11 and done.stdout == "8.0\n", done.stderr
 
 
+@pytest.mark.parametrize("asks", ["", "torch.cuda.is_available()"])
+def test_who_is_forked_from_a_process_that_has_asked_for_devices_has_none(asks: str) -> None:
+    code = (
+        f"import os, torch; {asks or 'pass'}; child = os.fork(); t = torch.ones(1, device='cuda') if child == 0 else 0"
+    )
+    code += "; print('one') if child == 0 else os.wait()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout == "") == ("forked subprocess" in done.stderr) == bool(asks)
+
+
 @pytest.mark.parametrize(
     "mix",
     [
