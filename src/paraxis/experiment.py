@@ -20,7 +20,7 @@ from paraxis.measure.statistics import paired
 from paraxis.plan.devices import crowded, untried
 from paraxis.plan.plan import Plan
 from paraxis.plan.precision import told_of_precision
-from paraxis.plan.space import in_bf16, on_gpus, space
+from paraxis.plan.space import in_bf16, on_gpus, space, told_of_space
 from paraxis.program.cut import told_of
 from paraxis.proof import prove, steps_for
 from paraxis.recommend import recommend
@@ -77,6 +77,7 @@ def explore_task(
         rows = _rows(session, count, comms, missing, book)
         study.notes += [UNTRIED] * any(untried(row.plan, session.gpus()) for row in rows)
         study.notes += told_of([row.plan for row in rows if row.live], facts.layout)
+        study.notes += told_of_space(comms if count > 1 else (), _takes_native(session))
         today = _today(session)
         book.agrees(study.task, study.machine, [row.plan.text() for row in (today, *rows)])
         kept = min(reserve(session, budget), max(0.0, clock.left() / 4)) if accuracy else 0.0
@@ -134,7 +135,7 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
     facts = session.known()
     layers = 2 if facts.layout.cuttable else len(facts.layers)  # so that the refusal is listed once a kind
     rows, gpus = [], session.gpus()
-    words: Any = {"recompute": session.limit is not None, "hybrids": workers >= 4}
+    words: Any = {"recompute": session.limit is not None, "hybrids": workers >= 4, "native": _takes_native(session)}
     plans = space(workers, layers, comms, **words, sequence=any(not own.why for own in facts.layout.tokens))
     plans = [*on_gpus(0 if comms == ("openmp",) else gpus, workers, layers, comms), *plans]
     for plan in [*plans, *in_bf16(plans)]:
@@ -153,6 +154,14 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
             row.result.status, row.result.reason = failure(error)
         rows.append(row)
     return rows
+
+
+def _takes_native(session: Session) -> bool:
+    """Whether the native engine is there and takes the network."""
+    try:
+        return session.memory(Plan(engine="native")) is not None
+    except ParaxisError:
+        return False
 
 
 def blank(plan: Plan) -> Result:
