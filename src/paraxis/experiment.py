@@ -75,9 +75,7 @@ def explore_task(
         if "mpi" in session.pools:
             study.machine.mpi = session.pools["mpi"].facts["library"]
         rows = _rows(session, count, comms, missing, book)
-        study.notes += [UNTRIED] * any(untried(row.plan, session.gpus()) for row in rows)
-        study.notes += told_of([row.plan for row in rows if row.live], facts.layout)
-        study.notes += told_of_space(comms if count > 1 else (), _takes_native(session))
+        study.notes += _told(session, rows, comms if count > 1 else ())
         today = _today(session)
         book.agrees(study.task, study.machine, [row.plan.text() for row in (today, *rows)])
         kept = min(reserve(session, budget), max(0.0, clock.left() / 4)) if accuracy else 0.0
@@ -154,6 +152,13 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
             row.result.status, row.result.reason = failure(error)
         rows.append(row)
     return rows
+
+
+def _told(session: Session, rows: list[Row], comms: tuple[str, ...]) -> list[str]:
+    """What one must know of the plans to read the figures."""
+    told = [UNTRIED] * any(untried(row.plan, session.gpus()) for row in rows)
+    told += told_of([row.plan for row in rows if row.live], session.known().layout)
+    return told + told_of_space(comms, _takes_native(session))
 
 
 def _takes_native(session: Session) -> bool:

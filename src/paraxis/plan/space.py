@@ -102,8 +102,8 @@ def told_of_space(comms: tuple[str, ...], native: bool = True) -> list[str]:
         return []
     fastest = "openmp" if native and "openmp" in comms else processes[0]
     return [
-        f"to leave time for the others, more microbatches, interleaved and zero-bubble schedules are tried over {fastest} "
-        f"only, and what saves memory or messages over {processes[0]} only; verify, train and show take every plan"
+        "to leave time for the others, more microbatches, interleaved and zero-bubble schedules are tried over "
+        f"{fastest} only, and what saves memory or messages over {processes[0]} only; verify and train take every plan"
     ]
 
 
