@@ -13,8 +13,9 @@ from paraxis.errors import RankError
 from paraxis.experiment import blank
 from paraxis.measure.records import Study, Verified
 from paraxis.measure.samples import Book, open_book, read
+from paraxis.measure.statistics import apart
 from paraxis.plan.plan import parse
-from paraxis.rounds import Clock, Row, measure, resume
+from paraxis.rounds import Clock, Row, compared, measure, resume, together
 
 PROVED = Verified(against="serial", max_relative_difference=1e-7, tolerance=1e-5, passed=True)
 
@@ -93,8 +94,7 @@ def test_a_clear_answer_ends_before_the_budget(monkeypatch: pytest.MonkeyPatch) 
     fake, rows = Fake({"today": 2e-3, "serial": 3e-3, "dp": 1e-3}), three()
     study = run(monkeypatch, fake, rows)
     assert len(rows[0].measured) == rounds.LOOKS[0] and fake.now < 60
-    assert any("the answer was clear after 10 rounds" in note for note in study.notes)
-    assert len(rows[1].measured) < len(rows[2].measured), "what is far behind has a chunk in every third round"
+    assert any("the answer was clear after 6 rounds" in note for note in study.notes)
 
 
 def test_a_doubtful_one_takes_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +108,87 @@ def test_equals_known_well_enough_end_it_too(monkeypatch: pytest.MonkeyPatch) ->
     fake, rows = Fake({"today": 1e-3, "serial": 1e-3, "dp": 1e-3}, noise=0.002), three()
     study = run(monkeypatch, fake, rows, budget=600.0)
     assert fake.now < 100 and any("clear" in note for note in study.notes)
+
+
+def field_of(speeds: dict[str, float]) -> list[Row]:
+    """Today, and plans that differ in `dp` alone."""
+    texts = [f"dp={n + 2},comm=mpi" if n else "serial" for n in range(len(speeds) - 1)]
+    return [row("engine=plain,threads=2", "today"), *map(row, texts, list(speeds)[1:])]
+
+
+def test_slower_plans_drop_out_and_leave_their_rounds_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = {"today": 3e-3, "serial": 2e-3, "a": 1e-3, "b": 1.02e-3} | {f"slow {n}": 4e-3 for n in range(12)}
+    fake, rows = Fake(speeds, noise=0.1), field_of(speeds)
+    run(monkeypatch, fake, rows, budget=30.0)
+    had = {r.key: len(r.measured) for r in rows}
+    slow = [r for r in rows if r.key.startswith("slow")]
+    assert all(r.result.stopped and "told apart from dp=" in r.result.stopped for r in slow)
+    assert all("times as fast [" in (r.result.stopped or "") and had[r.key] <= 10 for r in slow)
+    assert min(had[key] for key in ("today", "serial", "a", "b")) > 2 * max(had[r.key] for r in slow)
+    assert not any(r.result.stopped for r in rows[:4]), "the baseline is slower, but others are compared with it"
+    best, others = compared(rows)
+    assert best is not None and best.label in ("dp=3 mpi", "dp=4 mpi") and len(others) == len(rows) - 1
+    told = apart({result.plan: pair for result, pair in others})
+    assert {r.result.plan for r in (*slow, *rows[:2])} <= told
+
+
+def test_without_dropping_out_the_near_ones_would_have_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant of the test above."""
+    speeds = {"today": 3e-3, "serial": 2e-3, "a": 1e-3, "b": 1.02e-3} | {f"slow {n}": 4e-3 for n in range(12)}
+    fake, rows = Fake(speeds, noise=0.1), field_of(speeds)
+    monkeypatch.setattr(rounds, "settled", lambda rows: False)
+    run(monkeypatch, fake, rows, budget=30.0)
+    assert len({len(r.measured) for r in rows}) <= 2
+
+
+def test_what_was_slower_than_a_plan_that_failed_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = {"today": 3e-3, "serial": 4e-3, "a": 1e-3, "b": 5e-3}
+    fake, rows = Fake(speeds, noise=0.3), field_of(speeds)
+    dropped: list[int] = []
+
+    def tell(what: str, fraction: float) -> None:
+        out = [r.key for r in rows if r.result.stopped]
+        if out and not fake.fails:
+            dropped.extend(len(r.measured) for r in rows if r.key in out)
+            fake.fails = "a"
+
+    monkeypatch.setattr(fake, "tell", tell)
+    run(monkeypatch, fake, rows, budget=20.0)
+    assert dropped and rows[2].result.status == "failed"
+    assert max(len(r.measured) for r in (rows[1], rows[3])) > max(dropped)
+
+
+def test_a_budget_for_few_rounds_gives_them_to_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rounds tell nothing apart, six may: where not all can have six, the fastest, today and serial have them."""
+    speeds = {"today": 0.1, "serial": 0.1, "a": 0.05, "b": 0.06} | {f"slow {n}": 0.5 for n in range(6)}
+    fake, rows = Fake(speeds), field_of(speeds)
+    run(monkeypatch, fake, rows, budget=24.0)
+    assert [len(r.measured) >= 6 for r in rows[:4]] == [True] * 4
+    assert {len(r.measured) for r in rows[4:]} == {3}
+    assert all("the budget had no more for slower plans" in (r.result.stopped or "") for r in rows[4:])
+    best, others = compared(rows)
+    told = apart({result.plan: pair for result, pair in others})
+    assert best is rows[2].result and {r.result.plan for r in rows[:2]} <= told
+    assert not told & {r.result.plan for r in rows[4:]}, "three rounds tell nothing"
+
+
+def test_who_dropped_out_is_compared_in_the_rounds_that_both_had() -> None:
+    """The machine gets faster: what the winner had before counts as warm-up, but not beside plans that had no more."""
+    fast, slow = row("dp=2,comm=mpi", "fast"), row("pp=2,comm=mpi", "slow")
+    fast.measured = {n: (2e-3 if n < 8 else 1e-3) * (1 + n % 3 / 100) for n in range(30)}
+    slow.measured = {n: 1.9e-2 * (1 + n % 2 / 100) for n in range(8)}
+    assert not fast.times.keys() & slow.times.keys()
+    mine, theirs = together(fast, slow)
+    assert mine.keys() == theirs.keys() == set(range(8)) and apart({"slow": (mine, theirs)}) == {"slow"}
+
+
+def test_a_plan_that_dropped_out_does_not_win_by_having_stopped_in_better_times() -> None:
+    fast, slow = row("dp=2,comm=mpi", "fast"), row("pp=2,comm=mpi", "slow")
+    fast.measured, slow.measured = {n: 1e-3 * 1.1**n for n in range(30)}, dict.fromkeys(range(6), 0.002)
+    assert compared([fast, slow])[0] is slow.result
+    slow.result.stopped = "measured in 6 rounds"
+    assert compared([fast, slow])[0] is fast.result and compared([slow])[0] is slow.result
+    assert compared([row("engine=plain", "today")]) == (None, [])
 
 
 def test_every_sample_is_kept_and_a_later_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -70,6 +70,22 @@ def unmeasured(study: Study) -> list[Result]:
     return sorted((r for r in everything(study) if id(r) not in measured), key=lambda r: order.index(r.status))
 
 
+def dropped(study: Study) -> list[Result]:
+    """The measured plans that had fewer rounds than others."""
+    return [result for result in ranking(study) if result.stopped]
+
+
+def untold(study: Study) -> list[str]:
+    """What the winner is not told apart from, in words: by its rounds, or because they are too few."""
+    chosen = study.recommendation
+    few = chosen.too_few_rounds if chosen else []
+    same = [label for label in chosen.not_told_apart if label not in few] if chosen else []
+    lines = [f"Not told apart from: {', '.join(map(clean, same))}"] if same else []
+    if few:
+        lines.append(f"Too few rounds to tell it apart from {', '.join(map(clean, few))}: raise --budget")
+    return lines
+
+
 def winner(study: Study) -> Result | None:
     """The recommended plan, if it was measured."""
     chosen = study.recommendation
@@ -251,6 +267,9 @@ def footnotes(study: Study, ranked: list[Result]) -> list[str]:
     lines = [f"{omitted(study)}: all listed in the report"] if unmeasured(study) else []
     if not ranked:
         lines += [f"  {name(study, r)}: {first_line(r.reason)}" for r in unmeasured(study)[:5]]
+    if out := dropped(study):
+        more = "to leave more to the fastest: each with its reason in the report"
+        lines.append(f"{count(len(out), 'plan')} had fewer rounds than others, {more}")
     if any(result.oversubscribed for result in ranked):
         lines.append(OVERSUBSCRIBED)
     if any(not result.exact for result in ranked):
@@ -365,8 +384,8 @@ def advice(study: Study, console: Console) -> None:
         console.print(Text(clean(chosen.sentence), style="bold"))
         if chosen.why and chosen.why not in chosen.sentence:
             console.print(Text(clean(chosen.why)))
-        if chosen.not_told_apart:
-            console.print(Text("Not told apart from: " + ", ".join(map(clean, chosen.not_told_apart))))
+        for line in untold(study):
+            console.print(Text(line))
         if chosen.command:
             console.print()
             # Never wrapped: a line break inside would run half of the command.
