@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from statistics import fmean, median, stdev
+from statistics import fmean, median, quantiles, stdev
 
 import numpy as np
 
@@ -90,7 +90,7 @@ def warm_up(samples: Sequence[float]) -> int:
     start = 0
     while len(samples) >= 6 and start < len(samples) // 2:
         rest = samples[start + 1 :]
-        low, high = np.quantile(rest, [0.25, 0.75])
+        low, _, high = quantiles(rest, n=4, method="inclusive")
         step = 1 if samples[start] > high + 3 * (high - low) else _shift(samples[start:])
         if not step:
             break
