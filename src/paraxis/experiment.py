@@ -34,6 +34,7 @@ UNTRIED = (
 )
 PROOF_STEPS = 4
 REPORTING = 6.0  # seconds of the budget kept for the statistics and the report
+LEAST = 3  # plans whatever the budget: today, and the first ones with one worker and with several
 PROOF_SHARE = 0.6  # of the budget left after start-up: what is not set up and proved by then is not reached
 Save = Callable[[Study], None]
 
@@ -82,7 +83,7 @@ def explore_task(
         every, shorter = [today, *rows], Clock(clock.budget - kept, clock.start)
         try:
             _set_up(session, every, shorter, lambda: _publish(study, session, today, rows, save))
-            measure(session, every, shorter, study, book)
+            measure(session, every, shorter, study, book, spare=kept)
             _traffic(session, [r for r in rows if r.live])
             _publish(study, session, today, rows, save)
             if accuracy:
@@ -201,11 +202,9 @@ def _set_up(session: Session, rows: list[Row], clock: Clock, publish: Callable[[
     It is early if those that are proved would else not have the rounds that it takes to tell them apart.
     """
     until = clock.spent() + PROOF_SHARE * clock.left()
-    for number, row in enumerate(rows):
-        if not row.live:
-            continue
+    for number, row in enumerate(row for row in rows if row.live):
         needed = ENOUGH * sum(other.cost for other in rows if other.live)
-        if number > 1 and (clock.spent() > until or clock.left() < needed):
+        if number >= LEAST and (clock.spent() > until or clock.left() < needed):
             row.result.status, row.result.reason = "not run", "the budget was spent before its turn; raise --budget"
             continue
         session.tell(f"proving {row.plan.label()}", clock.spent() / clock.budget)

@@ -110,15 +110,16 @@ def together(first: Row, other: Row) -> Pair:
     return mine, theirs
 
 
-def measure(session: Session, rows: list[Row], clock: Clock, study: Study, book: Book) -> None:
+def measure(session: Session, rows: list[Row], clock: Clock, study: Study, book: Book, spare: float = 0.0) -> None:
     """Rounds in random order until the answer is clear or the budget ends; every plan that races has a chunk in each.
 
-    A round that other programs disturbed does not count where enough calm ones do.
+    A round that other programs disturbed does not count where enough calm ones do. `spare` are seconds beyond the
+    budget, for the rounds without which the best plan cannot be told apart from what it is compared with.
     """
     resume([row for row in rows if row.live], book)
     number = 1 + max((s.round for s in book.samples), default=-1)
-    while (lacking := [row.key for row in rows if row.lacks]) or clock.left() > 0:
-        if not lacking:
+    while (due := _due(rows, clock.left() + spare)) or clock.left() > 0:
+        if not any(row.lacks for row in rows):
             _afford(rows, clock)
         live = [row for row in rows if row.races]
         if not live or number >= MOST:
@@ -126,7 +127,7 @@ def measure(session: Session, rows: list[Row], clock: Clock, study: Study, book:
         _choose_chunks(live, clock, _calm(rows))
         load = ForeignLoad([pid for pool in session.pools.values() for pid in pool.pids])
         for row in random.Random(number).sample(live, len(live)):
-            if clock.left() <= 0 and not (row.lacks or (lacking and row.plan.engine == "plain")):
+            if clock.left() <= 0 and row.key not in due:
                 continue
             session.tell(f"measuring, round {number + 1}", min(1.0, clock.spent() / clock.budget))
             before = clock.spent()
@@ -138,6 +139,19 @@ def measure(session: Session, rows: list[Row], clock: Clock, study: Study, book:
             study.notes.append(f"the answer was clear after {number} rounds, {clock.left():.0f} s before the end")
             break
     _conclude(rows, study, book)
+
+
+def _due(rows: list[Row], left: float) -> set[str]:
+    """Keys of plans that have their chunk in the next round even if the budget ends before their turn.
+
+    Those with next to nothing, with today beside them; and if so many seconds are left, those that others are compared
+    with, until they can be told apart.
+    """
+    due = {row.key for row in rows if row.lacks}
+    if due:
+        return due | {row.key for row in rows if row.live and row.plan.engine == "plain"}
+    short = [row for row in _staying(rows) if row.live and len(row.measured) < ENOUGH]
+    return {row.key for row in short} if left > 0 else set()
 
 
 def _one(session: Session, row: Row, rows: list[Row], number: int, load: ForeignLoad, book: Book) -> None:
@@ -202,7 +216,7 @@ def baseline_of(rows: list[Row]) -> Row | None:
 
 
 def _staying(rows: list[Row]) -> list[Row]:
-    """Those that others are compared with, which have their part in every round."""
+    """The best plan, today and the baseline, with which others are compared: they have their part in every round."""
     compared = best_of(rows), baseline_of(rows)
     return [row for row in rows if row.plan.engine == "plain" or any(row is own for own in compared)]
 

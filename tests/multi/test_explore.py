@@ -86,8 +86,9 @@ def test_today_and_the_recommendation(explored: Any) -> None:
     assert study["today"]["step_seconds"]["median"] > 0 and study["today"]["engine"] == "plain"
     chosen = study["recommendation"]
     row = next(r for r in study["results"] if r["plan"] == chosen["plan"])
-    exact = [r for r in ok_rows(study) if r["exact"]]
+    exact = [r for r in ok_rows(study) if r["exact"] and not r["stopped"]]
     assert row["step_seconds"]["median"] == min(r["step_seconds"]["median"] for r in exact)
+    assert set(chosen["too_few_rounds"]) <= set(chosen["not_told_apart"])
     assert chosen["command"].startswith("paraxis train mlp --plan ") and chosen["label"] in chosen["sentence"]
     assert study["baseline"]["step_seconds"]["median"] <= study["today"]["step_seconds"]["median"]
 

@@ -73,6 +73,7 @@ def run(
     budget: float = 60.0,
     book: Book | None = None,
     foreign: Any = lambda number: 0.0,
+    spare: float = 0.0,
 ) -> Study:
     """Measure; `foreign` are the cores that others keep busy in a round."""
     count = iter(range(10**6))
@@ -86,7 +87,7 @@ def run(
 
     monkeypatch.setattr(rounds, "ForeignLoad", Load)
     study = sample_study.bare()
-    measure(fake, rows, FakeClock(budget, fake=fake), study, book or Book())  # type: ignore[arg-type]
+    measure(fake, rows, FakeClock(budget, fake=fake), study, book or Book(), spare)  # type: ignore[arg-type]
     return study
 
 
@@ -170,6 +171,15 @@ def test_a_budget_for_few_rounds_gives_them_to_the_fastest(monkeypatch: pytest.M
     told = apart({result.plan: pair for result, pair in others})
     assert best is rows[2].result and {r.result.plan for r in rows[:2]} <= told
     assert not told & {r.result.plan for r in rows[4:]}, "three rounds tell nothing"
+
+
+def test_what_the_answer_needs_is_measured_in_the_time_that_is_spared_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six rounds of the best, today and the baseline, for fewer tell nothing apart."""
+    speeds = {"today": 0.3, "serial": 0.2, "a": 0.05, "b": 0.4}
+    for spare, wanted in ((0.0, [3, 3, 3, 3]), (9.0, [6, 6, 6, 3])):
+        fake, rows = Fake(speeds), field_of(speeds)
+        run(monkeypatch, fake, rows, budget=5.0, spare=spare)
+        assert [len(r.measured) for r in rows] == wanted and fake.now < 5 + max(spare, 1)
 
 
 def test_who_dropped_out_is_compared_in_the_rounds_that_both_had() -> None:
