@@ -49,7 +49,7 @@ class Session:
     oracles: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
     limit: int | None = None  # bytes that a rank may hold
     memories: dict[Plan, Memory | None] = field(default_factory=dict)  # computed so far
-    costs: dict[str, list[float]] = field(default_factory=dict)  # seconds of each layer on a device, measured so far
+    costs: dict[str, tuple[list[float], float]] = field(default_factory=dict)  # by device, as far as measured
     parts: dict[tuple[int, int], Sizes] = field(default_factory=dict)  # of layers that so many ranks share
 
     def known(self) -> Facts:
@@ -133,27 +133,31 @@ class Session:
             return plan
         self._check_devices(plan)
         places = plan.devices()
-        costs = [self._costs(places[stage % plan.pp]) for stage in range(plan.stages)]
+        costs = [self._costs(places[stage % plan.pp])[0] for stage in range(plan.stages)]
         return fitted(self, plan, costs) or with_split(plan, balanced_on(costs))
 
-    def _costs(self, place: str) -> list[float]:
-        """Seconds of each layer's forward and backward on a device; GPUs without a number count as the first one."""
+    def _costs(self, place: str) -> tuple[list[float], float]:
+        """Seconds of each layer's forward and backward on a device, and of the calls for one sample; GPUs without a
+        number count as the first one."""
         facts, place = self.known(), "cuda:0" if place == "cuda" else place
         if place not in self.costs:
-            there = (facts.forward, facts.backward)
-            if place != "cpu":
+            if place == "cpu":
+                here = [f + b for f, b in zip(facts.forward, facts.backward, strict=True)]
+                self.costs[place] = here, facts.dispatch
+            else:
                 self.tell(f"measuring the layers on {place}", -1)
                 there = self.pool("solo").ask({"do": "costs", "device": place})[0]
-            self.costs[place] = [f + b for f, b in zip(*there, strict=True)]
+                self.costs[place] = there["layers"], there["calls"]
         return self.costs[place]
 
     def known_on(self, plan: Plan) -> Facts:
-        """The task's facts with the seconds that layers take where this plan computes them all."""
+        """The task's facts with the seconds that layers, and their calls, take where this plan computes them all."""
         facts, places = self.known(), set(plan.devices())
         if not plan.on_gpu() or len(places) > 1:
             return facts
         try:
-            return replace(facts, forward=tuple(self._costs(places.pop())), backward=(0.0,) * len(facts.layers))
+            layers, calls = self._costs(places.pop())
+            return replace(facts, forward=tuple(layers), backward=(0.0,) * len(facts.layers), dispatch=calls)
         except ParaxisError:  # such as no room for the layers on their own
             return facts
 
