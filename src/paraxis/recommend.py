@@ -28,6 +28,14 @@ def recommend(study: Study, best: Result | None, others: list[tuple[Result, Pair
     )
 
 
+def doubts(chosen: Recommendation) -> list[str]:
+    """What the winner is not told apart from, in words: by its rounds, or because they are too few."""
+    few = chosen.too_few_rounds
+    same = [label for label in chosen.not_told_apart if label not in few]
+    lines = [f"Not told apart from: {', '.join(same)}"] if same else []
+    return lines + [f"Too few rounds to tell it apart from {', '.join(few)}: raise --budget"] * bool(few)
+
+
 def command(task: dict[str, Any], plan: str, label: str) -> str:
     """The shell command that trains with a plan."""
     from paraxis.plan.plan import parse

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from paraxis.measure.records import Study
+from paraxis.recommend import doubts
 from paraxis.report import sections, speedup, tables, theatre
 from paraxis.report.markup import document, figure, small, text, time
 
@@ -137,7 +138,8 @@ def verdictless(study: Study) -> str:
 
 def untold(study: Study) -> str:
     """The plans that the measurement does not tell apart from the recommended one."""
-    return "".join(f"<p>{text(line)}.</p>" for line in tables.untold(study))
+    said = doubts(study.recommendation) if study.recommendation else []
+    return "".join(f"<p>{text(line)}.</p>" for line in said)
 
 
 def command(line: str, what: str = "Train with it") -> str:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paraxis.measure.records import Event, Ratio, Result, Seconds, Split, Study
+from paraxis.recommend import doubts
 
 # field of Split, words, sign in the bar, sign where only ASCII can be printed, style
 PARTS: tuple[tuple[str, str, str, str, str], ...] = (
@@ -73,17 +74,6 @@ def unmeasured(study: Study) -> list[Result]:
 def dropped(study: Study) -> list[Result]:
     """The measured plans that had fewer rounds than others."""
     return [result for result in ranking(study) if result.stopped]
-
-
-def untold(study: Study) -> list[str]:
-    """What the winner is not told apart from, in words: by its rounds, or because they are too few."""
-    chosen = study.recommendation
-    few = chosen.too_few_rounds if chosen else []
-    same = [label for label in chosen.not_told_apart if label not in few] if chosen else []
-    lines = [f"Not told apart from: {', '.join(map(clean, same))}"] if same else []
-    if few:
-        lines.append(f"Too few rounds to tell it apart from {', '.join(map(clean, few))}: raise --budget")
-    return lines
 
 
 def winner(study: Study) -> Result | None:
@@ -392,8 +382,8 @@ def advice(study: Study, console: Console) -> None:
         console.print(Text(clean(chosen.sentence), style="bold"))
         if chosen.why and chosen.why not in chosen.sentence:
             console.print(Text(clean(chosen.why)))
-        for line in untold(study):
-            console.print(Text(line))
+        for line in doubts(chosen):
+            console.print(Text(clean(line)))
         if chosen.command:
             console.print()
             # Never wrapped: a line break inside would run half of the command.
