@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sample_study
 
-from paraxis import rounds
+from paraxis import experiment, rounds
 from paraxis.errors import RankError
 from paraxis.experiment import blank
 from paraxis.measure.records import Study, Verified
@@ -199,6 +199,26 @@ def test_a_plan_that_dropped_out_does_not_win_by_having_stopped_in_better_times(
     slow.result.stopped = "measured in 6 rounds"
     assert compared([fast, slow])[0] is fast.result and compared([slow])[0] is slow.result
     assert compared([row("engine=plain", "today")]) == (None, [])
+
+
+@pytest.mark.parametrize("cost, reached", [(0.01, 9), (0.5, 7), (50.0, 2)])
+def test_no_more_plans_are_set_up_than_can_be_told_apart(
+    monkeypatch: pytest.MonkeyPatch, cost: float, reached: int
+) -> None:
+    """Of 60 s each proof takes 4: ten in 60% of it, fewer where six rounds of all take long, and three in any case."""
+    speeds = {"today": 1.0} | {str(n): 1.0 for n in range(16)}
+    fake, rows = Fake(speeds), field_of(speeds)
+
+    def prove(session: Any, own: Row) -> None:
+        fake.now += 4.0
+        own.cost = cost
+
+    monkeypatch.setattr(experiment, "_prove_row", prove)
+    for name in ("_time_once", "_memory"):
+        monkeypatch.setattr(experiment, name, lambda session, own: None)
+    experiment._set_up(fake, rows, FakeClock(60.0, fake=fake), lambda: None)  # type: ignore[arg-type]
+    assert [r.live for r in rows] == [n <= reached for n in range(len(rows))]
+    assert all("raise --budget" in (r.result.reason or "") for r in rows if not r.live)
 
 
 def test_every_sample_is_kept_and_a_later_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -73,13 +73,13 @@ def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool, nati
         yield from _over(comms, **grid, schedule="1f1b", microbatches=2 * grid["pp"])
     for grid in grids:
         yield from _over([*threads, *first], **grid, schedule="layerwise")
+    for grid in grids:
+        yield from _over([*threads, *first], **grid, schedule="gpipe", microbatches=2 * grid["pp"])
     yield from _over(threads, dp=workers, gradients="owner")
     yield from [Plan(threads=workers)] * bool(first)
     for ranks in rungs(workers // 2)[1:]:
         if workers % ranks == 0:
             yield from _over(first, dp=ranks, threads=workers // ranks)
-    for grid in grids:
-        yield from _over([*threads, *first], **grid, schedule="gpipe", microbatches=2 * grid["pp"])
     if inexact:
         yield from _over([*threads, *first], dp=workers, sync=f"average@{AVERAGE_EVERY}")
     yield from _over(first, dp=workers, zero=1)
