@@ -118,9 +118,7 @@ def measure(session: Session, rows: list[Row], clock: Clock, study: Study, book:
     """
     resume([row for row in rows if row.live], book)
     number = 1 + max((s.round for s in book.samples), default=-1)
-    while (due := _due(rows, clock.left() + spare)) or clock.left() > 0:
-        if not any(row.lacks for row in rows):
-            _afford(rows, clock)
+    while (due := _due(rows, clock.left(), spare)) or clock.left() > 0:
         live = [row for row in rows if row.races]
         if not live or number >= MOST:
             break
@@ -141,17 +139,18 @@ def measure(session: Session, rows: list[Row], clock: Clock, study: Study, book:
     _conclude(rows, study, book)
 
 
-def _due(rows: list[Row], left: float) -> set[str]:
+def _due(rows: list[Row], left: float, spare: float) -> set[str]:
     """Keys of plans that have their chunk in the next round even if the budget ends before their turn.
 
-    Those with next to nothing, with today beside them; and if so many seconds are left, those that others are compared
-    with, until they can be told apart.
+    Those with next to nothing, with today beside them; then, in the spare time, those that can be given the rounds
+    that it takes to tell them apart.
     """
     due = {row.key for row in rows if row.lacks}
     if due:
         return due | {row.key for row in rows if row.live and row.plan.engine == "plain"}
-    short = [row for row in _staying(rows) if row.live and len(row.measured) < ENOUGH]
-    return {row.key for row in short} if left > 0 else set()
+    _afford(rows, left + spare)
+    short = [row for row in rows if row.races and len(row.measured) < ENOUGH]
+    return {row.key for row in short} if left + spare > 0 else set()
 
 
 def _one(session: Session, row: Row, rows: list[Row], number: int, load: ForeignLoad, book: Book) -> None:
@@ -257,15 +256,20 @@ def _beaten(row: Row, best: Row, pair: Pair) -> str:
     )
 
 
-def _afford(rows: list[Row], clock: Clock) -> None:
-    """Where what is left of the budget has not the rounds for all that it takes to tell plans apart, the slowest go
-    without, for the fastest have to have them."""
+def _afford(rows: list[Row], left: float) -> None:
+    """Where so many seconds have not the rounds for all that it takes to tell plans apart, the slowest go without, for
+    the fastest have to have them, and first of all those that others are compared with."""
     short = [row for row in rows if row.live and len(row.measured) < ENOUGH]
-    staying, needed = {row.key for row in _staying(rows)} if short else set(), 0.0
-    for row in sorted(short, key=lambda row: (row.key not in staying, median(row.measured.values()))):
-        needed += row.cost * (ENOUGH - len(row.measured))
+    staying = {row.key for row in _staying(rows)} if short else set()
+    own = {row.key: row.cost * (ENOUGH - len(row.measured)) for row in short}
+    left -= sum(seconds for key, seconds in own.items() if key in staying)
+    for row in sorted(short, key=lambda row: median(row.measured.values())):
         row.result.stopped = None
-        if needed > clock.left() and row.key not in staying:
+        if row.key in staying:
+            continue
+        if own[row.key] <= left:
+            left -= own[row.key]
+        else:
             row.result.stopped = (
                 f"measured in {len(row.measured)} rounds: the budget had no more for slower plans, and fewer than "
                 f"{ENOUGH} tell nothing apart; raise --budget"

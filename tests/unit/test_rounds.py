@@ -173,10 +173,19 @@ def test_a_budget_for_few_rounds_gives_them_to_the_fastest(monkeypatch: pytest.M
     assert not told & {r.result.plan for r in rows[4:]}, "three rounds tell nothing"
 
 
+def test_what_takes_little_of_a_short_budget_has_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Today alone would take all that is left: it has the spare time, and the near rival what remains."""
+    speeds = {"today": 1.0, "serial": 0.02, "a": 0.01, "rival": 0.011, "slow": 0.5}
+    fake, rows = Fake(speeds), field_of(speeds)
+    run(monkeypatch, fake, rows, budget=12.0, spare=5.0)
+    assert [len(r.measured) >= 6 for r in rows] == [True, True, True, True, False]
+    assert "the budget had no more" in (rows[4].result.stopped or "")
+
+
 def test_what_the_answer_needs_is_measured_in_the_time_that_is_spared_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six rounds of the best, today and the baseline, for fewer tell nothing apart."""
     speeds = {"today": 0.3, "serial": 0.2, "a": 0.05, "b": 0.4}
-    for spare, wanted in ((0.0, [3, 3, 3, 3]), (9.0, [6, 6, 6, 3])):
+    for spare, wanted in ((0.0, [3, 3, 3, 3]), (5.0, [6, 6, 6, 3])):
         fake, rows = Fake(speeds), field_of(speeds)
         run(monkeypatch, fake, rows, budget=5.0, spare=spare)
         assert [len(r.measured) for r in rows] == wanted and fake.now < 5 + max(spare, 1)
