@@ -50,7 +50,7 @@ class Session:
     limit: int | None = None  # bytes that a rank may hold
     memories: dict[Plan, Memory | None] = field(default_factory=dict)  # computed so far
     costs: dict[str, tuple[list[float], float]] = field(default_factory=dict)  # by device, as far as measured
-    parts: dict[tuple[int, int], Sizes] = field(default_factory=dict)  # of layers that so many ranks share
+    parts: dict[tuple[Any, ...], Sizes] = field(default_factory=dict)  # of layers, shared or in mixed precision
 
     def known(self) -> Facts:
         """The task's facts, measured once by the rank that works alone."""
@@ -198,17 +198,33 @@ class Session:
         check_divides(plan, facts.batch, self.spec.bn_group, facts.least)
         if plan.engine == "native":
             return [Memory(**own) for own in self.pool("solo").ask({"do": "reserved", "plan": plan.text()})[0]]
-        if plan.precision in MIXED:  # what autocast keeps is not known
-            return []
-        program, sizes = lower(alike, facts.layout, facts.steps_per_epoch or 1), self._sizes(plan.tp, plan.sequence)
-        return memory(program, alike, sizes, facts.batch) if sizes else []
+        program = lower(alike, facts.layout, facts.steps_per_epoch or 1)
+        found = {}
+        for place in dict.fromkeys(plan.devices()):
+            if (sizes := self._sizes(plan, program, place)) is None:
+                return []
+            found[place] = memory(program, alike, sizes, facts.batch)
+        places = [plan.devices()[plan.mesh.coordinates(rank)[1]] for rank in range(plan.mesh.size)]
+        return [found[place][rank] for rank, place in enumerate(places)]
 
-    def _sizes(self, tp: int, sequence: int) -> Sizes | None:
-        """Bytes of every layer, as one of `tp` ranks has it, with all tokens or its own; tried once for each."""
-        if tp > 1 and (tp, sequence) not in self.parts:
-            request = {"do": "sizes", "tp": tp, "sequence": sequence}
-            self.parts[tp, sequence] = sizes_of(self.pool("solo").ask(request)[0])
-        return self.parts[tp, sequence] if tp > 1 else self.known().sizes
+    def _sizes(self, plan: Plan, program: Program, place: str) -> Sizes | None:
+        """Bytes of every layer as one rank has it; tried once for each way of sharing and for each precision, which on
+        a GPU is another one than on a CPU: there it is tried too, unless it has no room for the whole network."""
+        mixed = plan.precision in MIXED
+        if plan.tp == 1 and not mixed:
+            return self.known().sizes
+        parted = mixed and any(program.parted(stage) for stage in range(len(program.stages)))
+        there = mixed and place != "cpu" and self.gpus()
+        device = "cpu" if not there else "cuda:0" if place == "cuda" else place
+        words = {"tp": plan.tp, "sequence": plan.sequence, "precision": plan.precision if mixed else "fp32"}
+        key = *words.values(), parted, device
+        if key not in self.parts:
+            request = {"do": "sizes", "parted": parted, "device": device} | words
+            try:
+                self.parts[key] = sizes_of(self.pool("solo").ask(request)[0])
+            except OutOfMemory:
+                self.parts[key] = sizes_of(self.pool("solo").ask(request | {"device": "cpu"})[0])
+        return self.parts[key]
 
     def setup(self, key: str, plan: Plan, dtype: str = "float32", fault: str | None = None) -> list[Any]:
         """Set a plan up on all its ranks under a key."""

@@ -164,6 +164,7 @@ void gpu_setup(int count, size_t bytes) {
   devices = count;
   for (auto& own : stats) own.limit = bytes;
 }
+int64_t gpu_asked() { return asked; }
 int gpu_current() { return current; }
 void gpu_use(int device) { current = device; }
 size_t gpu_allocated(int device) { return stats[device].allocated; }
@@ -181,6 +182,7 @@ void gpu_aside() { aside = true; }
 const char* gpu_replay(void* graph) {
   return guarded([graph] {
     work();
+    ++asked;
     for (auto& action : ((Capture*)graph)->actions) action();
   });
 }

@@ -74,6 +74,7 @@ void forget(Capture* capture) {
 
 std::deque<Action> to_device, to_host;  // copies that nobody has waited for
 bool tell_of_waits = false;
+int64_t asked = 0;  // how often the host has asked for something that the device itself has to do
 
 void work() {
   for (; !to_device.empty(); to_device.pop_front()) to_device.front()();
@@ -265,6 +266,7 @@ void kernel(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stac
   size_t n = op.schema().arguments().size();
   Call call(op, {stack->end() - n, stack->end()});
   Now now(call.device < 0 ? current : call.device);
+  ++asked;
   std::vector<const void*> before;
   for (auto& pair : call.pairs) before.push_back(pair.host.storage().data());
   std::vector<c10::IValue> results;
@@ -309,6 +311,7 @@ at::Tensor& copy(at::Tensor& self, const at::Tensor& from, bool non_blocking) {
   const at::Tensor& host = on_gpu(self) ? from : self;
   bool later = !both && non_blocking && is_pinned(host.storage().data());
   Move move(self, from);
+  ++asked;
   if (!both && !later) wait();
   if (capturing()) {
     capturing()->actions.push_back(move);

@@ -53,6 +53,7 @@ from paraxis.task.spec import TaskSpec
 from paraxis.task.task import Task, keep_data, make_task
 
 Tell = Callable[[dict[str, Any]], None]
+FEW = 16  # samples whose forward a GPU has room for, if it has for the network
 
 
 class Duties:
@@ -105,8 +106,15 @@ class Duties:
         return measure_layers(task, task.batch).as_json()
 
     def sizes(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
-        """Bytes of every layer of one rank's part, where `tp` ranks share layers."""
-        return asdict(measure_sizes(self._task(torch.float32), request["tp"], request["sequence"]))
+        """Bytes of every layer of one rank's part, where `tp` ranks share layers; on a GPU a few samples tell them."""
+        device, task = torch.device(request["device"]), self._task(torch.float32)
+        allow(device, None)
+        move(task, [task.chain], device)
+        how = request["tp"], request["sequence"], request["precision"], request["parted"]
+        found = asdict(measure_sizes(task, *how, None if device == CPU else FEW))
+        del task
+        give_back(device)
+        return found
 
     def reserved(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[dict[str, int]]:
         """Of every rank of a plan of the native engine, bytes that it would hold."""
