@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from paraxis.measure.statistics import at_a_look, clear, corrected, sort_rounds, told_apart
+from paraxis.measure.statistics import RISK, clear, corrected, sort_rounds, told_apart
 from paraxis.rounds import LOOKS
 
 DATA = Path(__file__).parent / "data" / "aa-rounds.json"
@@ -89,12 +89,12 @@ def verdict(first: Times, second: Times, level: float) -> int:
 
 def at_last(first: Times, second: Times, others: int) -> int:
     """The verdict of an exploration that may end at any look, and ends with the last of these rounds."""
-    level = corrected(others)
     for look in (n for n in LOOKS if n < len(first)):
         a, b = ({r: v for r, v in whole.items() if r < look} for whole in (first, second))
-        if clear(sort_rounds(a, ()).kept, sort_rounds(b, ()).kept, at_a_look(level, len(LOOKS))):
-            return verdict(a, b, level)
-    return verdict(first, second, level)
+        pair = sort_rounds(a, ()).kept, sort_rounds(b, ()).kept
+        if clear(pair, told_apart(*pair, corrected(others, RISK / len(LOOKS)))):
+            return verdict(a, b, corrected(others))
+    return verdict(first, second, corrected(others))
 
 
 def slower(times: Times, ratio: float) -> Times:

@@ -16,15 +16,15 @@ from paraxis.measure.records import Baseline, Machine, MeshRecord, Result, Roof,
 from paraxis.measure.roofline import roofline
 from paraxis.measure.samples import Book
 from paraxis.measure.speed import with_speeds
-from paraxis.measure.statistics import paired
+from paraxis.measure.statistics import ENOUGH, paired
 from paraxis.plan.devices import crowded, untried
 from paraxis.plan.plan import Plan
 from paraxis.plan.precision import told_of_precision
-from paraxis.plan.space import in_bf16, on_gpus, space
+from paraxis.plan.space import in_bf16, on_gpus, space, told_of_space
 from paraxis.program.cut import told_of
 from paraxis.proof import prove, steps_for
 from paraxis.recommend import recommend
-from paraxis.rounds import Clock, Row, chunk, lost, measure
+from paraxis.rounds import SHORTEST, Clock, Row, baseline_of, chunk, compared, lost, measure, together
 from paraxis.run.joined import JoinedPool
 from paraxis.session import Session, Tell, failure, open_session
 from paraxis.task.spec import TaskSpec
@@ -34,7 +34,9 @@ UNTRIED = (
 )
 PROOF_STEPS = 4
 REPORTING = 6.0  # seconds of the budget kept for the statistics and the report
+LEAST = 3  # plans whatever the budget: today, and the first ones with one worker and with several
 PROOF_SHARE = 0.6  # of the budget left after start-up: what is not set up and proved by then is not reached
+RACING = 1.3  # what is kept for measuring, in times that six rounds of all plans take
 Save = Callable[[Study], None]
 
 
@@ -75,15 +77,14 @@ def explore_task(
         if "mpi" in session.pools:
             study.machine.mpi = session.pools["mpi"].facts["library"]
         rows = _rows(session, count, comms, missing, book)
-        study.notes += [UNTRIED] * any(untried(row.plan, session.gpus()) for row in rows)
-        study.notes += told_of([row.plan for row in rows if row.live], facts.layout)
+        study.notes += _told(session, rows, comms if count > 1 else ())
         today = _today(session)
         book.agrees(study.task, study.machine, [row.plan.text() for row in (today, *rows)])
         kept = min(reserve(session, budget), max(0.0, clock.left() / 4)) if accuracy else 0.0
         every, shorter = [today, *rows], Clock(clock.budget - kept, clock.start)
         try:
             _set_up(session, every, shorter, lambda: _publish(study, session, today, rows, save))
-            measure(session, every, shorter, study, book)
+            measure(session, every, shorter, study, book, spare=kept)
             _traffic(session, [r for r in rows if r.live])
             _publish(study, session, today, rows, save)
             if accuracy:
@@ -134,7 +135,7 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
     facts = session.known()
     layers = 2 if facts.layout.cuttable else len(facts.layers)  # so that the refusal is listed once a kind
     rows, gpus = [], session.gpus()
-    words: Any = {"recompute": session.limit is not None, "hybrids": workers >= 4}
+    words: Any = {"recompute": session.limit is not None, "hybrids": workers >= 4, "native": _takes_native(session)}
     plans = space(workers, layers, comms, **words, sequence=any(not own.why for own in facts.layout.tokens))
     plans = [*on_gpus(0 if comms == ("openmp",) else gpus, workers, layers, comms), *plans]
     for plan in [*plans, *in_bf16(plans)]:
@@ -153,6 +154,21 @@ def _rows(session: Session, workers: int, comms: tuple[str, ...], missing: dict[
             row.result.status, row.result.reason = failure(error)
         rows.append(row)
     return rows
+
+
+def _told(session: Session, rows: list[Row], comms: tuple[str, ...]) -> list[str]:
+    """What one must know of the plans to read the figures."""
+    told = [UNTRIED] * any(untried(row.plan, session.gpus()) for row in rows)
+    told += told_of([row.plan for row in rows if row.live], session.known().layout)
+    return told + told_of_space(comms, _takes_native(session))
+
+
+def _takes_native(session: Session) -> bool:
+    """Whether the native engine is there and takes the network."""
+    try:
+        return session.memory(Plan(engine="native")) is not None
+    except ParaxisError:
+        return False
 
 
 def blank(plan: Plan) -> Result:
@@ -182,12 +198,15 @@ def _today(session: Session) -> Row:
 
 
 def _set_up(session: Session, rows: list[Row], clock: Clock, publish: Callable[[], None]) -> None:
-    """Prove every plan and time it once; the budget may end this early."""
+    """Prove every plan and time it once; the budget may end this early.
+
+    It is early if those that are proved would else not have the rounds that it takes to tell them apart, and some more
+    for the fastest.
+    """
     until = clock.spent() + PROOF_SHARE * clock.left()
-    for number, row in enumerate(rows):
-        if not row.live:
-            continue
-        if number > 1 and clock.spent() > until:
+    for number, row in enumerate(row for row in rows if row.live):
+        needed = RACING * ENOUGH * sum(other.cost for other in rows if other.live)
+        if number >= LEAST and (clock.spent() > until or clock.left() < needed):
             row.result.status, row.result.reason = "not run", "the budget was spent before its turn; raise --budget"
             continue
         session.tell(f"proving {row.plan.label()}", clock.spent() / clock.budget)
@@ -222,6 +241,7 @@ def _time_once(session: Session, row: Row) -> None:
         return
     answers = chunk(session, row, warm=1, steps=2, trace=0)
     guess = answers[0]["seconds"] / 2
+    row.cost = SHORTEST + 2 * guess  # a chunk has a step at least, and one before it
     row.steps = max(1, min(2000, round(0.1 / guess)))
 
 
@@ -252,7 +272,7 @@ def _publish(study: Study, session: Session, today: Row, rows: list[Row], save: 
     study.results = [row.result for row in rows]
     study.today = today.result if today.times else None
     serial = [row for row in rows if row.plan.mesh.size == 1 and row.times]
-    best = min([r for r in (*serial, today) if r.times], key=lambda r: median(r.times.values()), default=None)
+    best = baseline_of([today, *rows])
     plainest = [row for row in reversed(serial) if row.plan.threads == 1]  # on a GPU: eager, in fp32
     ones = {(row.plan.engine, row.plan.on_gpu()): row for row in plainest}
     if best is not None:
@@ -260,7 +280,7 @@ def _publish(study: Study, session: Session, today: Row, rows: list[Row], save: 
     for row in (today, *rows):
         one = ones.get(("native" if row.plan.engine == "native" else "torch", row.plan.on_gpu()))
         _derive(row, session, today, best, one, study)
-    study.recommendation = recommend(study, {row.result.plan: row.times for row in (today, *rows)})
+    study.recommendation = recommend(study, *compared([today, *rows]))
     save(study)
 
 
@@ -269,19 +289,24 @@ def _derive(row: Row, session: Session, today: Row, best: Row | None, one: Row |
     if not row.times:
         return
     result.step_seconds = row.sorted.record()
-    time_of_step = result.step_seconds.median
-    result.samples_per_second = study.task["batch"] / time_of_step
-    result.vs_today = paired(row.times, today.times) if today.times else None
+    result.samples_per_second = study.task["batch"] / result.step_seconds.median
+    result.vs_today = paired(*together(row, today)) if today.times else None
     if best is not None:
-        result.speedup = median(best.times.values()) / time_of_step
-    if one is not None and one.times:
-        result.efficiency = median(one.times.values()) / time_of_step / result.workers
+        result.speedup = _times_as_fast(row, best)
+    if one is not None and one.times and (times := _times_as_fast(row, one)) is not None:
+        result.efficiency = times / result.workers
     if row.plan.engine == "plain":
         explain_today(result, session.known_on(row.plan), study.machine)
     elif row.windows:
         fill(result, session.program(row.plan), row.windows, row.times, session.known_on(row.plan), study.machine)
     if told := told_of_precision(row.plan):
         result.explanation = f"{result.explanation or ''} {told}".strip()
+
+
+def _times_as_fast(row: Row, other: Row) -> float | None:
+    """The ratio of their medians, over the rounds that both had: the machine's pace may change behind one's last."""
+    mine, theirs = together(row, other)
+    return median(theirs.values()) / median(mine.values()) if mine and theirs else None
 
 
 def save_to(folder: Path) -> Save:

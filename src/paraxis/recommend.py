@@ -6,30 +6,34 @@ from statistics import median
 from typing import Any
 
 from paraxis.measure.records import Recommendation, Result, Study
-from paraxis.measure.statistics import corrected, told_apart
-
-Times = dict[str, dict[int, float]]  # full plan text -> step seconds by round
+from paraxis.measure.statistics import ENOUGH, Pair, apart
 
 
-def recommend(study: Study, times: Times) -> Recommendation | None:
-    """The fastest exact plan that was proved; None before anything was measured."""
-    rows = [r for r in study.results if r.status == "ok" and r.step_seconds and r.exact]
-    rows = [r for r in rows if r.verified is not None and r.verified.passed]
-    if not rows:
+def recommend(study: Study, best: Result | None, others: list[tuple[Result, Pair]]) -> Recommendation | None:
+    """The best plan, with what it is told apart from of the others it is compared with; None if there is none."""
+    if best is None:
         return None
-    best = min(rows, key=lambda r: r.step_seconds.median)  # type: ignore[union-attr]
-    others = [r for r in [*rows, *([study.today] if study.today else [])] if r is not best]
-    level = corrected(len(others))
-    same = [r.label for r in others if not told_apart(times[best.plan], times[r.plan], level)]
+    told = apart({result.plan: pair for result, pair in others})
+    same = [(result, pair) for result, pair in others if result.plan not in told]
+    few = [result.label for result, pair in same if len(pair[0].keys() & pair[1].keys()) < ENOUGH]
     return Recommendation(
         plan=best.plan,
         label=best.label,
-        sentence=_sentence(study, best, same),
+        sentence=_sentence(study, best, [result for result, _ in same], few),
         why=_why(study, best),
         command=command(study.task, best.plan, best.label),
         vs_today=best.vs_today,
-        not_told_apart=same,
+        not_told_apart=[result.label for result, _ in same],
+        too_few_rounds=few,
     )
+
+
+def doubts(chosen: Recommendation) -> list[str]:
+    """What the winner is not told apart from, in words: by its rounds, or because they are too few."""
+    few = chosen.too_few_rounds
+    same = [label for label in chosen.not_told_apart if label not in few]
+    lines = [f"Not told apart from: {', '.join(same)}"] if same else []
+    return lines + [f"Too few rounds to tell it apart from {', '.join(few)}: raise --budget"] * bool(few)
 
 
 def command(task: dict[str, Any], plan: str, label: str) -> str:
@@ -43,15 +47,15 @@ def command(task: dict[str, Any], plan: str, label: str) -> str:
     return " ".join(words + (["--bn-group", str(task["bn_group"])] if task.get("bn_group") else []))
 
 
-def _sentence(study: Study, best: Result, same: list[str]) -> str:
+def _sentence(study: Study, best: Result, same: list[Result], few: list[str]) -> str:
     ms = best.step_seconds.median * 1e3 if best.step_seconds else 0.0
     words = f"Use {best.label}: {ms:.3g} ms a step"
     ratio, today = best.vs_today, study.today
     if ratio and today and today.step_seconds:
         factor = f"{ratio.median:.2f}x [{ratio.low:.2f}-{ratio.high:.2f}]"
         words += f", {factor} as fast as today's {today.step_seconds.median * 1e3:.3g} ms"
-        if today.label in same:
-            words += " (not told apart)"
+        if today in same:
+            words += " (not told apart)" if today.label not in few else " (in too few rounds to tell)"
     if best.verified and best.verified.max_relative_difference is not None:
         digits, power = f"{best.verified.max_relative_difference:.0e}".split("e")
         words += f", equal to serial to {digits}e{int(power)}"

@@ -1,4 +1,9 @@
-"""Measuring: a chunk of every plan a round, in random order, until the answer is clear or the budget is spent."""
+"""Measuring: a chunk of every plan a round, in random order, until the answer is clear or the budget is spent.
+
+It is a race (Maron and Moore 1994): at fixed looks, plans that are told apart from the best as slower drop out, and the
+rounds that are left go to those that may still be it, to today and to the serial baseline. A look asks for a level that
+pays for all looks, and a plan that has dropped out is compared in the rounds that it had.
+"""
 
 import math
 import os
@@ -13,7 +18,7 @@ from paraxis.measure.breakdown import Window, keep_middle, window
 from paraxis.measure.machine import ForeignLoad
 from paraxis.measure.records import Result, Study
 from paraxis.measure.samples import Book, Sample, foreign_by_round
-from paraxis.measure.statistics import Sorted, at_a_look, clear, corrected, sort_rounds
+from paraxis.measure.statistics import ENOUGH, RISK, Pair, Sorted, apart, clear, paired, sort_rounds
 from paraxis.plan.plan import Plan
 from paraxis.proof import mean_losses
 from paraxis.session import Session, failure
@@ -21,7 +26,7 @@ from paraxis.session import Session, failure
 TRACED = 1024  # of the last steps of every chunk, those whose instructions are accounted for
 SHORTEST, LONGEST = 0.04, 0.4  # seconds of a chunk
 PLANNED, FEWEST, MOST = 20, 3, 200  # rounds: as many as the budget is cut into, at least of a plan, at most
-LOOKS = (10, 14, 20, 28, 40, 56, 80, 112, 160)  # rounds after which it may end because the answer is clear
+LOOKS = (6, 8, 10, 14, 20, 28, 40, 56, 80, 112, 160)  # rounds after which plans drop out, or all are done
 TODAY_WIDTH = 0.1  # relative, of the interval of the ratio to today, before the answer is clear
 DISTURBED = 0.3  # cores that other programs keep busy in a round that does not count as calm
 
@@ -37,6 +42,7 @@ class Row:
     disturbed: set[int] = field(default_factory=set)  # rounds in which other programs were busy
     windows: dict[int, Window] = field(default_factory=dict)  # of the rounds near the median
     steps: int = 1
+    cost: float = 0.0  # seconds that its last chunk has taken, all in all
     chunks: int = 0  # measured in this run; those of an earlier one have left no traces
 
     @property
@@ -48,6 +54,11 @@ class Row:
     def lacks(self) -> bool:
         """Whether it is measured whatever the budget, with today beside it: it has few rounds, or none of this run."""
         return self.live and (len(self.measured) < FEWEST or not self.chunks)
+
+    @property
+    def races(self) -> bool:
+        """Whether it is measured any further."""
+        return self.live and (self.lacks or not self.result.stopped)
 
     @property
     def sorted(self) -> Sorted:
@@ -92,35 +103,54 @@ def lost(session: Session, rows: list[Row], fallen: Row) -> None:
             session.setup(row.key, row.plan)
 
 
-def measure(session: Session, rows: list[Row], clock: Clock, study: Study, book: Book) -> None:
-    """Rounds in random order until the answer is clear or the budget ends; every plan that lives has a chunk in each.
+def together(first: Row, other: Row) -> Pair:
+    """Step seconds of both, of the rounds that both had, sorted as if there were no others."""
+    common = first.measured.keys() & other.measured.keys()
+    mine, theirs = (sort_rounds({r: row.measured[r] for r in common}, row.disturbed).kept for row in (first, other))
+    return mine, theirs
 
-    Plans that are far behind, or already told apart from the best, take part in every third round only: what is left
-    goes into telling apart the others. A round that other programs disturbed does not count where enough calm ones do.
+
+def measure(session: Session, rows: list[Row], clock: Clock, study: Study, book: Book, spare: float = 0.0) -> None:
+    """Rounds in random order until the answer is clear or the budget ends; every plan that races has a chunk in each.
+
+    A round that other programs disturbed does not count where enough calm ones do. `spare` are seconds beyond the
+    budget, for the rounds without which the best plan cannot be told apart from what it is compared with.
     """
     resume([row for row in rows if row.live], book)
     number = 1 + max((s.round for s in book.samples), default=-1)
-    resting: set[str] = set()
-    while (lacking := [row.key for row in rows if row.lacks]) or clock.left() > 0:
-        resting |= {row.key for row in rows if not row.lacks and _far_behind(row, rows)}
-        live = [row for row in rows if row.live and (number % 3 == 0 or row.key not in resting)]
+    while (due := _due(rows, clock.left(), spare)) or clock.left() > 0:
+        live = [row for row in rows if row.races]
         if not live or number >= MOST:
             break
         _choose_chunks(live, clock, _calm(rows))
         load = ForeignLoad([pid for pool in session.pools.values() for pid in pool.pids])
         for row in random.Random(number).sample(live, len(live)):
-            if clock.left() <= 0 and not (row.lacks or (lacking and row.plan.engine == "plain")):
+            if clock.left() <= 0 and row.key not in due:
                 continue
             session.tell(f"measuring, round {number + 1}", min(1.0, clock.spent() / clock.budget))
+            before = clock.spent()
             _one(session, row, rows, number, load, book)
+            row.cost = clock.spent() - before
         _disturbances(rows, book)
         number += 1
-        if number in LOOKS:
-            resting = settled(rows)
-            if all(row.key in resting for row in rows if row.live):
-                study.notes.append(f"the answer was clear after {number} rounds, {clock.left():.0f} s before the end")
-                break
+        if number in LOOKS and settled(rows):
+            study.notes.append(f"the answer was clear after {number} rounds, {clock.left():.0f} s before the end")
+            break
     _conclude(rows, study, book)
+
+
+def _due(rows: list[Row], left: float, spare: float) -> set[str]:
+    """Keys of plans that have their chunk in the next round even if the budget ends before their turn.
+
+    Those with next to nothing, with today beside them; then, in the spare time, those that can be given the rounds
+    that it takes to tell them apart.
+    """
+    due = {row.key for row in rows if row.lacks}
+    if due:
+        return due | {row.key for row in rows if row.live and row.plan.engine == "plain"}
+    _afford(rows, left + spare)
+    short = [row for row in rows if row.races and len(row.measured) < ENOUGH]
+    return {row.key for row in short} if left + spare > 0 else set()
 
 
 def _one(session: Session, row: Row, rows: list[Row], number: int, load: ForeignLoad, book: Book) -> None:
@@ -129,6 +159,8 @@ def _one(session: Session, row: Row, rows: list[Row], number: int, load: Foreign
         answers = chunk(session, row, warm=1 + row.steps // 10, steps=row.steps, trace=TRACED)
     except ParaxisError as error:
         row.result.status, row.result.reason = failure(error)
+        for other in rows:
+            other.result.stopped = None  # it may have been what they were slower than
         if not session.home_alive(row.plan):
             lost(session, rows, row)
         return
@@ -160,17 +192,88 @@ def _calm(rows: list[Row]) -> int:
     return max((len(row.measured.keys() - row.disturbed) for row in rows), default=0)
 
 
-def settled(rows: list[Row]) -> set[str]:
-    """Keys of plans of which more rounds would say little more (see `clear`); today also needs a ratio known well."""
-    have = {row.key: row.times for row in rows if row.live and row.measured}
-    proved = [row for row in rows if row.key in have and row.result.verified and row.result.exact]
-    if not proved:
-        return set()
-    best = min(proved, key=lambda row: median(have[row.key].values()))
-    level = at_a_look(corrected(len(have) - 1), len(LOOKS))
-    wide = {row.key: TODAY_WIDTH if row.plan.engine == "plain" else math.inf for row in rows}
-    found = {key for key, times in have.items() if key != best.key and clear(have[best.key], times, level, wide[key])}
-    return found | {best.key} if len(found) == len(have) - 1 else found
+def best_of(rows: list[Row]) -> Row | None:
+    """The fastest exact plan that was proved, of those that have not dropped out."""
+    proved = [row for row in rows if row.live and row.times and row.result.verified and row.result.exact]
+    racing = [row for row in proved if not row.result.stopped]
+    return min(racing or proved, key=lambda row: median(row.times.values()), default=None)
+
+
+def compared(rows: list[Row]) -> tuple[Result | None, list[tuple[Result, Pair]]]:
+    """The best plan, and the exact ones that it is compared with, today among them, in the rounds that both had."""
+    best = best_of(rows)
+    if best is None:
+        return None, []
+    others = [row for row in rows if row is not best and row.live and row.times and row.result.exact]
+    return best.result, [(row.result, together(best, row)) for row in others]
+
+
+def baseline_of(rows: list[Row]) -> Row | None:
+    """The fastest serial plan, today among them."""
+    serial = [row for row in rows if row.live and row.times and row.plan.mesh.size == 1]
+    return min(serial, key=lambda row: median(row.times.values()), default=None)
+
+
+def _staying(rows: list[Row]) -> list[Row]:
+    """The best plan, today and the baseline, with which others are compared: they have their part in every round."""
+    compared = best_of(rows), baseline_of(rows)
+    return [row for row in rows if row.plan.engine == "plain" or any(row is own for own in compared)]
+
+
+def settled(rows: list[Row]) -> bool:
+    """A look: slower plans drop out or come back. Whether more rounds would say little more of those that race.
+
+    Those it would say little of are told apart from the best or hardly different (see `clear`); today also needs a
+    ratio known well.
+    """
+    best = best_of(rows)
+    if best is None:
+        return False
+    others = {row.key: row for row in rows if row is not best and row.live and row.measured}
+    pairs = {key: together(best, row) for key, row in others.items()}
+    told, staying = apart(pairs, RISK / len(LOOKS)), {row.key for row in _staying(rows)}
+    for key, row in others.items():
+        if key in told and key not in staying and not _faster(*pairs[key]):
+            row.result.stopped = row.result.stopped or _beaten(row, best, pairs[key])
+        elif len(row.measured) >= ENOUGH:  # else see `_afford`
+            row.result.stopped = None
+    wide = {key: TODAY_WIDTH if row.plan.engine == "plain" else math.inf for key, row in others.items()}
+    return all(clear(pair, key in told, wide[key]) for key, pair in pairs.items())
+
+
+def _faster(first: dict[int, float], other: dict[int, float]) -> bool:
+    """Whether the other took less time than the first in half of their rounds or more."""
+    return median(other[r] / first[r] for r in first.keys() & other.keys()) <= 1
+
+
+def _beaten(row: Row, best: Row, pair: Pair) -> str:
+    """Why it has no further rounds."""
+    ratio = paired(*pair)
+    assert ratio is not None, "they had rounds in common"
+    return (
+        f"measured in {len(row.measured)} rounds: told apart from {best.result.label}, which is {ratio.median:.2f} "
+        f"times as fast [{ratio.low:.2f}-{ratio.high:.2f}], so that others had the rest"
+    )
+
+
+def _afford(rows: list[Row], left: float) -> None:
+    """Where so many seconds have not the rounds for all that it takes to tell plans apart, the slowest go without, for
+    the fastest have to have them, and first of all those that others are compared with."""
+    short = [row for row in rows if row.live and len(row.measured) < ENOUGH]
+    staying = {row.key for row in _staying(rows)} if short else set()
+    own = {row.key: row.cost * (ENOUGH - len(row.measured)) for row in short}
+    left -= sum(seconds for key, seconds in own.items() if key in staying)
+    for row in sorted(short, key=lambda row: median(row.measured.values())):
+        row.result.stopped = None
+        if row.key in staying:
+            continue
+        if own[row.key] <= left:
+            left -= own[row.key]
+        else:
+            row.result.stopped = (
+                f"measured in {len(row.measured)} rounds: the budget had no more for slower plans, and fewer than "
+                f"{ENOUGH} tell nothing apart; raise --budget"
+            )
 
 
 def resume(rows: list[Row], book: Book) -> None:
@@ -189,7 +292,7 @@ def _conclude(rows: list[Row], study: Study, book: Book) -> None:
     typical = median(foreign.values())
     study.machine.foreign_cores = round(typical, 2)
     loud = sum(cores > DISTURBED for cores in foreign.values())
-    used = any(row.times.keys() & row.disturbed for row in rows)
+    used = any(row.times.keys() & row.disturbed for row in rows if not row.result.stopped)
     if loud and used:
         study.notes.append(
             f"other programs kept {typical:.1f} cores busy while measuring, and too few of {len(foreign)} rounds were "
@@ -200,13 +303,6 @@ def _conclude(rows: list[Row], study: Study, book: Book) -> None:
     restless = [row.result.label for row in rows if row.measured and not row.sorted.stationary]
     if restless:
         study.notes.append(f"still getting faster when measuring ended: {', '.join(restless)}; raise --budget")
-
-
-def _far_behind(row: Row, rows: list[Row]) -> bool:
-    """Slower than twice the best exact plan by its own best step; today, with which that is compared, never is."""
-    exact = [other for other in rows if other.live and other.measured and other.result.exact]
-    best = min((min(other.measured.values()) for other in exact), default=math.inf)
-    return row.plan.engine != "plain" and bool(row.measured) and min(row.measured.values()) > 2 * best
 
 
 def _choose_chunks(live: list[Row], clock: Clock, calm: int) -> None:

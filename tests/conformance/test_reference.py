@@ -144,6 +144,7 @@ MORE = (
     "dp=2,pp=2,schedule=zb-h1,microbatches=2,sync=average@2",
     "dp=2,microbatches=2,sync=average@2",
     "dp=2,pp=2,microbatches=2,sync=average@4",
+    "dp=4,sync=average@epoch",
     "dp=2,sync=compressed",
     "dp=4,microbatches=2,sync=compressed",
     "dp=2,pp=2,microbatches=2,sync=compressed",

@@ -17,7 +17,7 @@ from paraxis.experiment import blank
 from paraxis.measure.records import HeldOut, Study, Verified
 from paraxis.plan.plan import parse
 from paraxis.recommend import chance_of, recommend
-from paraxis.rounds import Clock, Row
+from paraxis.rounds import Clock, Row, compared
 from paraxis.task.batches import ArraySource
 from paraxis.task.data import Arrays
 from paraxis.task.spec import TaskSpec
@@ -102,7 +102,7 @@ def measured() -> tuple[list[Row], Study]:
         rows.append(row)
     task = {"network": "mlp", "batch": 32}
     study = sample_study.bare(task=task, today=rows[0].result, results=[row.result for row in rows[1:]])
-    study.recommendation = recommend(study, {row.result.plan: row.times for row in rows})
+    study.recommendation = recommend(study, *compared(rows))
     return rows, study
 
 
@@ -199,12 +199,11 @@ def test_looks_grow_as_squares_and_end_with_the_last_step() -> None:
 
 def test_the_recommendation_says_the_inexact_plans_accuracy_or_to_compare_it(train: Any) -> None:
     study, rows = train(Fake())
-    times = {row.result.plan: row.times for row in rows}
-    again = recommend(study, times)
+    again = recommend(study, *compared(rows))
     assert again and "dp=2 average@epoch mpi is 1.25x faster a step, but another algorithm: after " in again.why
     assert "its test accuracy is 9" in again.why and "that of dp=2 mpi 9" in again.why and "±" in again.why
     study, rows = train(Fake(), 10.0)
-    again = recommend(study, times)
+    again = recommend(study, *compared(rows))
     assert again and "compare its accuracy first (15% of the budget" in again.why
 
 

@@ -1,6 +1,7 @@
 """Plans: one text for one program, errors that help, a mesh whose places are unique, a space worth searching."""
 
 from itertools import product
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -10,7 +11,7 @@ from paraxis.errors import PlanError, ProgramError
 from paraxis.plan.plan import Mesh, Plan, parse, period, with_split
 from paraxis.plan.rules import COMMS, PRECISIONS, SCHEDULES
 from paraxis.plan.schedules import STAGES
-from paraxis.plan.space import AVERAGE_EVERY, rungs, space
+from paraxis.plan.space import AVERAGE_EVERY, rungs, space, told_of_space
 from paraxis.program.cut import Layout, cut
 from paraxis.program.lower import lower
 
@@ -167,7 +168,7 @@ def test_a_leading_zero_is_no_other_plan() -> None:
         ("graphs=1", "graphs=1: CUDA graphs take device=cuda"),
         ("compile=2", "compile=2: it takes 0 or 1"),
         ("precision=fp8", "precision=fp8: it takes one of fp32, tf32, bf16, fp16"),
-        ("device=cuda,engine=native", "device=cuda: engine=native computes in fp32 on CPUs; take engine=torch"),
+        ("device=cuda,engine=native", "device=cuda: engine=native computes on CPUs; take engine=torch"),
         ("dp=2,comm=pigeons", "it takes one of openmp, mpi, gloo, nccl"),
         ("engine=troch", "did you mean torch?"),
         ("dp=2,dp=4", "gives dp twice"),
@@ -179,7 +180,7 @@ def test_a_leading_zero_is_no_other_plan() -> None:
         ("pp=2,tp=2,engine=native,interleave=3", "interleave=3: threads of a tp group share one stage"),
         (
             "pp=2,tp=2,engine=native,microbatches=4,schedule=interleaved",
-            "interleave=2: threads of a tp group share one",
+            "schedule=interleaved: threads of a tp group share",
         ),
         (
             "pp=2,tp=2,engine=native,microbatches=4,schedule=zb-h1",
@@ -298,10 +299,44 @@ def test_space_offers_every_kind() -> None:
     assert {plan.comm for plan in found} == {"", "openmp", "mpi", "gloo"}
     assert all((plan.engine == "native") == (plan.comm == "openmp") for plan in found if plan.comm)
     assert {plan.schedule for plan in found} == {"", *SCHEDULES}
-    apart = {f"{rule}@{AVERAGE_EVERY}" for rule in ("average", "diloco")}
-    assert {plan.sync for plan in found} == {"gradient", "compressed", "average@epoch", *apart}
-    assert parse("dp=4,zero=1") in found and parse("dp=2,zero=3") in found
+    assert {plan.sync for plan in found} == {"gradient", "compressed", f"average@{AVERAGE_EVERY}", "diloco@8"}
+    assert {plan.zero for plan in found} == {0, 1, 2, 3} and parse("dp=4,zero=1") in found
     assert parse("dp=2,threads=2") in found and parse("threads=4") in found and parse("dp=2,pp=2") in found
+    assert parse("dp=2,tp=2") in found and parse("dp=4,engine=native,gradients=owner") in found
+
+
+def schedules_over(comm: str, **words: Any) -> set[tuple[str, int]]:
+    return {(plan.schedule, plan.microbatches) for plan in space(2, 8, **words) if plan.pp == 2 and plan.comm == comm}
+
+
+def test_space_asks_each_question_once() -> None:
+    """The bubble's on the fastest transport, that of engines on one of each kind, that of transports on all."""
+    assert len(space(2, 8)) == 27
+    plain = {("1f1b", 4)}
+    engines = plain | {("layerwise", 1), ("gpipe", 4)}
+    bubble = {("1f1b", 8), ("interleaved", 4), ("zb-h1", 4), ("zb-h2", 4)}
+    assert schedules_over("openmp") == engines | bubble
+    assert schedules_over("mpi") == engines and schedules_over("gloo") == plain
+    assert schedules_over("mpi", native=False) == engines | bubble, "no threads train this network"
+    assert schedules_over("openmp", native=False) == engines
+    assert schedules_over("gloo", comms=("gloo",)) == engines | bubble
+    assert schedules_over("openmp", comms=("openmp",)) == engines | bubble
+    messages = [plan for plan in space(2, 8) if plan.zero or plan.sync in ("compressed", "diloco@8")]
+    assert len(messages) == 5 and {plan.comm for plan in messages} == {"mpi"}, "threads send nothing that could be less"
+
+
+def test_people_are_told_what_is_not_tried_everywhere() -> None:
+    assert "over openmp only, and what saves memory or messages over mpi only" in told_of_space(("openmp", "mpi"))[0]
+    assert "schedules are tried over mpi only" in told_of_space(("openmp", "mpi", "gloo"), native=False)[0]
+    assert "schedules are tried over gloo only" in told_of_space(("gloo", "mpi"))[0]
+    assert told_of_space(("mpi",)) == told_of_space(()) == []
+
+
+def test_what_is_asked_first_is_what_a_short_budget_reaches() -> None:
+    labels = [plan.label() for plan in space(2, 8)]
+    reached = labels[:12]
+    assert {"dp=2 openmp", "dp=2 mpi", "dp=2 gloo", "tp=2 openmp", "tp=2 mpi", "pp=2 layerwise mpi"} <= set(reached)
+    assert min(map(labels.index, ("pp=2 zb-h1 m=4 openmp", "pp=2 1f1b m=8 openmp"))) >= 12
 
 
 def test_space_keeps_to_what_it_is_told() -> None:
@@ -326,7 +361,7 @@ def test_shards_have_buckets_and_no_effect_alone() -> None:
         ("dp=2,zero=4", "it takes 0 (nothing sharded), 1, 2 or 3"),
         ("dp=2,zero=1,engine=native", "with comm=openmp replicas share one copy of the weights already"),
         ("dp=2,zero=1,engine=native,comm=mpi", "engine=native keeps its weights whole; engine=torch can shard them"),
-        ("dp=2,zero=2,sync=average@4", "with sync=average@4 replicas differ; shares take sync=gradient"),
+        ("dp=2,zero=2,sync=average@4", "sync=average@4 lets replicas differ; shares take sync=gradient"),
         ("dp=2,zero=x", "a whole number"),
     ],
 )
@@ -338,8 +373,8 @@ def test_what_cannot_be_sharded_is_refused(text: str, part: str) -> None:
     ("text", "part"),
     [
         ("dp=2,comm=openmp", "only engine=native"),
-        ("dp=2,engine=native,threads=2", "write dp=4,engine=native"),
-        ("engine=native,threads=2", "write dp=2,engine=native"),
+        ("dp=2,engine=native,threads=2", "take dp=4 instead"),
+        ("engine=native,threads=2", "take dp=2 instead"),
         ("dp=2,sync=hogwild", "engine=native,comm=openmp"),
         ("dp=2,pp=2,engine=native,sync=hogwild", "pp=1"),
         ("dp=2,gradients=owner", "engine=native,comm=openmp"),

@@ -36,14 +36,12 @@ def program(text: str) -> Program:
     "text, wanted",
     [
         ("precision=tf32", "precision=tf32: its products are of NVIDIA GPUs"),
-        ("dp=2,sync=compressed,precision=fp16", "precision=fp16: sync=compressed adds to a gradient"),
         ("dp=2,engine=native,precision=bf16", "precision=bf16: engine=native"),
     ],
 )
 def test_what_cannot_be_had_is_refused(text: str, wanted: str) -> None:
     with pytest.raises(PlanError, match=wanted):
         parse(text)
-    assert parse("dp=2,sync=compressed,precision=bf16").precision == "bf16"
     assert parse("device=cuda,precision=tf32").precision == "tf32"
 
 

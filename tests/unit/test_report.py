@@ -293,6 +293,26 @@ def test_accuracy_is_drawn_and_said_or_why_it_is_not(report: str) -> None:
     assert "Accuracy was not compared: there are no held-out samples." in "".join(parse(page.html(study)).words)
 
 
+def test_plans_with_fewer_rounds_and_what_is_not_told_apart_are_said() -> None:
+    study = build()
+    assert "fewer rounds" not in printed(study, 200) + inside(page.html(study))
+    stopped = next(r for r in study.results if r.label == "pp=2 1f1b m=4 mpi")
+    stopped.stopped = "measured in 6 rounds: told apart from dp=2 mpi, which is <b>9</b> times as fast [8-10]"
+    assert study.recommendation is not None
+    study.recommendation.not_told_apart = ["near", "scarce", "rare"]
+    study.recommendation.too_few_rounds = ["scarce", "rare"]
+    told = printed(study, 200)
+    assert "1 plan had fewer rounds than others, to leave more to the fastest" in told
+    assert "Not told apart from: near\n" in told
+    assert "Too few rounds to tell it apart from scarce, rare: raise --budget" in told
+    html = page.html(study)
+    words = " ".join(parse(html).words)
+    assert "Plans with fewer rounds" in words and "which is <b>9</b> times as fast [8-10]" in words
+    assert "Not told apart from: near." in words and "scarce, rare: raise --budget." in words
+    study.recommendation.too_few_rounds = list(study.recommendation.not_told_apart)
+    assert "Not told apart" not in printed(study, 200)
+
+
 def test_laws_are_fitted_over_enough_counts_and_else_refused_once() -> None:
     study = build()
     text = "".join(parse(speedup.laws(study)).words) if speedup.laws(study) else ""

@@ -48,6 +48,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_plan_with_fewer_rounds_says_why() -> None:
+    result = pipelined()
+    assert "told apart" not in printed(result)
+    result.stopped = "measured in 6 rounds: told apart from dp=2 mpi"
+    assert result.stopped in printed(result)
+
+
 @pytest.mark.parametrize(
     "text, label",
     [

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paraxis.measure.statistics import (
-    at_a_look,
+    apart,
     chance,
     clear,
     corrected,
@@ -228,7 +228,37 @@ def test_disturbed_rounds_are_set_aside_where_enough_calm_ones_are_left() -> Non
 
 def test_levels_share_the_risk() -> None:
     assert 1 - corrected(20) == pytest.approx((1 - corrected(1)) / 20) and corrected(0) == corrected(1)
-    assert 1 - at_a_look(0.95, 10) == pytest.approx(0.005)
+    assert 1 - corrected(4, risk=0.01) == pytest.approx(0.0025)
+
+
+def spread(rounds: int, by: float, seed: int, scatter: float = 0.1) -> dict[int, float]:
+    rng = np.random.default_rng(seed)
+    return {n: float(v) for n, v in enumerate(by * rng.lognormal(0.0, scatter, rounds))}
+
+
+def test_what_is_far_behind_costs_what_is_near_nothing() -> None:
+    """Nine rounds that all agree are too few for 21 comparisons, but not for the last one."""
+    best = dict.fromkeys(range(9), 1.0)
+    near = (best, {n: 1.001 + 1e-3 * 2.0**n for n in range(9)})
+    far = {str(n): (best, spread(9, 5.0, n)) for n in range(20)}
+    assert not told_apart(*near, corrected(21)) and told_apart(*near, corrected(1))
+    assert apart(far | {"near": near}) == {*far, "near"}
+    alike = {str(n): (best, spread(9, 1.0, n)) for n in range(20)}
+    assert "near" not in apart(alike | {"near": near}), "their comparisons are still to be paid for"
+    assert apart({}) == set()
+
+
+def test_stepping_down_keeps_the_risk_over_all() -> None:
+    """Of ten alike some one is told apart in at most as many trials as the risk says, with ten far behind beside."""
+    wrong = 0
+    for trial in range(100):
+        best = spread(12, 1.0, 1000 * trial)
+        alike = {str(n): (best, spread(12, 1.0, 1000 * trial + n + 1)) for n in range(10)}
+        far = {f"far {n}": (best, spread(12, 9.0, 1000 * trial + n + 100)) for n in range(10)}
+        found = apart(alike | far, risk=0.1)
+        wrong += bool(found & alike.keys())
+        assert far.keys() <= found
+    assert wrong <= 100 * 0.1 + 8
 
 
 def test_clear_is_told_apart_or_hardly_different() -> None:
@@ -238,7 +268,7 @@ def test_clear_is_told_apart_or_hardly_different() -> None:
         for by, noise in ((1.0, 0.005), (1.0, 0.005), (1.3, 0.005))
     )
     vague = {n: float(v) for n, v in enumerate(1 + 0.2 * rng.standard_normal(20))}
-    assert clear(fast, slow, 0.999) and clear(fast, same, 0.999) and not clear(fast, vague, 0.999)
-    assert clear(fast, slow, 0.999, width=0.1) and not clear(fast, slow, 0.999, width=1e-4)
+    assert clear((fast, slow), True) and clear((fast, same), False) and not clear((fast, vague), False)
+    assert clear((fast, slow), True, width=0.1) and not clear((fast, slow), True, width=1e-4)
     first = {n: fast[n] for n in range(5)}
-    assert not clear(first, slow, 0.5), "five rounds are too few to stop"
+    assert not clear((first, same), False), "five rounds are too few to stop"

@@ -101,7 +101,7 @@ def test_too_short_an_epoch_for_the_fragments_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("dp=2,engine=native,sync=diloco@4:bf16", "threads send nothing; leave out bf16"),
+        ("dp=2,engine=native,sync=diloco@4:bf16", "threads send nothing that could be smaller; leave out bf16"),
         ("dp=2,engine=native,sync=diloco@4:fragments=2", "leave out fragments"),
         ("dp=2,engine=native,sync=diloco@4:overlap=1", "leave out overlap"),
         ("dp=2,engine=native,comm=mpi,sync=diloco@8:fragments=2:overlap=1", "leave out fragments and overlap"),

@@ -145,6 +145,7 @@ class Result(Record):
     status: Status
     reason: str | None = None
     step_seconds: Seconds | None = None
+    stopped: str | None = None  # why it had fewer rounds than others
     samples_per_second: float | None = None
     vs_today: Ratio | None = None
     speedup: float | None = None
@@ -191,6 +192,7 @@ class Recommendation(Record):
     command: str
     vs_today: Ratio | None
     not_told_apart: list[str]
+    too_few_rounds: list[str] = []  # of those: what had too few rounds in common with it for any difference to show
 
 
 class Rate(Record):

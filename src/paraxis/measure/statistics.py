@@ -1,10 +1,10 @@
 """Medians with bootstrap intervals, and what can be told apart (Hoefler and Belli 2015, rules 5 to 8)."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from statistics import fmean, median, stdev
+from statistics import fmean, median, quantiles, stdev
 
 import numpy as np
 
@@ -14,8 +14,9 @@ DRAWS = 4000
 # Of telling plans apart that are alike, over all comparisons of a study. Rounds are not quite independent: resampled in
 # blocks, 3% become up to 5% (benchmarks/statistics_check.py).
 RISK = 0.03
-ENOUGH = 6  # calm rounds with which one does without the disturbed ones
+ENOUGH = 6  # calm rounds with which one does without the disturbed ones; rounds below which nothing is told apart
 NARROW = 0.02  # relative width of the interval of a ratio that nothing is gained by narrowing
+Pair = tuple[dict[int, float], dict[int, float]]  # step seconds by round, of the plan that is asked about and another
 
 
 def interval(samples: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -89,7 +90,7 @@ def warm_up(samples: Sequence[float]) -> int:
     start = 0
     while len(samples) >= 6 and start < len(samples) // 2:
         rest = samples[start + 1 :]
-        low, high = np.quantile(rest, [0.25, 0.75])
+        low, _, high = quantiles(rest, n=4, method="inclusive")
         step = 1 if samples[start] > high + 3 * (high - low) else _shift(samples[start:])
         if not step:
             break
@@ -163,36 +164,42 @@ def _rank_sums(n: int) -> np.ndarray:
     return share
 
 
-def corrected(others: int) -> float:
+def apart(pairs: Mapping[str, Pair], risk: float = RISK) -> set[str]:
+    """Keys of the plans that are told apart from one that each is paired with, at so much risk over all of them.
+
+    The correction steps down (Holm 1979): who is told apart at the level that so many comparisons ask for leaves fewer
+    of them, and more of the risk, to those behind. So the many plans that are far behind cost the near ones nothing.
+    """
+    found: set[str] = set()
+    while len(found) < len(pairs):
+        level = corrected(len(pairs) - len(found), risk)
+        more = {key for key, pair in pairs.items() if key not in found and told_apart(*pair, level)}
+        if not more:
+            break
+        found |= more
+    return found
+
+
+def corrected(others: int, risk: float = RISK) -> float:
     """The level of each of so many comparisons with the winner (Bonferroni).
 
     That the winner was chosen for its time is paid for: of plans all alike, some one is found faster than a given plan
     with at most half of the risk, however many there are to choose from.
     """
-    return 1 - RISK / max(1, others)
+    return 1 - risk / max(1, others)
 
 
-def at_a_look(level: float, looks: int) -> float:
-    """The level at each of several looks before the last, which together risk no more than `level` does.
-
-    Who looks often and stops when it suits finds differences that are none (Armitage, McPherson and Rowe 1969).
-    """
-    return 1 - (1 - level) / looks
-
-
-def clear(best: dict[int, float], other: dict[int, float], level: float, width: float = math.inf) -> bool:
-    """Whether more rounds would say little more: told apart at `level`, or so near that the ratio's interval is narrow.
+def clear(pair: Pair, told: bool, width: float = math.inf) -> bool:
+    """Whether more rounds would say little more: told apart, or so near that the ratio's interval is narrow.
 
     `width` is the relative width that the ratio's 95% interval must not exceed in either case.
     """
-    if len(best.keys() & other.keys()) < ENOUGH:
-        return False
-    apart = told_apart(best, other, level)
-    if apart and width == math.inf:
+    if told and width == math.inf:
         return True
-    ratio = paired(best, other)
-    spread = ratio.high / ratio.low - 1 if ratio else math.inf
-    return spread <= (width if apart else min(width, NARROW))
+    ratio = paired(*pair)
+    if ratio is None or len(pair[0].keys() & pair[1].keys()) < ENOUGH:
+        return False
+    return ratio.high / ratio.low - 1 <= (width if told else min(width, NARROW))
 
 
 def chance(values: Sequence[float]) -> float:

@@ -33,9 +33,11 @@ def check_devices(plan: "Plan", gpus: Gpus, local: int = 0) -> None:
             there = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
             raise MissingError(f"device={place}: this machine has {count} CUDA device{'s' * (count > 1)}: {there}")
     if plan.comm == "nccl" and (shared := crowded(plan, count, local or plan.mesh.size)):
+        ranks = local or plan.mesh.size
+        rest = "device=cuda" if ranks <= count else f"device=cuda with at most {count} rank{'s' * (count > 1)} a host"
         raise PlanError(
             f"comm=nccl: {shared[1]} ranks would be on {shared[0]}, and NCCL takes one rank a GPU; "
-            f"comm=mpi or gloo can, or at most {count} rank{'s' * (count > 1)}"
+            f"take comm=mpi or gloo, or {rest}"
         )
 
 

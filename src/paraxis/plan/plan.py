@@ -102,7 +102,8 @@ class Plan:
             object.__setattr__(self, "interleave", STAGES.get(self.schedule, 1))
         if self.split and len(self.split) != self.stages:
             ranks = f"pp={self.pp}" + f",interleave={self.interleave}" * (self.interleave > 1)
-            raise PlanError(f"split={_plus(self.split)} names {len(self.split)} stages, but {ranks}")
+            named = f"{len(self.split)} stage{'s' * (len(self.split) > 1)}"
+            raise PlanError(f"split={_plus(self.split)} names {named}, but {ranks}")
         if any(part < 1 for part in self.split):
             raise PlanError(f"split={_plus(self.split)}: every stage needs at least one layer")
         self._drop_what_has_no_effect()

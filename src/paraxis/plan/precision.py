@@ -23,16 +23,11 @@ def first_scale(batch: int) -> float:
     return 2.0 ** max(0, 16 - ceil(log2(max(batch, 1))))
 
 
-def check_precision(plan: "Plan", keeps_rounding: bool) -> None:
-    """Raises PlanError for what a precision cannot be had with; `keeps_rounding`: its rule does, of gradients."""
+def check_precision(plan: "Plan") -> None:
+    """Raises PlanError for what a precision cannot be had with."""
     if plan.precision == "tf32" and not plan.on_gpu():
         raise PlanError(
             "precision=tf32: its products are of NVIDIA GPUs, a CPU has none; take device=cuda, or precision=bf16"
-        )
-    if plan.precision == SCALED and keeps_rounding:
-        raise PlanError(
-            f"precision={plan.precision}: sync={plan.sync} adds to a gradient what rounding has left of the last one, "
-            "which an overflow would spoil for ever; take precision=bf16"
         )
 
 

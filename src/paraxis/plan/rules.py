@@ -17,6 +17,14 @@ COMMS = ("openmp", "mpi", "gloo", "nccl")
 GRADIENTS = ("private", "owner")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 SWITCHES = ("sequence", "compile", "graphs")
+# Key, its only value under engine=native, and why.
+NATIVE = (
+    ("device", "cpu", "computes on CPUs; take engine=torch"),
+    ("precision", "fp32", "computes in fp32; take engine=torch"),
+    ("compile", 0, "is compiled already; torch.compile takes engine=torch"),
+    ("graphs", 0, "computes on CPUs, and CUDA graphs record a GPU; take engine=torch,device=cuda"),
+    ("sequence", 0, "has tp ranks that see all tokens in common memory; take engine=torch to share them out"),
+)
 
 
 def check(plan: "Plan") -> None:
@@ -33,8 +41,7 @@ def check(plan: "Plan") -> None:
     _check_threads(plan)
     _check_interleave(plan)
     _check_device(plan)
-    sync = sync_rule.parse(plan.sync)
-    check_precision(plan, plan.dp > 1 and sync is not None and bool(sync.rule.gradients))
+    check_precision(plan)
     plan.recomputed()
 
 
@@ -44,7 +51,10 @@ def _check_engine(plan: "Plan") -> None:
     if plan.tp > 1 and plan.engine == "native":
         _check_group(plan)
     if plan.comm == "openmp" and plan.engine != "native":
-        raise PlanError(f"comm=openmp: only engine=native has threads as ranks; engine={plan.engine} takes mpi or gloo")
+        rest = "engine=plain is one process; leave comm out"
+        if plan.engine == "torch":
+            rest = "engine=torch takes mpi or gloo" + ", and nccl on GPUs" * plan.on_gpu()
+        raise PlanError(f"comm=openmp: only engine=native has threads as ranks; {rest}")
     if plan.sync == "hogwild" and (plan.comm or "openmp", plan.engine, plan.pp) != ("openmp", "native", 1):
         raise PlanError("sync=hogwild needs weights in common: dp=N,engine=native,comm=openmp with pp=1")
     threaded = plan.engine == "native" and (plan.comm or "openmp") == "openmp" and plan.sync == "gradient"
@@ -57,15 +67,17 @@ def _check_group(plan: "Plan") -> None:
         raise PlanError(
             f"tp={plan.tp},comm={plan.comm}: the threads of a tp group share memory; take comm=openmp, or engine=torch"
         )
-    if plan.sync != "gradient" and plan.dp > 1:
+    sync = sync_rule.parse(plan.sync)
+    if plan.dp > 1 and (plan.sync == "hogwild" or (sync and sync.rule.agreements)):
         raise PlanError(f"tp={plan.tp}: threads of a tp group share weights that sync={plan.sync} lets replicas change")
     if plan.gradients == "owner":
         raise PlanError(f"gradients=owner: with tp={plan.tp} each thread of a group has its own block already")
-    stages = max(plan.interleave, STAGES.get(plan.schedule, 1) if ordered(plan) else 1)
-    if plan.pp > 1 and stages > 1:
+    if plan.pp > 1 and plan.interleave > 1:
         raise PlanError(
-            f"interleave={stages}: threads of a tp group share one stage; take interleave=1 or engine=torch"
+            f"interleave={plan.interleave}: threads of a tp group share one stage; take interleave=1 or engine=torch"
         )
+    if ordered(plan) and STAGES.get(plan.schedule, 1) > 1:
+        raise PlanError(f"schedule={plan.schedule}: threads of a tp group share one stage; take 1f1b or engine=torch")
     if ordered(plan) and plan.schedule in SCHEDULES and parted(plan.schedule):
         raise PlanError(
             f"schedule={plan.schedule}: threads of a tp group keep nothing for a late W; take 1f1b or engine=torch"
@@ -81,8 +93,9 @@ def _check_zero(plan: "Plan") -> None:
         raise PlanError(f"zero={plan.zero}: with comm=openmp replicas share one copy of the weights already")
     if plan.engine == "native":
         raise PlanError(f"zero={plan.zero}: engine=native keeps its weights whole; engine=torch can shard them")
-    if plan.sync != "gradient":
-        raise PlanError(f"zero={plan.zero}: with sync={plan.sync} replicas differ; shares take sync=gradient")
+    if (sync := sync_rule.parse(plan.sync)) is not None:
+        why = "adds up whole gradients, packed" if sync.rule.gradients else "lets replicas differ"
+        raise PlanError(f"zero={plan.zero}: sync={plan.sync} {why}; shares take sync=gradient")
 
 
 def _check_sync(plan: "Plan") -> None:
@@ -92,25 +105,26 @@ def _check_sync(plan: "Plan") -> None:
     threads = (plan.comm or "openmp") == "openmp"
     if threads and sync.rule.gradients:
         raise PlanError(f"sync={plan.sync}: threads send nothing that could be smaller; take sync=gradient")
-    if threads and sync.payload:
-        raise PlanError(f"sync={plan.sync}: threads send nothing; leave out {sync.payload}")
-    parted = [key for key, usual in (("fragments", 1), ("overlap", 0)) if sync.options.get(key, usual) != usual]
-    if parted or sync.payload == "int8":
-        what = " and ".join(parted) or "int8"
-        raise PlanError(f"sync={plan.sync}: engine=native has its weights in one piece; leave out {what}")
+    cannot = [key for key, usual in (("fragments", 1), ("overlap", 0)) if sync.options.get(key, usual) != usual]
+    why = ["engine=native has its weights in one piece"] * bool(cannot)
+    if sync.payload and (threads or sync.payload == "int8"):
+        rows = "int8 scales rows of one parameter, which engine=native has not"
+        why.append("threads send nothing that could be smaller" if threads else rows)
+        cannot.append(sync.payload)
+    if why:
+        raise PlanError(f"sync={plan.sync}: {', and '.join(why)}; leave out {' and '.join(cannot)}")
 
 
 def _check_interleave(plan: "Plan") -> None:
-    if plan.interleave > 1 and plan.microbatches > 1 and (plan.schedule or "1f1b") in ONE_STAGE:
-        several = ", ".join(name for name in SCHEDULES if name not in ONE_STAGE)
+    if plan.pp > 1 and plan.interleave > 1 and plan.microbatches > 1 and (plan.schedule or "1f1b") in ONE_STAGE:
+        several = " or ".join(name for name in SCHEDULES if name not in ONE_STAGE)
         raise PlanError(f"interleave={plan.interleave}: several stages a rank take schedule={several}")
 
 
 def _check_threads(plan: "Plan") -> None:
     inside = plan.mesh.size > 1 and plan.comm not in ("", "openmp")
     if plan.engine == "native" and plan.threads > 1 and not inside:
-        ranks = plan.dp * plan.threads
-        raise PlanError(f"threads={plan.threads}: here threads are ranks, write dp={ranks},engine=native")
+        raise PlanError(f"threads={plan.threads}: here threads are ranks; take dp={plan.dp * plan.threads} instead")
 
 
 def _check_device(plan: "Plan") -> None:
@@ -125,12 +139,10 @@ def _check_device(plan: "Plan") -> None:
     for key in SWITCHES:
         if getattr(plan, key) not in (0, 1):
             raise PlanError(f"{key}={getattr(plan, key)}: it takes 0 or 1")
-    if plan.engine == "native":
-        for key, usual in (("device", "cpu"), ("precision", "fp32"), ("compile", 0), ("graphs", 0), ("sequence", 0)):
-            if getattr(plan, key) != usual:
-                raise PlanError(
-                    f"{key}={getattr(plan, key)}: engine=native computes in fp32 on CPUs; take engine=torch"
-                )
+    for key, usual, why in NATIVE if plan.engine == "native" else ():
+        if (value := getattr(plan, key)) != usual:
+            gpu = ",device=cuda" * (value == "tf32")
+            raise PlanError(f"{key}={value}: engine=native {why}{gpu}")
     if plan.graphs and (plan.compile or plan.precision == "fp16"):
         key = "compile=1" if plan.compile else "precision=fp16 (whose steps are taken or skipped as they come)"
         raise PlanError(f"graphs=1: what is recorded cannot be changed by {key}; leave one of the two out")
@@ -138,14 +150,15 @@ def _check_device(plan: "Plan") -> None:
         raise PlanError(f"compile=1: with tp={plan.tp} ranks meet in the middle of layers; leave one of the two out")
     if plan.compile and ordered(plan) and plan.schedule in SCHEDULES and parted(plan.schedule):
         raise PlanError(f"compile=1: schedule={plan.schedule} parts the backward of layers; take 1f1b, or no compile")
-    if plan.graphs and not plan.on_gpu():
-        raise PlanError("graphs=1: CUDA graphs take device=cuda")
     if plan.graphs and plan.engine == "plain":
         raise PlanError(
             "graphs=1: engine=plain is the framework's own loop as it stands; engine=torch records its steps"
         )
+    if plan.graphs and not plan.on_gpu():
+        raise PlanError("graphs=1: CUDA graphs take device=cuda")
     if plan.comm == "nccl" and plan.mesh.size > 1 and "cpu" in places:
-        raise PlanError(f"comm=nccl: it joins GPUs, and device={plan.device}; take comm=mpi or gloo")
+        gpu = ", or device=cuda" * (plan.engine == "torch")
+        raise PlanError(f"comm=nccl: it joins GPUs, and device={plan.device}; take comm=mpi or gloo{gpu}")
 
 
 def ordered(plan: "Plan") -> bool:

@@ -1,8 +1,16 @@
-"""The space of plans for a number of workers, the most promising first and every rung of workers early."""
+"""The space of plans for a number of workers, the most promising first and every rung of workers early.
+
+It asks each question once, for a plan more is time less for all others. Replicas and the plainest pipeline are tried
+over every transport, for these tell transports apart. What else an axis can do is tried with threads as ranks and over
+the first transport between processes, for these tell engines apart. What only fills a pipeline's bubble in another way
+(more microbatches, several stages a rank, zero bubble) runs the same program over every transport, and is tried on the
+fastest one. What saves memory or messages is tried where there are messages: threads share memory, and send nothing.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import zip_longest
+from typing import Any
 
 from paraxis.plan.plan import Mesh, Plan
 from paraxis.plan.schedules import SCHEDULES, STAGES, parted
@@ -26,14 +34,15 @@ def space(
     recompute: bool = False,
     hybrids: bool = False,
     sequence: bool = False,
+    native: bool = True,
 ) -> list[Plan]:
     """Distinct plans for 1, 2, 4 ... workers over the given transports, rungs taken in turn; openmp: native.
 
     With `recompute` one plan more for each grid of ranks, that trades time for memory; with `hybrids` also what joins
     several axes or options and is seldom the fastest, over the first transport between processes. `sequence`: whether
-    ranks can share the tokens of a sample.
+    ranks can share the tokens of a sample; `native`: whether the native engine takes the network.
     """
-    columns = [list(_rung(count, layers, comms, inexact)) for count in rungs(workers)]
+    columns = [list(_rung(count, layers, comms, inexact, native)) for count in rungs(workers)]
     process = next((comm for comm in comms if comm != "openmp"), "")
     if hybrids and process:
         own = (_hybrids(count, layers, inexact, sequence) for count in rungs(workers))
@@ -47,38 +56,67 @@ def space(
     return list(dict.fromkeys(mixed))
 
 
-def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool) -> Iterator[Plan]:
+def _rung(workers: int, layers: int, comms: tuple[str, ...], inexact: bool, native: bool) -> Iterator[Plan]:
     """Plans that use exactly so many workers."""
+    threads, processes = [comm for comm in comms if comm == "openmp"], [comm for comm in comms if comm != "openmp"]
     if workers == 1:
-        if "openmp" in comms:
-            yield Plan(engine="native")
-        if comms != ("openmp",):
-            yield Plan()
+        yield from [Plan(engine="native")] * len(threads)
+        yield from [Plan()] * bool(processes)
         return
-    processes = [comm for comm in comms if comm != "openmp"]
-    for kind in _kinds(workers, layers, inexact):
-        for comm in comms if "tp" not in kind else [comm for comm in comms if comm in ("openmp", *processes[:1])]:
-            engine = "native" if comm == "openmp" else "torch"
-            yield Plan(**kind, comm=comm, engine=engine)  # type: ignore[arg-type]
-        if kind == {"dp": workers} and "openmp" in comms:
-            yield Plan(dp=workers, comm="openmp", engine="native", gradients="owner")
-    if not processes:
-        return
-    for zero in (1, 3):
-        yield Plan(dp=workers, comm=processes[0], zero=zero)
-    if inexact:
-        yield from (Plan(dp=workers, sync="compressed", comm=comm) for comm in processes)
-    yield Plan(threads=workers)
+    first = processes[:1]
+    grids = [{"dp": workers // p, "pp": p} for p in rungs(workers)[1:] if p <= layers and workers % p == 0]
+    yield from _over(comms, dp=workers)
+    for tp in dict.fromkeys((workers, 2)):
+        if workers % tp == 0:
+            yield from _over([*threads, *first], dp=workers // tp, tp=tp)
+    for grid in grids:
+        yield from _over(comms, **grid, schedule="1f1b", microbatches=2 * grid["pp"])
+    for grid in grids:
+        yield from _over([*threads, *first], **grid, schedule="layerwise")
+    for grid in grids:
+        yield from _over([*threads, *first], **grid, schedule="gpipe", microbatches=2 * grid["pp"])
+    yield from _over(threads, dp=workers, gradients="owner")
+    yield from [Plan(threads=workers)] * bool(first)
     for ranks in rungs(workers // 2)[1:]:
         if workers % ranks == 0:
-            yield Plan(dp=ranks, threads=workers // ranks, comm=processes[0])
+            yield from _over(first, dp=ranks, threads=workers // ranks)
+    if inexact:
+        yield from _over([*threads, *first], dp=workers, sync=f"average@{AVERAGE_EVERY}")
+    yield from _over(first, dp=workers, zero=1)
+    fastest = threads if native and threads else first or threads
+    for grid in grids:
+        yield from _over(fastest, **grid, schedule="1f1b", microbatches=4 * grid["pp"])
+        for name in ELABORATE:
+            if grid["pp"] * STAGES.get(name, 1) <= layers:
+                yield from _over(fastest, **grid, schedule=name, microbatches=2 * grid["pp"])
+    if inexact:
+        yield from _over(first, dp=workers, sync="compressed")
+        yield from _over(first or threads, dp=workers, sync=f"diloco@{AVERAGE_EVERY}")
+    yield from (plan for zero in (3, 2) for plan in _over(first, dp=workers, zero=zero))
+
+
+def told_of_space(comms: tuple[str, ...], native: bool = True) -> list[str]:
+    """For people: what is not tried over every transport, and why."""
+    processes = [comm for comm in comms if comm != "openmp"]
+    if len(comms) < 2:
+        return []
+    fastest = "openmp" if native and "openmp" in comms else processes[0]
+    return [
+        "to leave time for the others, more microbatches, interleaved and zero-bubble schedules are tried over "
+        f"{fastest} only, and what saves memory or messages over {processes[0]} only; verify and train take every plan"
+    ]
+
+
+def _over(comms: Iterable[str], **kind: Any) -> Iterator[Plan]:
+    """A kind of plan over each of some transports."""
+    for comm in comms:
+        yield Plan(**kind, comm=comm, engine="native" if comm == "openmp" else "torch")
 
 
 def _hybrids(workers: int, layers: int, inexact: bool, sequence: bool) -> Iterator[Plan]:
     """Plans of so many workers that join several axes, or an axis and an option."""
     if workers == 1:
         return
-    yield Plan(dp=workers, zero=2)
     yield Plan(dp=workers, microbatches=2)
     yield Plan(dp=workers, microbatches=2, zero=3)
     if inexact:
@@ -107,26 +145,6 @@ def _hybrids(workers: int, layers: int, inexact: bool, sequence: bool) -> Iterat
         for rule in ("average", "diloco"):
             yield Plan(dp=rest, pp=2, microbatches=4, sync=f"{rule}@{AVERAGE_EVERY}")
             yield Plan(dp=rest, tp=2, sync=f"{rule}@{AVERAGE_EVERY}")
-
-
-def _kinds(workers: int, layers: int, inexact: bool) -> Iterator[dict[str, object]]:
-    yield {"dp": workers}
-    for tp in dict.fromkeys((workers, 2)):
-        if workers % tp == 0:
-            yield {"dp": workers // tp, "tp": tp}
-    for pp in [p for p in rungs(workers)[1:] if p <= layers and workers % p == 0]:
-        grid = {"dp": workers // pp, "pp": pp}
-        for m in (2 * pp, 4 * pp):
-            yield grid | {"schedule": "1f1b", "microbatches": m}
-        for name in ELABORATE:
-            if pp * STAGES.get(name, 1) <= layers:
-                yield grid | {"schedule": name, "microbatches": 2 * pp}
-        yield grid | {"schedule": "gpipe", "microbatches": 2 * pp}
-        yield grid | {"schedule": "layerwise"}
-    if inexact:
-        yield {"dp": workers, "sync": f"average@{AVERAGE_EVERY}"}
-        yield {"dp": workers, "sync": f"diloco@{AVERAGE_EVERY}"}
-        yield {"dp": workers, "sync": "average@epoch"}
 
 
 def on_gpus(gpus: int, workers: int, layers: int, comms: tuple[str, ...]) -> list[Plan]:

@@ -133,6 +133,7 @@ def _costs(study: Study, r: Result) -> list[str]:
     line = f"{milliseconds(time.median)} ms a step {interval(time)} (95%, {len(time.samples)} chunks)"
     line += f", {r.samples_per_second:,.0f} samples/s" if r.samples_per_second else ""
     lines = [line]
+    lines += [r.stopped] if r.stopped else []
     today = study.today.step_seconds if study.today else None
     if r.vs_today and today and study.today is not r:
         lines.append(f"{ratio(r.vs_today, spread=True)} as fast as today's {milliseconds(today.median)} ms")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from paraxis.measure.records import Study
+from paraxis.recommend import doubts
 from paraxis.report import sections, speedup, tables, theatre
 from paraxis.report.markup import document, figure, small, text, time
 
@@ -34,7 +35,7 @@ def html(study: Study) -> str:
         ("memory", "Memory", pictures["memory"]),
         ("traffic", "Bytes sent", pictures["traffic"]),
         ("proofs", "Proofs of equality", sections.proofs(study)),
-        ("missing", "Not measured", sections.missing(study)),
+        ("missing", "Not measured, or in fewer rounds", sections.missing(study) + sections.dropped(study)),
         ("programs", "Programs and their timelines", sections.programs(study, pictures)),
         ("theatre", "Bubble theatre", theatre.fragment()),
         ("notes", "Notes", sections.notes(study)),
@@ -137,9 +138,8 @@ def verdictless(study: Study) -> str:
 
 def untold(study: Study) -> str:
     """The plans that the measurement does not tell apart from the recommended one."""
-    others = study.recommendation.not_told_apart if study.recommendation else []
-    names = ", ".join(f"<code>{text(other)}</code>" for other in others)
-    return f"<p>Not told apart from it by this measurement: {names}.</p>" if others else ""
+    said = doubts(study.recommendation) if study.recommendation else []
+    return "".join(f"<p>{text(line)}.</p>" for line in said)
 
 
 def command(line: str, what: str = "Train with it") -> str:

@@ -184,6 +184,12 @@ def missing(study: Study) -> str:
     return table("Plans without figures", ["Plan", "Status", "Reason"], rows, set()) if rows else ""
 
 
+def dropped(study: Study) -> str:
+    """What was measured in fewer rounds than other plans, and why."""
+    rows = [(kind(study, r), [plan(study, r), text(r.stopped or "")]) for r in tables.dropped(study)]
+    return table("Plans with fewer rounds", ["Plan", "Reason"], rows, set()) if rows else ""
+
+
 def notes(study: Study) -> str:
     """What the study says of itself."""
     return f"<ul>{''.join(f'<li>{text(note)}</li>' for note in study.notes)}</ul>" if study.notes else ""

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paraxis.measure.records import Event, Ratio, Result, Seconds, Split, Study
+from paraxis.recommend import doubts
 
 # field of Split, words, sign in the bar, sign where only ASCII can be printed, style
 PARTS: tuple[tuple[str, str, str, str, str], ...] = (
@@ -68,6 +69,11 @@ def unmeasured(study: Study) -> list[Result]:
     order = ["failed", "refused", "not run", "ok"]
     measured = {id(result) for result in ranking(study)}
     return sorted((r for r in everything(study) if id(r) not in measured), key=lambda r: order.index(r.status))
+
+
+def dropped(study: Study) -> list[Result]:
+    """The measured plans that had fewer rounds than others."""
+    return [result for result in ranking(study) if result.stopped]
 
 
 def winner(study: Study) -> Result | None:
@@ -252,6 +258,9 @@ def footnotes(study: Study, ranked: list[Result]) -> list[str]:
     lines = [f"{omitted(study)}: all listed in the report"] if unmeasured(study) else []
     if not ranked:
         lines += [f"  {name(study, r)}: {first_line(r.reason)}" for r in unmeasured(study)[:5]]
+    if out := dropped(study):
+        more = "to leave more to the fastest: each with its reason in the report"
+        lines.append(f"{count(len(out), 'plan')} had fewer rounds than others, {more}")
     if any(result.oversubscribed for result in ranked):
         lines.append(OVERSUBSCRIBED)
     if any(not result.exact for result in ranked):
@@ -373,8 +382,8 @@ def advice(study: Study, console: Console) -> None:
         console.print(Text(clean(chosen.sentence), style="bold"))
         if chosen.why and chosen.why not in chosen.sentence:
             console.print(Text(clean(chosen.why)))
-        if chosen.not_told_apart:
-            console.print(Text("Not told apart from: " + ", ".join(map(clean, chosen.not_told_apart))))
+        for line in doubts(chosen):
+            console.print(Text(clean(line)))
         if chosen.command:
             console.print()
             # Never wrapped: a line break inside would run half of the command.
