@@ -97,9 +97,9 @@ def _all(
     facts = session.known()
     layers = 2 if facts.layout.cuttable else len(facts.layers)
     sequence = any(not own.why for own in facts.layout.tokens)
-    processes = tuple(comm for comm in comms if comm != "openmp")
-    spaces = [space(count, layers, own, recompute=True, hybrids=True, sequence=sequence) for own in (comms, processes)]
-    plans = list(dict.fromkeys(plan for own in spaces[: 1 + bool(processes)] for plan in own))
+    plans = space(count, layers, comms, recompute=True, hybrids=True, sequence=sequence)
+    for comm in comms:  # a proof takes no time from others: every transport has what else it can carry
+        plans += [plan for plan in space(count, layers, (comm,)) if plan not in plans]
     proofs = []
     for number, plan in enumerate(plans):
         if plan.processes > 1 and plan.comm in missing:

@@ -120,6 +120,7 @@ def _hybrids(workers: int, layers: int, inexact: bool, sequence: bool) -> Iterat
     yield Plan(dp=workers, microbatches=2)
     yield Plan(dp=workers, microbatches=2, zero=3)
     if inexact:
+        yield Plan(dp=workers, sync="average@epoch")
         yield Plan(dp=workers, sync=f"diloco@{AVERAGE_EVERY}:bf16")
         yield Plan(dp=workers, sync=f"diloco@{AVERAGE_EVERY}:int8:fragments=2")
     if sequence:
