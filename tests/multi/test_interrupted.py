@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -164,6 +165,27 @@ def test_an_impatient_ctrl_c(desk: Any, gap: float) -> None:
     desk.check_gone(within=5)
     assert done.rc in (130, -signal.SIGINT)  # a shell shows both as 130
     assert "Traceback" not in done.err
+
+
+FAREWELL = """
+import atexit, os, signal, sys
+from paraxis import cli
+
+def app(*words, **options):
+    os.kill(os.getpid(), signal.{first})
+
+cli.app = app
+atexit.register(os.kill, os.getpid(), signal.{second})  # while Python shuts down
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("first, second", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGCHLD", "SIGINT")])
+def test_a_signal_in_the_farewell_ends_it_without_a_word(desk: Any, first: str, second: str) -> None:
+    script = desk.write("farewell.py", FAREWELL.format(first=first, second=second))
+    done = desk.start(script, program=(sys.executable,)).finish(30)
+    assert done.rc == -getattr(signal, second)
+    assert done.err == ("" if first == "SIGCHLD" else "paraxis: interrupted; what was finished is kept\n")
 
 
 @pytest.mark.slow
