@@ -57,6 +57,15 @@ def test_one_rank_leaves(desk: Any, fault: str) -> None:
         done.refused("rank 1 of 2", transport, rc=1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_one_rank_aborts_and_has_said_why(desk: Any, transport: str) -> None:
+    fault = "import os; os.write(2, b'free(): invalid pointer\\n'); os.abort()"
+    path = desk.write("bad.py", HALF_BAD.replace("{fault}", fault))
+    done = desk.run("train", path, "--plan", f"dp=2,comm={transport}", "--epochs", 3)
+    done.refused("rank 1 of 2", transport, "SIGABRT: free(): invalid pointer", rc=1)
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_one_rank_is_killed(desk: Any, transport: str) -> None:
     running = training(desk, f"dp=2,comm={transport}")
