@@ -201,13 +201,14 @@ LATER = dict.fromkeys(("unzeroed", "never-agreed", "summed-weights", "no-outer-m
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("comm", ["mpi", "gloo"])
 def test_every_seeded_fault_on_the_same_resident_ranks(desk: Any, comm: str) -> None:
     others = {"local-statistics", "local-moments", "untied", "counted-whole"}  # what the cnn has not
     others |= {"dropped-tokens", "dropped-token-gradients", "partial-gradients", "late-weights", "lost-slice"}
     names = [name for name in FAULTS if name not in others | {"impatient"}]  # nor two processes
     wanted = {name: f"{PLAN_OF.get(name, ('', 'dp=2'))[1]},comm={comm}" for name in names}
-    done = desk.launch("python", desk.write("every.py", EVERY_FAULT), comm, 3, json.dumps(wanted), limit=230)
+    done = desk.launch("python", desk.write("every.py", EVERY_FAULT), comm, 3, json.dumps(wanted), limit=850)
     assert done.rc == 0, done.err
     found, pids = json.loads(done.out)
     assert len(names) >= 12 and [len(ranks) for ranks in pids] == [2], "the same two processes throughout"
