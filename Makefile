@@ -2,19 +2,33 @@
 PYTHON ?= python3
 PARAXIS = .venv/bin/paraxis
 
-.PHONY: explore test slow lint bench clean sanitize arm64 wheels test-gpu bench-gpu
+.PHONY: explore test emulated slow lint bench clean sanitize arm64 wheels test-gpu bench-gpu
 
 explore: .venv/installed
 	$(PARAXIS) explore cnn $(ARGS)
 
 # What starts ranks of its own runs alone: side by side they would wait for each other's cores.
-test: .venv/installed
+test: .venv/installed build/emulator.so
 ifdef ARGS
 	.venv/bin/python -m pytest $(ARGS)
 else
 	.venv/bin/python -m pytest -n 2 tests/unit tests/conformance tests/gpu
+	$(EMULATED) -n 2 tests/gpu
 	.venv/bin/python -m pytest tests/multi
 endif
+
+# The tests of GPUs, on two that are emulated in host memory: they tell what is computed, not how fast.
+EMULATED = PARAXIS_EMULATOR=$(CURDIR)/build/emulator.so PARAXIS_EMULATED_GPUS=2 PATH="$(CURDIR)/tests/emulator/bin:$$PATH" \
+  PYTHONPATH=$(CURDIR)/tests/emulator .venv/bin/python -m pytest -m "cuda and not slow"
+
+emulated: .venv/installed build/emulator.so
+	$(EMULATED) $(ARGS)
+
+build/emulator.so: .venv/installed $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
+	mkdir -p build
+	torch=$$(.venv/bin/python -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"); \
+	  $(CXX) -O1 -shared -fPIC -std=c++20 -I$$torch/include -I$$torch/include/torch/csrc/api/include \
+	  tests/emulator/emulator.cpp -o $@ -L$$torch/lib -lc10 -ltorch_cpu -Wl,-rpath,$$torch/lib
 
 slow: .venv/installed
 	.venv/bin/python -m pytest -m slow $(ARGS)

@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from paraxis.errors import OutOfMemory, ParaxisError, PlanError
 from paraxis.measure.records import MemoryRecord
 from paraxis.plan.plan import Plan, with_split
+from paraxis.plan.precision import MIXED
 from paraxis.plan.space import space
 from paraxis.program.cut import splits
 from paraxis.program.memory import Memory
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 TRIED = 64  # ways of cutting whose memory is computed
 SMALLER = "smaller microbatches (microbatches=4), recompute=all or device=cpu need less"
-UNKNOWN = "its memory could not be computed, so that it is not known to fit into --memory-limit; in fp32 it can"
+UNKNOWN = "its memory could not be computed, so that it is not known to fit into --memory-limit"
 
 
 def bytes_of(text: str) -> int:
@@ -97,37 +100,63 @@ def _instead(session: "Session", plan: Plan, limit: int) -> str:
         if memory is not None:
             found.append((memory.total, other))
         if memory is not None and memory.total <= limit:
-            return f"{other.short()} would need {_mb(memory.total)} MB"
+            return f"{other.short()} would need {_mb(memory.total)} MB{_unlike(plan, other)}"
     if not found:
         return "no other plan was found for it"
     total, least = min(found, key=lambda pair: pair[0])
-    return f"none of its kind fits, the smallest is {least.short()} with {_mb(total)} MB"
+    return f"none of its kind fits, the smallest is {least.short()} with {_mb(total)} MB{_unlike(plan, least)}"
+
+
+def _unlike(plan: Plan, other: Plan) -> str:
+    """That another plan does not compute the same numbers."""
+    return "" if other.precision == plan.precision else f", but computes in {other.precision}"
 
 
 def _others(session: "Session", plan: Plan) -> Iterator[Plan]:
-    """Of the same transport and as many ranks (of a single one: two), those first that change least."""
-    if plan.on_gpu():
-        yield from _on_less_of_a_gpu(plan)
-        return
+    """Those first that differ in the fewest keys; behind all that compute in the plan's precision those that do not.
+
+    That is fp32 for mixed precision, whose copies of weights may need more room than its small activations save.
+    """
+    own = dict.fromkeys(_on_less_of_a_gpu(plan) if plan.on_gpu() else _of_as_many_ranks(session, plan))
+    near = sorted((other for other in own if other != plan), key=partial(_differing, plan))
+    yield from near
+    precision = "fp32" if plan.precision in MIXED else "bf16"
+    yield from chain.from_iterable(_changed(other, precision=precision) for other in (plan, *near))
+
+
+def _differing(plan: Plan, other: Plan) -> int:
+    """The keys in which plans differ as one types them; where stages are cut nobody need have typed."""
+    a, b = (set(replace(own, split=()).short().split(",")) for own in (plan, other))
+    return len({item.partition("=")[0] for item in a ^ b})
+
+
+def _of_as_many_ranks(session: "Session", plan: Plan) -> Iterator[Plan]:
+    """Of the same transport and as many ranks (of a single one: two)."""
+    yield from _smaller(plan)
     layers, comm = len(session.known().layers), plan.comm or "mpi"
-    yield from _changed(plan, recompute="all")
-    yield from space(max(2, plan.mesh.size), layers, (comm,), inexact=False, recompute=True)
-    schedule = "" if plan.schedule == "layerwise" else plan.schedule
-    for parts in (plan.microbatches * n for n in (2, 4, 8, 16)):
-        yield from _changed(plan, microbatches=parts, schedule=schedule)
-        yield from _changed(plan, microbatches=parts, schedule=schedule, recompute="all")
+    for grid in space(max(2, plan.mesh.size), layers, (comm,), inexact=False, recompute=True):
+        for other in _changed(grid, precision=plan.precision):
+            yield other
+            yield from _changed(other, sequence=1)
 
 
 def _on_less_of_a_gpu(plan: Plan) -> Iterator[Plan]:
-    """Smaller microbatches, forwards computed again, and with that consecutive layers on the CPU."""
+    """With less in each GPU, and consecutive layers on the CPU."""
     own = replace(plan, engine="torch", graphs=0)
-    for parts in (own.microbatches * n for n in (1, 2, 4, 8, 16)):
-        yield from _changed(own, microbatches=parts)
-        yield from _changed(own, microbatches=parts, recompute="all")
+    yield from _smaller(own)
     for gpu in sorted(set(plan.devices()) - {"cpu"})[:1] if plan.mesh.size == 1 else ():
         device = f"cpu+{'cuda:0' if gpu == 'cuda' else gpu}"
         for parts in (1, 4, 16):
             yield from _changed(own, pp=2, microbatches=parts, device=device)
+
+
+def _smaller(plan: Plan) -> Iterator[Plan]:
+    """On the same ranks: forwards computed again, shared tokens (where `tp` ranks share layers), less at once."""
+    schedule = "" if plan.schedule == "layerwise" else plan.schedule
+    for parts in (plan.microbatches * n for n in (1, 2, 4, 8, 16)):
+        for own in (plan, *_changed(plan, sequence=1)):
+            yield from _changed(own, microbatches=parts, schedule=schedule)
+            yield from _changed(own, microbatches=parts, schedule=schedule, recompute="all")
 
 
 def _changed(plan: Plan, **values: Any) -> Iterator[Plan]:

@@ -103,8 +103,10 @@ def _why(study: Study, best: Result) -> str:
     what = {
         "per-call overhead": "mostly the framework's cost per call, so a larger batch would use the cores better",
         "memory bandwidth": "bound by the memory",
+        "launches": "mostly asking the GPU for kernels, which it computes faster than that",
+        "shared GPU": "with a GPU that ranks share",
     }
-    kind = what.get(best.bound_by or "", "bound by the cores themselves")
+    kind = what.get(best.bound_by or "", f"bound by the {'GPU itself' if best.devices else 'cores themselves'}")
     text = f"It is not faster because {share:.0%} of its step is computing ({kind})"
     if seconds > 0.02 * total:
         text += f" and {seconds / total:.0%} is {name}"

@@ -49,8 +49,8 @@ class Session:
     oracles: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
     limit: int | None = None  # bytes that a rank may hold
     memories: dict[Plan, Memory | None] = field(default_factory=dict)  # computed so far
-    costs: dict[str, list[float]] = field(default_factory=dict)  # seconds of each layer on a device, measured so far
-    parts: dict[tuple[int, int], Sizes] = field(default_factory=dict)  # of layers that so many ranks share
+    costs: dict[str, tuple[list[float], float]] = field(default_factory=dict)  # by device, as far as measured
+    parts: dict[tuple[Any, ...], Sizes] = field(default_factory=dict)  # of layers, shared or in mixed precision
 
     def known(self) -> Facts:
         """The task's facts, measured once by the rank that works alone."""
@@ -133,27 +133,31 @@ class Session:
             return plan
         self._check_devices(plan)
         places = plan.devices()
-        costs = [self._costs(places[stage % plan.pp]) for stage in range(plan.stages)]
+        costs = [self._costs(places[stage % plan.pp])[0] for stage in range(plan.stages)]
         return fitted(self, plan, costs) or with_split(plan, balanced_on(costs))
 
-    def _costs(self, place: str) -> list[float]:
-        """Seconds of each layer's forward and backward on a device; GPUs without a number count as the first one."""
+    def _costs(self, place: str) -> tuple[list[float], float]:
+        """Seconds of each layer's forward and backward on a device, and of the calls for one sample; GPUs without a
+        number count as the first one."""
         facts, place = self.known(), "cuda:0" if place == "cuda" else place
         if place not in self.costs:
-            there = (facts.forward, facts.backward)
-            if place != "cpu":
+            if place == "cpu":
+                here = [f + b for f, b in zip(facts.forward, facts.backward, strict=True)]
+                self.costs[place] = here, facts.dispatch
+            else:
                 self.tell(f"measuring the layers on {place}", -1)
                 there = self.pool("solo").ask({"do": "costs", "device": place})[0]
-            self.costs[place] = [f + b for f, b in zip(*there, strict=True)]
+                self.costs[place] = there["layers"], there["calls"]
         return self.costs[place]
 
     def known_on(self, plan: Plan) -> Facts:
-        """The task's facts with the seconds that layers take where this plan computes them all."""
+        """The task's facts with the seconds that layers, and their calls, take where this plan computes them all."""
         facts, places = self.known(), set(plan.devices())
         if not plan.on_gpu() or len(places) > 1:
             return facts
         try:
-            return replace(facts, forward=tuple(self._costs(places.pop())), backward=(0.0,) * len(facts.layers))
+            layers, calls = self._costs(places.pop())
+            return replace(facts, forward=tuple(layers), backward=(0.0,) * len(facts.layers), dispatch=calls)
         except ParaxisError:  # such as no room for the layers on their own
             return facts
 
@@ -194,17 +198,33 @@ class Session:
         check_divides(plan, facts.batch, self.spec.bn_group, facts.least)
         if plan.engine == "native":
             return [Memory(**own) for own in self.pool("solo").ask({"do": "reserved", "plan": plan.text()})[0]]
-        if plan.precision in MIXED:  # what autocast keeps is not known
-            return []
-        program, sizes = lower(alike, facts.layout, facts.steps_per_epoch or 1), self._sizes(plan.tp, plan.sequence)
-        return memory(program, alike, sizes, facts.batch) if sizes else []
+        program = lower(alike, facts.layout, facts.steps_per_epoch or 1)
+        found = {}
+        for place in dict.fromkeys(plan.devices()):
+            if (sizes := self._sizes(plan, program, place)) is None:
+                return []
+            found[place] = memory(program, alike, sizes, facts.batch)
+        places = [plan.devices()[plan.mesh.coordinates(rank)[1]] for rank in range(plan.mesh.size)]
+        return [found[place][rank] for rank, place in enumerate(places)]
 
-    def _sizes(self, tp: int, sequence: int) -> Sizes | None:
-        """Bytes of every layer, as one of `tp` ranks has it, with all tokens or its own; tried once for each."""
-        if tp > 1 and (tp, sequence) not in self.parts:
-            request = {"do": "sizes", "tp": tp, "sequence": sequence}
-            self.parts[tp, sequence] = sizes_of(self.pool("solo").ask(request)[0])
-        return self.parts[tp, sequence] if tp > 1 else self.known().sizes
+    def _sizes(self, plan: Plan, program: Program, place: str) -> Sizes | None:
+        """Bytes of every layer as one rank has it; tried once for each way of sharing and for each precision, which on
+        a GPU is another one than on a CPU: there it is tried too, unless it has no room for the whole network."""
+        mixed = plan.precision in MIXED
+        if plan.tp == 1 and not mixed:
+            return self.known().sizes
+        parted = mixed and any(program.parted(stage) for stage in range(len(program.stages)))
+        there = mixed and place != "cpu" and self.gpus()
+        device = "cpu" if not there else "cuda:0" if place == "cuda" else place
+        words = {"tp": plan.tp, "sequence": plan.sequence, "precision": plan.precision if mixed else "fp32"}
+        key = *words.values(), parted, device
+        if key not in self.parts:
+            request = {"do": "sizes", "parted": parted, "device": device} | words
+            try:
+                self.parts[key] = sizes_of(self.pool("solo").ask(request)[0])
+            except OutOfMemory:
+                self.parts[key] = sizes_of(self.pool("solo").ask(request | {"device": "cpu"})[0])
+        return self.parts[key]
 
     def setup(self, key: str, plan: Plan, dtype: str = "float32", fault: str | None = None) -> list[Any]:
         """Set a plan up on all its ranks under a key."""

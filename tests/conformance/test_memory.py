@@ -60,8 +60,8 @@ PAIRS += [("mlp", text) for text in ("serial", "pp=2,interleave=2,schedule=gpipe
 
 
 @cache
-def sizes_of(spec: TaskSpec, tp: int = 1, sequence: int = 0) -> Sizes:
-    return measure_sizes(make_task(spec), tp, sequence)
+def sizes_of(spec: TaskSpec, tp: int = 1, sequence: int = 0, precision: str = "fp32", parted: bool = False) -> Sizes:
+    return measure_sizes(make_task(spec), tp, sequence, precision, parted)
 
 
 def named(folder: Path, name: str) -> TaskSpec:
@@ -78,12 +78,16 @@ def counted(spec: TaskSpec, plan: Plan) -> tuple[list[Memory], list[dict[str, in
     task = make_task(spec)
     program: Program = lower(plan, task.layout(), 3)
     ranks = reference.start(program, lambda r: TorchEngine(make_task(spec), program, r))
+    for scaling in (rank.engine.scaling for rank in ranks if rank.engine.scaling):
+        scaling.scale = 1.0  # a first step that is skipped leaves an optimiser without its state
     reference.run_steps(ranks, 1)
     with ExitStack() as stack:
         counts = [stack.enter_context(counting(rank)) for rank in ranks]
         reference.run_steps(ranks, program.steps_in_period())
     found = [held(rank, count.peak) for rank, count in zip(ranks, counts, strict=True)]
-    return memory(program, plan, sizes_of(spec, plan.tp, plan.sequence), task.batch), found
+    parted = plan.precision != "fp32" and any(map(program.parted, range(len(program.stages))))
+    sizes = sizes_of(spec, plan.tp, plan.sequence, plan.precision, parted)
+    return memory(program, plan, sizes, task.batch), found
 
 
 def apart(spec: TaskSpec, plan: Plan) -> float:

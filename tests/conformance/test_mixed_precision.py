@@ -94,10 +94,11 @@ def furthest(spec: TaskSpec, plan: Plan, ranks: list[Rank], scale: float = 0.0) 
 CASES = [
     *(("mlp", text) for text in ("dp=2", "dp=2,zero=3", "tp=2", "dp=2,sync=average@2", "recompute=all,microbatches=2")),
     *(("mlp", text) for text in ("pp=3,schedule=zb-h1,microbatches=4", "dp=2,pp=2,microbatches=2,zero=1")),
-    *(("cnn", text) for text in ("dp=2", "pp=2,microbatches=2")),
+    *(("cnn", text) for text in ("dp=2", "pp=2,microbatches=2", "pp=2,microbatches=2,recompute=all")),
+    ("cnn", "dp=2,pp=2,microbatches=4,zero=3,schedule=zb-h1"),
     ("transformer", "dp=2,pp=2,microbatches=2"),
-    ("batch norm", "dp=2"),
-    *(("gpt", text) for text in ("tp=2", "tp=2,sequence=1", "pp=2,microbatches=2")),
+    *(("batch norm", text) for text in ("dp=2", "pp=2,microbatches=2,recompute=1")),
+    *(("gpt", text) for text in ("tp=2", "tp=2,sequence=1", "pp=2,microbatches=2", "microbatches=2,recompute=all")),
     ("blocks", "dp=2,tp=2"),
 ]
 

@@ -46,6 +46,8 @@ def test_best_is_a_plan_that_fits_and_the_others_tell_their_numbers(desk: Any) -
         ("tp=2,comm=gloo", "18M", ""),
         ("dp=2,engine=native", "18M", "needs 20 MB a rank (parameters 3.7, gradients 7.5, optimizer 7.5"),
         ("pp=2,microbatches=4,engine=native,comm=mpi", "30M", ""),
+        ("dp=2,comm=gloo,precision=bf16", "24M", "optimizer 7.5, activations 2.5)"),  # of weights in 16 bits
+        ("tp=2,comm=gloo,precision=fp16", "18M", ""),
         ("dp=2,sync=diloco@4,comm=gloo", "40M", "needs 45 MB a rank (parameters 7.5, gradients 7.5, optimizer 30"),
     ],
 )

@@ -119,6 +119,29 @@ def test_data_and_compute() -> None:
     assert "6 of 8 cores are idle" in judge(replace(busy, cores=8)).change
 
 
+def test_a_gpu_waits_for_launches_or_is_busy() -> None:
+    eager = evidence("device=cuda", parts(), dispatch=6e-3, devices=("cuda:0",), cores=2)
+    verdict = judge(eager)
+    assert verdict.short == "launches" and "60% of the step" in verdict.seen and verdict.change.startswith("graphs=1, ")
+    assert judge(replace(eager, plan=parse("device=cuda,engine=plain"))).change.startswith("engine=torch,graphs=1")
+    assert "graphs" not in judge(replace(eager, plan=parse("device=cuda,precision=fp16"))).change
+    replayed = judge(replace(eager, plan=parse("device=cuda,graphs=1")))
+    assert replayed.short == "compute" and replayed.change.startswith("a larger batch, which fills it better, or prec")
+    busy = judge(replace(eager, dispatch=1e-3))
+    assert busy.short == "compute" and busy.change == "precision=tf32 or bf16, or more GPUs", "idle cores do not help"
+    assert judge(replace(eager, dispatch=1e-3, plan=parse("device=cuda,precision=bf16"))).change == "more GPUs"
+    update = judge(evidence("device=cuda", parts(optimizer=3), parameters=1_000, devices=("cuda:0",)))
+    assert update.short == "per-call overhead 30%" and update.change.startswith("graphs=1")
+
+
+def test_ranks_that_share_a_gpu_take_turns() -> None:
+    both = evidence("dp=2,device=cuda,comm=mpi", parts(), devices=("cuda:0", "cuda:0"))
+    assert judge(both).short == "shared GPU" and "2 ranks take turns on cuda:0" in judge(both).seen
+    assert judge(replace(both, devices=("cuda:0", "cuda:1"))).short == "compute"
+    unlike = evidence("pp=2,microbatches=4,devices=cpu+cuda:0", parts(), devices=("cpu", "cuda:0"), cores=2)
+    assert judge(unlike).change == "all layers on the GPU, where its memory allows that, or more cores"
+
+
 def test_the_largest_part_decides() -> None:
     both = evidence("pp=2,microbatches=4", parts(pipeline_wait=3, communication=2.9), sent=(1e3, 1.0))
     assert judge(both).cause == "bubble"

@@ -51,7 +51,7 @@ def run(text: str, store: dist.Store, tagless: bool = True) -> tuple[list[float]
     [
         ("pp=2,microbatches=4", 2),
         ("pp=2,schedule=interleaved,microbatches=4", 6),
-        ("dp=2,pp=2,microbatches=2,sync=compressed", 4),
+        ("dp=2,pp=2,microbatches=2,sync=compressed", 6),
     ],
 )
 def test_order_alone_names_messages(text: str, opened: int, monkeypatch: pytest.MonkeyPatch) -> None:

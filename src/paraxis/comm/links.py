@@ -12,6 +12,7 @@ from paraxis.errors import PlanError
 from paraxis.program.instructions import RECEIVES, SENDS, Instruction, Program
 
 LEAVES, LANES = 64, 64  # tensors of one message at most; links between two ranks, of which more share one
+HALVES = 0, 1  # the lanes of packed sums: parts to who adds them, and the sums back
 Link = tuple[int, int, int]  # sender, receiver, lane
 
 
@@ -46,7 +47,7 @@ def links(program: Program) -> list[Link]:
         for rank, row in enumerate(body):
             for axis in {i.axis for i in row if i.payload}:  # what is packed travels from each to each
                 group = program.mesh.group(rank, axis)
-                found |= {(rank, peer, 0) for peer in group if peer != rank}
+                found |= {(rank, peer, half) for peer in group if peer != rank for half in HALVES}
     return sorted(found)
 
 

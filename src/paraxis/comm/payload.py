@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paraxis.comm.base import Comm, Request
+from paraxis.comm.links import HALVES
 
 ROW = 128  # elements that share a scale; pieces are whole rows
 
@@ -61,7 +62,9 @@ class PackedSum:
         self.sends: list[Request] = []
         self.sending: list[Tensor] = []
         self.adding = True
-        self._exchange(0, {r: self._packed(self.pieces[r]) for r in self.peers}, dict.fromkeys(self.peers, self.rank))
+        self._exchange(
+            HALVES[0], {r: self._packed(self.pieces[r]) for r in self.peers}, dict.fromkeys(self.peers, self.rank)
+        )
 
     @property
     def rank(self) -> int:
@@ -100,7 +103,7 @@ class PackedSum:
             total += CODECS[self.payload][1](letters[rank], piece)
         mine = self._packed(total)
         self._unpack(mine, piece)
-        self._exchange(1, dict.fromkeys(self.peers, mine), {r: r for r in self.peers})
+        self._exchange(HALVES[1], dict.fromkeys(self.peers, mine), {r: r for r in self.peers})
 
     def _exchange(self, tag: int, letters: dict[int, Tensor], numbers: dict[int, int]) -> None:
         """Send a letter to each peer, and expect from each one of the size of piece `numbers[peer]`; none if empty."""

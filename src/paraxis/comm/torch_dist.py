@@ -55,6 +55,8 @@ class DistComm:
         link = (mine, theirs, lane_of(tag)) if sends else (theirs, mine, lane_of(tag))
         if link in self.root.links and (tensor.is_cuda or self.root.backend == "gloo"):
             return self.root.links[link], int(sends), 0
+        if self.root.tagless and tensor.is_cuda:
+            raise RuntimeError(f"no link from rank {link[0]} to rank {link[1]} for messages of lane {link[2]}")
         return self._of(tensor), peer, tag
 
     def open(self, links: Sequence[Link]) -> None:

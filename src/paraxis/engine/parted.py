@@ -56,7 +56,7 @@ class _Parted(torch.autograd.Function):
     """A layer with weights whose backward may leave their gradient for later; outside of an I it makes all of them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: "_Layer") -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: "Layer") -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(x, weight)
         return layer.compute(x, weight, bias)
@@ -76,7 +76,7 @@ class _Parted(torch.autograd.Function):
 
 
 @dataclass(frozen=True, eq=False)
-class _Layer:
+class Layer:
     """A linear layer or a convolution: what it computes, and its gradients of (input, weight, bias), those wanted."""
 
     module: Any
@@ -99,8 +99,11 @@ class _Layer:
 
     def add(self, gradient: Tensor, x: Tensor, wanted: Sequence[bool]) -> None:
         """W: what autograd would have added to the gradients of weight and bias."""
+        weight = self.module.weight
+        if weight.dtype != x.dtype or not weight.untyped_storage().nbytes():  # of another type, or let go by ZeRO 3
+            weight = x.new_empty(()).expand(weight.shape)  # W asks it for its shape only
         with torch.no_grad():
-            made = self.gradients(gradient, x, self.module.weight.to(x.dtype), wanted)
+            made = self.gradients(gradient, x, weight, wanted)
             for p, value in zip((self.module.weight, self.module.bias), made[1:], strict=True):
                 if value is not None:
                     p.grad = value.to(p.dtype) if p.grad is None else p.grad.add_(value)
@@ -121,8 +124,6 @@ def _convolution(
     outside = [0] * len(module.padding)
     like = module.stride, module.padding, module.dilation, False, outside, module.groups
     sizes = [weight.shape[0]] if wanted[2] else None
-    if not weight.untyped_storage().nbytes():  # ZeRO 3 has let it go, and W asks it for its shape only
-        weight = weight.new_empty(()).expand(weight.shape)
     made: Sequence[Tensor | None] = torch.ops.aten.convolution_backward(gradient, x, weight, sizes, *like, list(wanted))
     return [value if want else None for value, want in zip(made, wanted, strict=True)]
 
@@ -155,8 +156,8 @@ def part(module: Any, parting: Parting) -> None:
     if not can_part(module):
         return
     if kind is nn.Linear:
-        module.forward = _Layer(module, parting, module.forward, F.linear, _linear, dims=0)
+        module.forward = Layer(module, parting, module.forward, F.linear, _linear, dims=0)
     elif module.padding_mode == "zeros" and not isinstance(module.padding, str):
         like = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "groups")}
         compute, gradients = partial(CONVOLUTIONS[kind], **like), partial(_convolution, module)
-        module.forward = _Layer(module, parting, module.forward, compute, gradients, dims=module.weight.ndim)
+        module.forward = Layer(module, parting, module.forward, compute, gradients, dims=module.weight.ndim)

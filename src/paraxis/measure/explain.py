@@ -1,5 +1,6 @@
 """What binds a plan and what to change, decided from its measured figures by thresholds that stand here."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -31,13 +32,15 @@ EVENER = 0.98  # of the largest stage: what another cut must be below to be wort
 SMALL = 64 << 10  # bytes of a message up to which its time is latency
 SLOW = 0.10  # of the memory's bandwidth: a rate below it is not limited by bytes
 SEEN = 60  # steps that are enough for the medians of instructions
+LARGER = "a larger batch, for its kernels take longer, but not longer to ask for"
 USUAL = 10e9  # bytes a second: the memory of one core, where it has not been measured
 
 
 @dataclass(frozen=True)
 class Evidence:
     """The figures that decide. Seconds are of one step; `layers` are forward and backward of one whole batch; `sent`
-    are bytes and messages of one rank; `dispatch` is a forward and backward of one sample; `memory` is bytes a second.
+    are bytes and messages of one rank; `dispatch` is a forward and backward of one sample; `memory` is bytes a second;
+    `devices` are those of the ranks, where any has a GPU.
     """
 
     plan: Plan
@@ -50,6 +53,7 @@ class Evidence:
     dispatch: float = 0.0
     sent: tuple[float, float] = (0.0, 0.0)
     memory: float | None = None
+    devices: tuple[str, ...] = ()
 
     @property
     def parts(self) -> Split:
@@ -215,6 +219,10 @@ def _interpreter(e: Evidence, share: float) -> Verdict:
 
 
 def _fewer_calls(plan: Plan) -> str:
+    if "cpu" not in plan.devices():
+        graphs = not plan.graphs and plan.precision != "fp16"
+        torch = "engine=torch," * (plan.engine == "plain")
+        return f"{torch}graphs=1, which asks for all that was recorded at once, or a larger batch" if graphs else LARGER
     if plan.threads > 1:
         return f"fewer threads than {plan.threads}, which meet in every call, or a larger batch"
     if plan.microbatches > 1:
@@ -242,6 +250,8 @@ def _data(e: Evidence, share: float) -> Verdict:
 
 def _computing(e: Evidence) -> Verdict:
     plan, parts = e.plan, e.parts
+    if "cpu" not in plan.devices():
+        return _computing_on_gpu(e)
     calls = plan.microbatches * e.dispatch / plan.pp if plan.engine in ("torch", "plain") else 0.0
     if calls > HALF * parts.compute:
         seen = f"a forward and backward of a single sample takes {_ms(e.dispatch)}, {calls / e.step:.0%} of the step"
@@ -258,11 +268,29 @@ def _computing(e: Evidence) -> Verdict:
     seen = f"{parts.compute / e.step:.0%} of the step is computing"
     if plan.engine == "plain":
         seen = f"calls take at most {calls / e.step:.0%} of its {_ms(e.step)}"
+    if plan.on_gpu():
+        return Verdict("compute", 0.0, seen, "all layers on the GPU, where its memory allows that, or more cores")
     if idle > 0:
         return Verdict(
             "compute", 0.0, seen, f"more workers: {idle} of {e.cores} cores {'is' if idle == 1 else 'are'} idle"
         )
     return Verdict("compute", 0.0, seen, "more cores" + ("" if plan.engine == "native" else " or engine=native"))
+
+
+def _computing_on_gpu(e: Evidence) -> Verdict:
+    """Small kernels run faster than anybody asks for them; the rest is up to the GPU, and who else is on it."""
+    plan, compute = e.plan, e.parts.compute
+    device, ranks = Counter(e.devices).most_common(1)[0] if e.devices else ("", 1)
+    if ranks > 1:
+        seen = f"{ranks} ranks take turns on {device}"
+        return Verdict("shared GPU", 0.0, seen, f"device={device} alone, which sends nothing, or a GPU for each rank")
+    calls = plan.microbatches * e.dispatch / plan.pp
+    if calls > HALF * compute and not plan.graphs:
+        seen = f"to ask the GPU for a forward and backward takes {_ms(calls)}, {calls / e.step:.0%} of the step"
+        return Verdict("launches", 0.0, seen, _fewer_calls(plan))
+    faster = {"fp32": "precision=tf32 or bf16, or ", "tf32": "precision=bf16, or "}.get(plan.precision, "")
+    larger = "a larger batch, which fills it better, or " * (calls > HALF * compute)
+    return Verdict("compute", 0.0, f"{compute / e.step:.0%} of the step is computing", f"{larger}{faster}more GPUs")
 
 
 def _busy(parts: Split) -> float:
@@ -331,6 +359,7 @@ def evidence(result: Result, program: Program, facts: Facts, machine: Machine) -
         dispatch=facts.dispatch,
         sent=(sent, messages / scale),
         memory=machine.memory_bytes_per_second.all_cores if machine.memory_bytes_per_second else None,
+        devices=tuple(result.devices),
     )
 
 
@@ -340,8 +369,10 @@ def explain_today(result: Result, facts: Facts, machine: Machine) -> None:
     step = result.step_seconds.median
     nothing = dict.fromkeys(Split.model_fields, 0.0)
     whole = Split(**(nothing | {"compute": step}))
-    plan = Plan(engine="plain", threads=result.threads)
-    say(result, judge(Evidence(plan, step, (whole,), machine.usable_cores, facts.batch, 0, (), facts.dispatch)))
+    plan = parse(result.plan)
+    where = tuple(result.devices)
+    seen = Evidence(plan, step, (whole,), machine.usable_cores, facts.batch, 0, (), facts.dispatch, devices=where)
+    say(result, judge(seen))
 
 
 def say(result: Result, verdict: Verdict) -> None:

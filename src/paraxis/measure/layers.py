@@ -64,6 +64,21 @@ def measure_layers(task: Task, samples: int, seconds: float = 0.6) -> Facts:
     )
 
 
+def calls_seconds(task: Task, device: torch.device) -> float:
+    """Median seconds of a forward and backward of one sample that nobody waits for before its end: on a GPU what it
+    takes to ask for them, for kernels of a single sample keep up with that."""
+    one, taken = task.train.share(0, 0, 1), []
+    task.draw.at(0, 0, 1)
+    with resting(task.net):
+        for _ in range(6):
+            wait(device)
+            start = perf_counter()
+            _round(task, one)
+            wait(device)
+            taken.append(perf_counter() - start)
+    return median(taken[1:])
+
+
 def _titled(task: Task, name: str) -> str:
     """A module's name with its class, as people know it."""
     return f"{name or 'the network'} ({type(task.net.get_submodule(name)).__name__})"

@@ -3,6 +3,10 @@
 Counted is what training keeps: parameters, gradients, the optimiser's state, the buffers of a synchronisation rule,
 what autograd saves of each microbatch from its forward to its backward, and what is on its way between ranks. Not
 counted are the framework itself, the samples, and what an operation needs only while it runs.
+
+In mixed precision (Micikevicius et al. 2018) the buffers stay in float32. Of what autograd saves the most is half as
+large, but 16-bit copies of weights come in addition: those that torch.autocast makes in a forward live on in what is
+saved, one of each weight for every microbatch and segment. Scaled losses add no tensor: a scale is a number.
 """
 
 from collections import Counter
@@ -22,13 +26,15 @@ class Piece:
     """A tensor's memory: the number of its storage, the bytes that it always has, and those that each sample adds.
 
     Storages of samples have numbers below 0: they are the data's, but copies where a stage receives them. `gradient`:
-    whether its gradient is computed.
+    whether its gradient is computed. `of`: of a 16-bit copy the storage, or below 0 the parameter, that autocast made
+    it of; see `_stashed`.
     """
 
     storage: int
     fixed: float
     each: float
     gradient: bool = False
+    of: int | None = None
 
     def bytes(self, samples: int) -> int:
         """For a microbatch of so many samples."""
@@ -41,10 +47,11 @@ Tied = tuple[tuple[int, ...], int, int]  # (layers, bytes, those of its state) o
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of every layer in float32: of its trained `parameters` (one that several share counts with the first), of
-    `frozen` parameters and buffers, of the optimiser's `state`; what autograd has `saved` of its forward, and what is
-    `entering` it, at the end the loss; `inputs` and `outputs` of the layers in it whose weights' gradient
-    can wait for a W. A storage has one number in all layers; those of parameters have none. `tensors` are the bytes of
-    every trained parameter of a layer. For ranks that share layers (`tp`) they are those of one rank's part.
+    `frozen` parameters and buffers, of the optimiser's `state`; and, in the precision that it computes in, what
+    autograd has `saved` of its forward, and what is `entering` it, at the end the loss; `inputs` and `outputs` of the
+    layers in it whose weights' gradient can wait for a W. A storage has one number in all layers; those of parameters
+    have none. `tensors` are the bytes of every trained parameter of a layer. For ranks that share layers (`tp`) they
+    are those of one rank's part.
     """
 
     parameters: tuple[int, ...]
@@ -209,14 +216,31 @@ def _taken(
     if i.rule == "light":
         yield ("kept", *_cell(i)), keyed(entering)
     else:
-        saved = [piece for layer in range(first, last) for piece in sizes.saved[layer]]
-        yield (
-            ("stash", stage, i.microbatch, 0 if _paused(program, i) else i.segment),
-            keyed((*saved, *_wanted(entering), *made)),
-        )
+        tensors, copies = _stashed(program, sizes, i)
+        made_of = {(stage, i.microbatch, ("copy", p.of, segment)): p.bytes(samples) for segment, p in copies}
+        stash = *keyed((*tensors, *_wanted(entering), *made)), *made_of.items()
+        yield ("stash", stage, i.microbatch, 0 if _paused(program, i) else i.segment), stash
     if i.rule != "again" and last < len(sizes.saved):
         handed = ("leaving", True, stage, i.microbatch) if ends else ("between", stage, i.microbatch, i.segment + 1)
         yield handed, keyed(made, "sent" if ends and i.rule == "light" else "")  # the forward to come makes its own
+
+
+def _stashed(program: Program, sizes: Sizes, i: Instruction) -> tuple[list[Piece], list[tuple[int, Piece]]]:
+    """What autograd has saved of a complete forward: (tensors, copies with the numbers of their segments).
+
+    Within a segment autocast makes one copy of a parameter or of what came in with a gradient, for all uses there; of
+    anything else it makes one for each use, which is a tensor like others.
+    """
+    first, last = _covered(program, i)
+    leaves = {piece.storage for piece in _wanted(sizes.entering[first])}
+    tensors, copies = [], []
+    for segment, (start, end) in enumerate(program.segments[i.stage]):
+        for piece in (piece for layer in range(max(first, start), min(last, end)) for piece in sizes.saved[layer]):
+            if piece.of is not None and (piece.of < 0 or piece.of in leaves):
+                copies.append((segment, piece))
+            else:
+                tensors.append(piece)
+    return tensors, copies
 
 
 def _factors(

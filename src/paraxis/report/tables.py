@@ -31,7 +31,7 @@ HEADS: Row = ("plan", "ms/step [95%]", "vs today", "efficiency", "bound by", "MB
 SHORT_HEADS: Row = ("\nplan", "ms/step\n[95%]", "vs\ntoday", "effi-\nciency", "bound\nby", "MB/\nrank", "\n= serial")
 NUMBERS = (1, 2, 3, 5)  # the columns of figures, which stand flush right
 BARS = 16  # plans that stay legible in one chart
-PLAN_ROOM = 27  # characters a plan gets before other columns are shortened
+PLAN_ROOM, LEAST_ROOM = 27, 18  # characters a plan gets before other columns are shortened, and before they say less
 
 
 def clean(text: str) -> str:
@@ -86,7 +86,8 @@ def name(study: Study, result: Result) -> str:
     if not is_today(study, result):
         return clean(result.label or result.plan).replace("\n", " ")
     ranks = result.mesh.dp * result.mesh.pp * result.mesh.tp
-    return f"today: {count(ranks, 'process', 'processes')}, {count(result.threads, 'thread')}"
+    where = "+".join(dict.fromkeys(result.devices)) or count(result.threads, "thread")
+    return f"today: {count(ranks, 'process', 'processes')}, {where}"
 
 
 def count(number: int, word: str, plural: str | None = None) -> str:
@@ -265,14 +266,15 @@ def first_line(reason: str | None) -> str:
 
 
 def row(study: Study, result: Result, level: int) -> Row:
-    """One plan's cells: level 0 writes all out, 1 leaves out the interval of the ratio, 2 shortens words too."""
-    time = result.step_seconds
+    """One plan's cells: level 0 writes all out, 1 leaves out the interval of the ratio, 2 shortens words too, 3 says
+    what binds it, but not how much of the step that is."""
+    time, bound = result.step_seconds, clean(result.bound_by or "")
     return (
         name(study, result) + (" *" if result.oversubscribed else ""),
         f"{milliseconds(time.median)} {interval(time)}" if time else "",
         "1.00x" if is_today(study, result) else ratio(result.vs_today, spread=level == 0),
         percent(result.efficiency),
-        clean(result.bound_by or ""),
+        bound if level < 3 else re.sub(r"^per-call | <?\d+%$", "", bound),
         megabytes(result.peak_memory_bytes),
         proof(study, result, wide=level < 2),
     )
@@ -280,15 +282,21 @@ def row(study: Study, result: Result, level: int) -> Row:
 
 def layout(study: Study, ranked: list[Result], width: int) -> tuple[Row, list[Row], int, int]:
     """(heads, rows, gap between columns, room for the plan) of the fullest form that leaves plans their room."""
-    for level, heads, gap in ((0, HEADS, 2), (1, HEADS, 2), (2, SHORT_HEADS, 2), (2, SHORT_HEADS, 1)):
+    for level, heads, gap in (
+        (0, HEADS, 2),
+        (1, HEADS, 2),
+        (2, SHORT_HEADS, 2),
+        (2, SHORT_HEADS, 1),
+        (3, SHORT_HEADS, 1),
+    ):
         rows = [row(study, result, level) for result in ranked]
         columns = list(zip(heads, *rows, strict=True))
         widths = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
         used = [i for i in range(1, len(heads)) if any(columns[i][1:])]
         room = width - sum(widths[i] + gap for i in used)
-        if room >= min(widths[0], PLAN_ROOM):
+        if room >= min(widths[0], PLAN_ROOM if gap == 2 else LEAST_ROOM):
             break
-    return heads, rows, gap, max(room, 14)
+    return heads, rows, gap, max(room, 10)
 
 
 def results_table(study: Study, ranked: list[Result], width: int) -> Table:

@@ -26,7 +26,7 @@ from paraxis.engine.precision import products
 from paraxis.engine.torch_engine import TorchEngine
 from paraxis.errors import Diverged
 from paraxis.measure.gradients import gradient_norms
-from paraxis.measure.layers import coupled, layer_seconds, measure_layers
+from paraxis.measure.layers import calls_seconds, coupled, layer_seconds, measure_layers
 from paraxis.measure.saved import measure_sizes
 from paraxis.plan.plan import Plan, parse
 from paraxis.program.check import check
@@ -53,6 +53,7 @@ from paraxis.task.spec import TaskSpec
 from paraxis.task.task import Task, keep_data, make_task
 
 Tell = Callable[[dict[str, Any]], None]
+FEW = 16  # samples whose forward a GPU has room for, if it has for the network
 
 
 class Duties:
@@ -105,8 +106,15 @@ class Duties:
         return measure_layers(task, task.batch).as_json()
 
     def sizes(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
-        """Bytes of every layer of one rank's part, where `tp` ranks share layers."""
-        return asdict(measure_sizes(self._task(torch.float32), request["tp"], request["sequence"]))
+        """Bytes of every layer of one rank's part, where `tp` ranks share layers; on a GPU a few samples tell them."""
+        device, task = torch.device(request["device"]), self._task(torch.float32)
+        allow(device, None)
+        move(task, [task.chain], device)
+        how = request["tp"], request["sequence"], request["precision"], request["parted"]
+        found = asdict(measure_sizes(task, *how, None if device == CPU else FEW))
+        del task
+        give_back(device)
+        return found
 
     def reserved(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[dict[str, int]]:
         """Of every rank of a plan of the native engine, bytes that it would hold."""
@@ -248,17 +256,18 @@ class Duties:
         running = self.plans[request["key"]]
         return {"device": str(running.device), "bytes": allocated(running.device) - running.taken}
 
-    def costs(self, request: dict[str, Any], blob: bytes, tell: Tell) -> list[list[float]]:
-        """Seconds of each layer's forward and backward on a device."""
+    def costs(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, Any]:
+        """Seconds of each layer's forward and backward on a device, and those of its calls for one sample."""
         device = torch.device(request["device"])
         self._activate(Running(Plan(), []))
         allow(device, None)
         task = self._task(torch.float32)
         move(task, [task.chain], device)
-        found = layer_seconds(task, task.batch, device=device)
+        forward, backward = layer_seconds(task, task.batch, device=device)
+        calls = calls_seconds(task, device) if task.batch > 1 else 0.0
         del task
         give_back(device)
-        return [list(own) for own in found]
+        return {"layers": [f + b for f, b in zip(forward, backward, strict=True)], "calls": calls}
 
     def held(self, request: dict[str, Any], blob: bytes, tell: Tell) -> dict[str, int]:
         """Bytes of each kind at the peak of a period, counted while it runs, and how far the process has grown."""

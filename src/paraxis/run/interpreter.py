@@ -331,9 +331,11 @@ class Rank:
         self.rest()
 
     def next_body(self) -> str:
-        """Of the next step. What earlier ones have begun goes on: some libraries only move data while called."""
-        for request in chain.from_iterable(self.context.open.values()):
-            request.ready()
+        """Of the next step. What earlier ones have begun goes on: some libraries only move data while called.
+
+        In the order of their beginning, which is that of all ranks: what goes on may send, and order may be its name.
+        """
+        all(request.ready() for request in chain.from_iterable(self.context.open.values()))
         return self.program.step_body(self.done)
 
     def rest(self) -> None:
