@@ -14,7 +14,10 @@ VERIFIED = {"against", "max_relative_difference", "tolerance", "passed", "where"
 RESULT = {"plan", "label", "program", "exact", "status", "reason", "verified", "computed_memory"}
 PLAN_OF = {  # a plan that can have the fault
     "wrong-mask": ("cnn", "dp=2"),
-    "fresh-masks": ("cnn", "pp=2,microbatches=2,recompute=all"),
+    "fresh-masks": (
+        "cnn",
+        "pp=2,schedule=gpipe,microbatches=2,recompute=all",
+    ),  # 1f1b's last stage does not, and has it
     "local-statistics": ("resnet18", "dp=2"),
     "local-moments": ("resnet18", "dp=2"),
     "swapped-microbatch": ("mlp", "pp=2,microbatches=4"),
