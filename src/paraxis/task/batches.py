@@ -106,7 +106,7 @@ class ArraySource:
         return np.ascontiguousarray(self._epoch_order(epoch)[within : within + steps].cpu().numpy())
 
     def _steps_at_once(self, count: int) -> int:
-        return max(1, min(64, BLOCK_BYTES // max(1, 4 * count * self.inputs[0].numel())))
+        return max(1, min(64, BLOCK_BYTES // max(1, 4 * count * self.inputs.shape[1:].numel())))
 
     def _epoch_order(self, epoch: int) -> Tensor:
         """Indices of every step of an epoch: int64 (steps, batch)."""
