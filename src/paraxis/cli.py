@@ -330,6 +330,7 @@ def main() -> None:
         _fail(str(error))
         code = error.exit_code
     except KeyboardInterrupt:
+        _end_at_once_if_told_again()
         _fail("interrupted; what was finished is kept")
         code = 130
     except BrokenPipeError:
@@ -338,6 +339,7 @@ def main() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         code = _reader_gone()
+    _end_at_once_if_told_again()
     sys.exit(code)
 
 
@@ -350,6 +352,12 @@ def _reader_gone() -> int:
 def _fail(text: str) -> None:
     let_the_first_speak(os.environ)
     err.print(f"paraxis: {text}", markup=False)
+
+
+def _end_at_once_if_told_again() -> None:
+    """Python's own farewell, met by a signal that it turns into an exception, would print a traceback."""
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_DFL)
 
 
 def _terminated(*_: object) -> None:

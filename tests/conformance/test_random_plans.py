@@ -13,7 +13,7 @@ from paraxis.plan.plan import Plan
 from paraxis.plan.schedules import ONE_STAGE, SCHEDULES, STAGES
 from paraxis.task.spec import TaskSpec
 
-FEW, MANY = 4, 1000
+FEW, MANY = 4, 200
 RELAXED: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
@@ -48,9 +48,10 @@ def test_random_plans_compute_the_serial_step(spec: TaskSpec, plan: Plan) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # half a second each, of which a machine that others keep busy makes several
 @given(plans())
 @settings(max_examples=MANY, **RELAXED)
-def test_a_thousand_random_plans_compute_the_serial_step(spec: TaskSpec, plan: Plan) -> None:
+def test_many_random_plans_compute_the_serial_step(spec: TaskSpec, plan: Plan) -> None:
     assert parts_differ(spec, plan, ran(spec, plan)) < EXACT
 
 

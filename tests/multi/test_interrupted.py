@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -54,6 +55,15 @@ def test_one_rank_leaves(desk: Any, fault: str) -> None:
     for transport in TRANSPORTS:
         done = desk.run("train", path, "--plan", f"dp=2,comm={transport}", "--epochs", 3)
         done.refused("rank 1 of 2", transport, rc=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_one_rank_aborts_and_has_said_why(desk: Any, transport: str) -> None:
+    fault = "import os; os.write(2, b'free(): invalid pointer\\n'); os.abort()"
+    path = desk.write("bad.py", HALF_BAD.replace("{fault}", fault))
+    done = desk.run("train", path, "--plan", f"dp=2,comm={transport}", "--epochs", 3)
+    done.refused("rank 1 of 2", transport, "SIGABRT: free(): invalid pointer", rc=1)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -164,6 +174,27 @@ def test_an_impatient_ctrl_c(desk: Any, gap: float) -> None:
     desk.check_gone(within=5)
     assert done.rc in (130, -signal.SIGINT)  # a shell shows both as 130
     assert "Traceback" not in done.err
+
+
+FAREWELL = """
+import atexit, os, signal, sys
+from paraxis import cli
+
+def app(*words, **options):
+    os.kill(os.getpid(), signal.{first})
+
+cli.app = app
+atexit.register(os.kill, os.getpid(), signal.{second})  # while Python shuts down
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("first, second", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGCHLD", "SIGINT")])
+def test_a_signal_in_the_farewell_ends_it_without_a_word(desk: Any, first: str, second: str) -> None:
+    script = desk.write("farewell.py", FAREWELL.format(first=first, second=second))
+    done = desk.start(script, program=(sys.executable,)).finish(30)
+    assert done.rc == -getattr(signal, second)
+    assert done.err == ("" if first == "SIGCHLD" else "paraxis: interrupted; what was finished is kept\n")
 
 
 @pytest.mark.slow

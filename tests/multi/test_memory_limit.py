@@ -22,6 +22,7 @@ def test_a_plan_that_fits_trains_and_one_that_does_not_is_told_which_would(desk:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(450)
 def test_best_is_a_plan_that_fits_and_the_others_tell_their_numbers(desk: Any) -> None:
     done = desk.run("explore", WIDE, "--engine", "torch", "--workers", 2, "--budget", 120, *LIMIT, "--json", limit=300)
     assert done.rc == 0, done.err

@@ -1,6 +1,7 @@
 """Studies with real ranks: a killed one ends as if nothing had been, Ctrl-C is quick, misplaced words are refused."""
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -71,7 +72,8 @@ def test_a_study_killed_in_the_middle_resumes_to_the_same_records(desk: Any) -> 
     small(desk)
     whole = desk.run("explore", "--study", "native.toml", "--out", "whole", "--json").document
     assert [t["status"] for t in whole["trials"]] == ["ok"] * 8 and whole["finished"]
-    assert (desk.folder / "whole" / "report.html").read_text().count("<figure>") == 5  # every repeat has equal steps
+    captions = re.findall("<figcaption>([^:]*):", (desk.folder / "whole" / "report.html").read_text())
+    assert captions[:3] == ["accuracy", "loss", "s/epoch"]  # the target is out of reach
     assert all(t["measures"]["final_accuracy"] is not None for t in whole["trials"])
     running = desk.start("explore", "--study", "native.toml", "--out", "killed")
     running.until(lambda: len(recorded(desk.folder / "killed")) >= 2)

@@ -12,7 +12,11 @@ from safetensors.torch import load_file
         ("mlp", "dp=2,precision=bf16"),
         *(
             pytest.param("mlp:784-1024-1024-10", plan, marks=pytest.mark.slow)
-            for plan in ("pp=2,precision=fp16", "tp=2,precision=bf16,comm=gloo", "dp=2,zero=3,precision=bf16,comm=gloo")
+            for plan in (
+                "pp=2,microbatches=2,precision=fp16",
+                "tp=2,precision=bf16,comm=gloo",
+                "dp=2,zero=3,precision=bf16,comm=gloo",
+            )
         ),
     ],
 )
@@ -39,6 +43,6 @@ def test_a_fault_is_seen_in_mixed_precision(desk: Any, precision: str) -> None:
 def test_training_ends_with_float32_weights(desk: Any, plan: str) -> None:
     done = desk.run("train", "mlp", "--plan", plan, "--steps", 5, "--json")
     assert done.rc == 0, done.err
-    state = load_file(done.document["weights"])
+    state = load_file(desk.folder / done.document["weights"])
     assert len(done.document["losses"]) == 5
     assert all(str(value.dtype) == "torch.float32" and bool(value.isfinite().all()) for value in state.values())

@@ -35,6 +35,8 @@ START_LIMIT = 180.0  # seconds for ranks to start: a cold import of the framewor
 SILENCE = 30.0  # seconds without a sign of life, which a working rank gives every two
 WORD = 3.0  # seconds that a launcher has to say how a rank ended
 SIGNAL = re.compile(r"SIG(?:KILL|SEGV|TERM|BUS|ABRT|ILL)|signal (\d+)")
+# Where handlers of signals and launchers begin to speak, after what an aborting process says itself.
+AFTER = re.compile(r"^(?:\[\S+\] \*\*\* Process received signal|-{20,}$|prterun noticed|rank \d+ was killed by)", re.M)
 GRACE = 2.0  # seconds that ranks have to answer after one of them has failed
 
 
@@ -140,8 +142,14 @@ class Pool:
         code = 0
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(1.0) if process else 0
-        if code < 0:
-            return f"was killed by {signal.Signals(-code).name}"
+        name = signal.Signals(-code).name if code < 0 else self._told(process)
+        if not name:
+            return "died without a word (out of memory?)"
+        why = last_words(self.log.read_text(errors="replace")) if name == "SIGABRT" else ""
+        return f"was killed by {name}" + (f": {why}" if why else "")
+
+    def _told(self, process: subprocess.Popen[bytes] | None) -> str:
+        """The signal that a launcher says has ended a rank."""
         end = time.monotonic() + (0 if process else WORD)
         while True:
             over = time.monotonic() >= end or all(p.poll() is not None for p in self.processes)
@@ -149,8 +157,7 @@ class Pool:
             if found or over:
                 break
             time.sleep(0.05)
-        name = signal.Signals(int(found[1])).name if found and found[1] else found[0] if found else ""
-        return f"was killed by {name}" if name else "died without a word (out of memory?)"
+        return signal.Signals(int(found[1])).name if found and found[1] else found[0] if found else ""
 
     def _silent(self, rank: int, limit: float, late: bool) -> None:
         try:
@@ -192,6 +199,12 @@ class Pool:
         self.lines = []
         psutil.wait_procs(family, timeout=2)
         self.folder.cleanup()
+
+
+def last_words(log: str) -> str:
+    """Why a process aborts, as it says itself: Python, the C library and the C++ runtime print that before they do."""
+    fatal = re.search(r"Fatal Python error: .*", log)
+    return fatal[0] if fatal else " ".join(AFTER.split(log)[0].split())[-200:]
 
 
 def _family(processes: list[subprocess.Popen[bytes]], pids: list[int]) -> list[psutil.Process]:
