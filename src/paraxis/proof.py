@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paraxis.bands import judged
-from paraxis.errors import ParaxisError
+from paraxis.errors import ParaxisError, PlanError
 from paraxis.measure.records import Verified
 from paraxis.plan.plan import WARM, Plan, period
 from paraxis.plan.precision import MIXED
+from paraxis.program.faults import FAULTS
 from paraxis.session import Session, failure
 
 EXACT64 = 1e-10
@@ -38,8 +39,18 @@ def prove(
 ) -> Proof:
     """Run the first steps of a plan on its ranks and compare; with `keep` the plan stays set up under `key`.
 
-    Raises PlanError for a plan that the task cannot meet, RankError when a rank fails.
+    Raises PlanError for a plan that the task cannot meet, and for a seeded fault that does not show; RankError when a
+    rank fails.
     """
+    found = _proved(session, plan, steps, dtype, fault, key, keep)
+    if fault and found.verified and found.verified.passed:
+        raise PlanError(
+            f"fault={fault}: the proof of {plan.short()} passes with it ({FAULTS[fault].what}), so it changes nothing here"
+        )
+    return found
+
+
+def _proved(session: Session, plan: Plan, steps: int, dtype: str, fault: str | None, key: str, keep: bool) -> Proof:
     program = session.program(plan)
     steps = max(steps, WARM + 3) if plan.graphs else steps  # of which some are replayed
     if plan.sync == "hogwild":

@@ -229,6 +229,13 @@ def test_a_fault_that_a_plan_cannot_have_is_refused(desk: Any) -> None:
     done.refused("trains on the same share", "needs dp > 1")
 
 
+@pytest.mark.slow
+def test_a_fault_that_does_not_show_is_refused(desk: Any) -> None:
+    """The last stage has the dropout, and computes no forward again."""
+    words = "--plan", "pp=2,microbatches=4,split=4+7,recompute=all,comm=gloo", "--steps", 1, "--fault", "fresh-masks"
+    desk.run("verify", "cnn", *words).refused("passes with it", "so it changes nothing here")
+
+
 @pytest.mark.parametrize(
     "plan", [pytest.param(plan, marks=pytest.mark.slow) for plan in ("dp=2,comm=mpi", "pp=2,microbatches=4,comm=gloo")]
 )
