@@ -44,9 +44,8 @@ def prove(
     """
     found = _proved(session, plan, steps, dtype, fault, key, keep)
     if fault and found.verified and found.verified.passed:
-        raise PlanError(
-            f"fault={fault}: the proof of {plan.short()} passes with it ({FAULTS[fault].what}), so it changes nothing here"
-        )
+        what = f"the proof of {plan.short()} passes with it ({FAULTS[fault].what})"
+        raise PlanError(f"fault={fault}: {what}, so it changes nothing here")
     return found
 
 
