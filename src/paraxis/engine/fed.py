@@ -40,12 +40,16 @@ class Fed:
     words: dict[Call, Words]
     sums: Tensor
 
+    def __post_init__(self) -> None:
+        count = len(self.numbers)
+        self.numbers_here = self.letter[:count].numpy().view(np.float64)
+        self.keys_here = self.letter[count:].numpy().view(np.uint64)
+
     def send(self, numbers: Sequence[float], keys: Sequence[int]) -> None:
         """What the next replay is to read. From pageable memory: the driver keeps a copy before it returns, so that the
         letter may be written again at once, and nothing is waited for."""
-        letter = self.letter.numpy()
-        letter[: len(numbers)].view(np.float64)[:] = numbers
-        letter[len(numbers) :].view(np.uint64)[:] = keys
+        self.numbers_here[:] = numbers
+        self.keys_here[:] = keys
         self.there.copy_(self.letter, non_blocking=True)
 
     def word(self, call: Call) -> Words:

@@ -102,12 +102,12 @@ class Recording:
     passes: int = 0
     inputs: dict[Any, Nest] = field(default_factory=dict)
     parts: list[Action] = field(default_factory=list)
+    places: list[Tensor] = field(default_factory=list)  # the leaves of `inputs`
 
     def take(self, fresh: dict[Any, Nest]) -> None:
         """Copy samples to where the parts read them."""
-        for name, nest in self.inputs.items():
-            for there, here in zip(leaves(nest), leaves(fresh[name]), strict=True):
-                there.copy_(here, non_blocking=True)
+        for there, here in zip(self.places, leaves(fresh), strict=True):
+            there.copy_(here, non_blocking=True)
 
 
 @dataclass
@@ -141,6 +141,7 @@ class Recordings:
                 self.give_up(f"more than {self.most} shapes of samples or settings of the optimiser")
                 return None
             found.inputs = {name: map_nest(nest, Tensor.clone) for name, nest in samples.items()}
+            found.places = leaves(found.inputs)
             try:
                 found.parts = record(found.inputs)
             except Exception as error:

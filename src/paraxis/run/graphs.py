@@ -61,6 +61,8 @@ class Body:
         self.engine, self.recorder, self.fed = rank.engine, recorder, fed
         self.instructions, self.acts = rank.program.body(name)[rank.rank], rank.bodies[name]
         self.parts = stretches([_computes(i) for i in self.instructions])
+        self.loads = [act for i, act in zip(self.instructions, self.acts, strict=True) if i.op == "Load"]
+        self.steps = [any(_steps(i) for i in self._own(number)) for number in range(len(self.parts))]
         self.recordings = Recordings(rank.remarks.append, warm)
         self.now: Recording | None = None  # what this pass replays
 
@@ -78,9 +80,8 @@ class Body:
 
     def _begin(self, act_here: Action) -> None:
         """All samples of the pass, then what it replays; `act_here` is what else is to be done in its place."""
-        for i, act in zip(self.instructions, self.acts, strict=True):
-            if i.op == "Load":
-                act()
+        for load in self.loads:
+            load()
         stages = self.engine.stages
         samples = {(s, m): nest for s, stage in stages.items() for m, nest in stage.batches.items()}
         self.now = self.recordings.next(samples, constants(self.engine), self._record)
@@ -102,7 +103,7 @@ class Body:
                 self.recordings.give_up(reason)
             return
         self.now.parts[number]()
-        if any(self._steps(i) for i in self._own(number)):
+        if self.steps[number]:
             self.engine.advance(self.fed.sums)
 
     def _own(self, number: int) -> Sequence[Instruction]:
@@ -112,9 +113,6 @@ class Body:
         for place in self.parts[number]:
             if self.instructions[place].op != "Load":
                 self.acts[place]()
-
-    def _steps(self, i: Instruction) -> bool:
-        return i.op == "Update" and i.rule == "step"
 
     # -- recording ---------------------------------------------------------------------------------------------
 
@@ -164,6 +162,10 @@ class Body:
 def _computes(i: Instruction) -> bool:
     """Whether it only computes, or loads samples, which is done before."""
     return i.op in ("Load", *COMPUTES) or (i.op == "Update" and i.rule in OWN)
+
+
+def _steps(i: Instruction) -> bool:
+    return i.op == "Update" and i.rule == "step"
 
 
 def _nothing() -> None:

@@ -243,9 +243,10 @@ def map_nest(nest: Nest, f: Callable[[Tensor], Any]) -> Nest:
 
 def leaves(nest: Nest) -> list[Tensor]:
     """All tensors of a nest, in order."""
-    found: list[Tensor] = []
-    map_nest(nest, found.append)
-    return found
+    if isinstance(nest, Tensor):
+        return [nest]
+    values = nest.values() if isinstance(nest, Mapping) else nest if isinstance(nest, (list, tuple)) else ()
+    return [tensor for value in values for tensor in leaves(value)]
 
 
 def samples(batch: Nest) -> int:
