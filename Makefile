@@ -13,11 +13,12 @@ ifdef ARGS
 	.venv/bin/python -m pytest $(ARGS)
 else
 	.venv/bin/python -m pytest -n 2 tests/unit tests/conformance tests/gpu
-	$(EMULATED) -n 2 tests/gpu
+	$(EMULATED) -n 2 tests/gpu tests/unit/test_masks.py
 	.venv/bin/python -m pytest tests/multi
 endif
 
-# The tests of GPUs, on two that are emulated in host memory: they tell what is computed, not how fast.
+# The tests of GPUs, on two that are emulated in host memory: they tell what is computed, not how fast. The long ones too:
+# make emulated ARGS='-m "cuda and slow" tests/gpu'
 EMULATED = PARAXIS_EMULATOR=$(CURDIR)/build/emulator.so PARAXIS_EMULATED_GPUS=2 PATH="$(CURDIR)/tests/emulator/bin:$$PATH" \
   PYTHONPATH=$(CURDIR)/tests/emulator .venv/bin/python -m pytest -m "cuda and not slow"
 

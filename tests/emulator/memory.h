@@ -39,6 +39,7 @@ struct Block {
 std::map<char*, Block> blocks;                         // of the devices, by address
 std::map<char*, size_t> pinned;                        // of the host
 std::map<int64_t, std::multimap<size_t, char*>> idle;  // what pools keep for their next capture
+std::multimap<size_t, char*> spare;                    // pages of nobody, by their size
 
 int64_t pool_of_capture();  // -1: nothing is captured
 
@@ -83,7 +84,7 @@ void spoil(char* where, size_t bytes) {
 void unmap(char* where) {
   Block block = blocks.at(where);
   stats[block.device].allocated -= block.bytes;
-  munmap(where, up(block.bytes, page));
+  spare.emplace(up(block.bytes, page), where);
   blocks.erase(where);
 }
 
@@ -103,6 +104,19 @@ void release_pool(int64_t pool) {
   idle.erase(pool);
   for (auto& [where, block] : blocks)
     if (block.pool == pool) block.pool = -1;
+}
+
+// Pages that nobody may touch; new ones cost more than those that somebody has given back.
+char* pages(size_t bytes) {
+  auto found = spare.find(bytes);
+  if (found != spare.end()) {
+    char* where = found->second;
+    spare.erase(found);
+    return where;
+  }
+  void* where = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  TORCH_CHECK(where != MAP_FAILED, "the host has no memory for the device");
+  return (char*)where;
 }
 
 struct Memory final : c10::Allocator {
@@ -126,8 +140,7 @@ struct Memory final : c10::Allocator {
     if (own.allocated + bytes > own.limit)
       TORCH_CHECK_WITH(OutOfMemoryError, false, "CUDA out of memory. Tried to allocate ", bytes, " bytes. GPU ",
                        current, " has ", own.limit, " bytes allowed, ", own.allocated, " of them allocated.");
-    auto* where = (char*)mmap(nullptr, up(bytes, page), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    TORCH_CHECK(where != MAP_FAILED, "the host has no memory for the device");
+    char* where = pages(up(bytes, page));
     blocks[where] = {bytes, current, pool};
     own.allocated += bytes;
     own.peak = std::max(own.peak, own.allocated);

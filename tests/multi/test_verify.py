@@ -46,7 +46,8 @@ PLAN_OF = {  # a plan that can have the fault
 }
 WHOLE = {"local-moments": ("--batch", 8, "--bn-group", 8), "counted-whole": ("--clip", 0.05)}
 PLACE = re.compile(
-    r"step (?P<step>\d+): (parameter [\w.]+\.(weight|bias) on rank [0-3]|the loss of step (?P=step)) differs by \S+$"
+    r"step (?P<step>\d+): (parameter [\w.]+\.(weight|bias|running_\w+) on rank [0-3]|the loss of step (?P=step))"
+    r" differs by \S+$"
 )
 QUICK = ("dropped-reduction", "swapped-microbatch")
 BATCHES = """
