@@ -58,10 +58,12 @@ const at::Tensor& resize(const at::Tensor& self, c10::IntArrayRef size, std::opt
   return self;
 }
 
-at::Tensor& set_storage(at::Tensor& self, at::Storage source, int64_t offset, c10::IntArrayRef size, c10::IntArrayRef stride) {
+at::Tensor& set_storage(at::Tensor& self, at::Storage source, int64_t offset, c10::IntArrayRef size,
+                        c10::IntArrayRef stride) {
   auto* impl = self.unsafeGetTensorImpl();
   impl->set_storage_keep_dtype(std::move(source));
-  impl->set_sizes_and_strides(size, stride.empty() && size.size() ? c10::IntArrayRef(c10::contiguous_strides(size)) : stride, offset);
+  auto plain = c10::contiguous_strides(size);
+  impl->set_sizes_and_strides(size, stride.empty() ? c10::IntArrayRef(plain) : stride, offset);
   return self;
 }
 

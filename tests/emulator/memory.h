@@ -81,7 +81,7 @@ void spoil(char* where, size_t bytes) {
   std::memset(where, 0xff, bytes);
 }
 
-void unmap(char* where) {
+void give_back(char* where) {
   Block block = blocks.at(where);
   stats[block.device].allocated -= block.bytes;
   spare.emplace(up(block.bytes, page), where);
@@ -95,12 +95,12 @@ void release(void* where) {
   if (block.pool >= 0)
     idle[block.pool].emplace(block.bytes, (char*)where);
   else
-    unmap((char*)where);
+    give_back((char*)where);
 }
 
 // Of a pool whose captures are all gone.
 void release_pool(int64_t pool) {
-  for (auto& [bytes, where] : idle[pool]) unmap(where);
+  for (auto& [bytes, where] : idle[pool]) give_back(where);
   idle.erase(pool);
   for (auto& [where, block] : blocks)
     if (block.pool == pool) block.pool = -1;

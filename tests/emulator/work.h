@@ -16,7 +16,6 @@ const c10::DispatchKeySet cuda_keys(c10::DispatchKey::CUDA);
 
 // The same memory as a tensor of the CPU. It does not own it: a recording knows addresses only.
 at::Tensor as_host(const at::Tensor& t) {
-  auto options = at::TensorOptions().dtype(t.dtype()).device(at::kCPU);
   auto* impl = t.unsafeGetTensorImpl();
   c10::Storage storage(c10::Storage::use_byte_size_t(), t.storage().nbytes(),
                        c10::DataPtr(t.storage().mutable_data(), c10::Device(c10::DeviceType::CPU)),
@@ -48,9 +47,6 @@ at::Tensor brought(const at::Tensor& t, int device) {
   }
   return made;
 }
-
-
-// ---- what the device is asked for ---------------------------------------------------------------------------------
 
 using Action = std::function<void()>;
 struct Capture {
@@ -162,8 +158,8 @@ struct Call {
   void at(c10::Device d) {
     if (!d.is_cuda()) return;
     int index = d.has_index() ? d.index() : current;
-    TORCH_CHECK(device < 0 || device == index, "Expected all tensors to be on the same device, but found at least two devices, cuda:",
-                device, " and cuda:", index, "!");
+    TORCH_CHECK(device < 0 || device == index, "Expected all tensors to be on the same device, but found at least two ",
+                "devices, cuda:", device, " and cuda:", index, "!");
     device = index;
   }
 };
@@ -286,7 +282,7 @@ void kernel(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stac
   for (auto& value : results) stack->push_back(std::move(value));
 }
 
-// Who copies without waiting finds NaN, or a large number, until it has waited.
+// Who copies without waiting finds NaN until it has waited.
 void unwritten(const at::Tensor& t) {
   at::AutoDispatchBelowADInplaceOrView below;
   if (t.is_floating_point()) at::Tensor(t).fill_(NAN);
@@ -295,7 +291,8 @@ void unwritten(const at::Tensor& t) {
 struct Move {  // by address on the device
   at::Tensor to, from;
   bool to_gpu, from_gpu;
-  Move(const at::Tensor& a, const at::Tensor& b) : to(on_gpu(a) ? as_host(a) : a), from(on_gpu(b) ? as_host(b) : b), to_gpu(on_gpu(a)), from_gpu(on_gpu(b)) {}
+  Move(const at::Tensor& a, const at::Tensor& b)
+      : to(on_gpu(a) ? as_host(a) : a), from(on_gpu(b) ? as_host(b) : b), to_gpu(on_gpu(a)), from_gpu(on_gpu(b)) {}
   void operator()() const {
     Opened opened;
     if (to_gpu) opened.open(to.storage().data());
@@ -319,7 +316,7 @@ at::Tensor& copy(at::Tensor& self, const at::Tensor& from, bool non_blocking) {
     work();
     move();
   } else if (on_gpu(self)) {
-    to_device.push_back(move);
+    to_device.push_back([move, self] { move(); });  // who lets go of it does so behind the copy
   } else {
     work();
     at::Tensor now;

@@ -31,7 +31,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("recipes")
 
 
-LONG = ("gpt:nano", "too_large", "recorded_in_float32[resnet18]", "cnn-pp=2", "nccl[dp=2]", "zero=3]", "nccl[tp=2]")
+LONG = (
+    "gpt:nano",
+    "too_large",
+    "recorded_in_float32[resnet18]",
+    "cnn-pp=2",
+    "nccl[dp=2]",
+    "zero=3]",
+    "nccl[tp=2]",
+    "[mlp-device=cuda]",
+    "[cnn-device=cuda]",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,6 +18,8 @@ from uuid import uuid4
 import psutil
 import pytest
 
+# Who is started in the background of a shell ignores Ctrl-C, and so would all that is started from here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 BIN = Path(sys.executable).parent
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROGRESS = re.compile(r" *\d+\.\d s  \S.*")

@@ -14,6 +14,7 @@ def proves(desk: Any, network: str, plan: str, *words: Any) -> Any:
     return done.document
 
 
+@pytest.mark.slow
 def test_gpt_shares_heads_columns_and_words(desk: Any) -> None:
     document = proves(desk, "gpt:1-16-2-16,dropout=0.1", "tp=2,comm=gloo", "--clip", 1)
     (note,) = [note for note in document["notes"] if note.startswith("tp=2 splits")]

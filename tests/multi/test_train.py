@@ -123,6 +123,7 @@ def test_data_parallel_training_is_serial_training(desk: Any) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_file_with_a_cosine_is_the_loop_by_hand(desk: Any) -> None:
     words = ("--momentum", 0.9, "--lr", 0.3, "--lr-schedule", "cosine", "--epochs", 3)
     document = train(desk, desk.write("own.py", OWN), "--plan", "dp=2,microbatches=2,comm=gloo", *words)

@@ -151,6 +151,7 @@ def test_resnet18_with_batch_norm_over_all_ranks(desk: Any, plan: str) -> None:
     proves(desk, "resnet18", plan, "--batch", 8, "--bn-group", 8, steps=2)
 
 
+@pytest.mark.slow
 def test_gpt_with_its_first_and_last_stage_on_two_ranks_is_serial(desk: Any) -> None:
     proves(desk, "gpt:2-32-2-16", "pp=2,microbatches=4", steps=3)
 
